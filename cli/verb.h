@@ -1,0 +1,36 @@
+#pragma once
+// One file per verb: it registers itself here and main.cpp finds it.
+#include <CLI/CLI.hpp>
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace moiety::cli {
+
+struct Verb {
+  std::string name;
+  std::string summary;   ///< one line for `moiety --help`
+  std::string examples;  ///< shown under EXAMPLES in the verb's own help
+  /// Declares the options on `app` and returns what runs after parsing; its value is the exit code (0 ok, 1 failed, 2 usage).
+  std::function<std::function<int()>(CLI::App& app)> setup;
+};
+
+std::vector<Verb>& verbs();
+
+struct Register {
+  explicit Register(Verb verb) { verbs().push_back(std::move(verb)); }
+};
+
+/// Options that every verb over a model has.
+struct Common {
+  std::string model;
+  std::string device = "cpu";
+  std::string dtype = "auto";  ///< auto, f32, bf16
+  int threads = 0;             ///< 0: all cores
+  bool json = false;
+  bool quiet = false;
+};
+/// Adds MODEL, --device, --dtype, --threads, --json, --quiet.
+void add_common(CLI::App& app, Common& common, bool model = true);
+
+}  // namespace moiety::cli

@@ -1,0 +1,28 @@
+#pragma once
+// A file mapped read-only. Views into it keep it alive through the shared pointer.
+#include <cstddef>
+#include <filesystem>
+#include <memory>
+#include <span>
+
+namespace moiety {
+
+class MappedFile {
+ public:
+  /// Throws Error when the file is missing, not a regular file, or cannot be mapped. An empty file gives empty bytes.
+  static std::shared_ptr<const MappedFile> open(const std::filesystem::path& path);
+  ~MappedFile();
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+
+  std::span<const std::byte> bytes() const { return {data_, size_}; }
+  const std::filesystem::path& path() const { return path_; }
+
+ private:
+  MappedFile() = default;
+  std::filesystem::path path_;
+  const std::byte* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+}  // namespace moiety
