@@ -9,9 +9,11 @@ namespace moiety::cli {
 
 struct Verb {
   std::string name;
-  std::string summary;   ///< one line for `moiety --help`
-  std::string examples;  ///< shown under EXAMPLES in the verb's own help
-  /// Declares the options on `app` and returns what runs after parsing; its value is the exit code (0 ok, 1 failed, 2 usage).
+  std::string summary;  ///< one line for `moiety --help`
+  std::string
+      examples;  ///< commands, one a line, shown under EXAMPLES in the verb's help; the first also in `moiety --help`
+  /// Called only for the verb that runs. Declares the options on `app` and returns what runs after parsing; its value
+  /// is the exit code (0 ok, 1 failed, 2 usage).
   std::function<std::function<int()>(CLI::App& app)> setup;
 };
 
@@ -29,8 +31,10 @@ struct Common {
   int threads = 0;             ///< 0: all cores
   bool json = false;
   bool quiet = false;
+  bool verbose = false;
 };
-/// Adds MODEL, --device, --dtype, --threads, --json, --quiet.
+/// Adds MODEL, --device, --dtype, --threads, --json, --quiet, --verbose, and applies threads and log level once parsed.
+/// `common` must outlive `app`'s parsing and is read by what the verb's setup returns: hold it in a shared_ptr.
 void add_common(CLI::App& app, Common& common, bool model = true);
 
 }  // namespace moiety::cli

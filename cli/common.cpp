@@ -1,0 +1,43 @@
+#include <ATen/Parallel.h>
+#include <spdlog/spdlog.h>
+#include <torch/cuda.h>
+
+#include "moiety/base/error.h"
+#include "verb.h"
+
+namespace moiety::cli {
+
+std::vector<Verb>& verbs() {
+  static std::vector<Verb> all;
+  return all;
+}
+
+void add_common(CLI::App& app, Common& common, bool model) {
+  if (model) {
+    app.add_option("MODEL", common.model, "A directory with config.json, a .safetensors or .gguf file, or pip:PACKAGE")
+        ->required();
+  }
+  app.add_option("--device", common.device, "Where to compute")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->capture_default_str();
+  app.add_option("--dtype", common.dtype, "Type to compute in; auto is what the model stores")
+      ->check(CLI::IsMember({"auto", "f32", "bf16"}))
+      ->capture_default_str();
+  app.add_option("--threads", common.threads, "Threads to compute with; 0 is one for every core")
+      ->check(CLI::Range(0, 4096))
+      ->capture_default_str();
+  app.add_flag("--json", common.json, "Print the result as JSON");
+  CLI::Option* quiet = app.add_flag("-q,--quiet", common.quiet, "Print the result only: no progress, no remarks");
+  app.add_flag("-v,--verbose", common.verbose, "Say what is being done")->excludes(quiet);
+  app.parse_complete_callback([&common] {
+    if (common.quiet) spdlog::set_level(spdlog::level::err);
+    if (common.verbose) spdlog::set_level(spdlog::level::debug);
+    if (common.threads > 0) at::set_num_threads(common.threads);
+    if (common.device == "cuda") {
+      check(torch::cuda::is_available(),
+            "there is no CUDA device, or this build of torch has no CUDA support; use --device cpu");
+    }
+  });
+}
+
+}  // namespace moiety::cli
