@@ -35,7 +35,8 @@ int64_t row_bytes(Format format, int64_t cols);
 /// Decodes one row of any real-valued or integer format into float32, in the operation order of the format's definition.
 void dequantize_row(Format format, const std::byte* blocks, float* out, int64_t cols);
 /// Encodes one row. `importance` [cols] (optional) weights the squared error of the searching formats.
-/// Throws Error, naming the element, for values that are not finite or a scale that overflows half.
+/// Throws Error, naming the element, for values that are not finite or a scale that overflows half. F32, F16 and BF16 keep
+/// infinities and NaN; F16 refuses finite values beyond its range.
 void quantize_row(Format format, const float* x, std::byte* blocks, int64_t cols, const float* importance = nullptr);
 
 }  // namespace moiety
