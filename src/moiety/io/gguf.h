@@ -49,7 +49,8 @@ class GgufFile {
   GgufFile() = default;
   std::string where_;
   uint32_t version_ = 3;
-  std::vector<std::shared_ptr<const void>> owners_;
+  std::vector<std::shared_ptr<const void>> owners_;  // one a part
+  std::vector<size_t> owner_of_;                     // per tensor
   std::vector<TensorInfo> tensors_;
   std::vector<std::span<const std::byte>> data_;
   std::unordered_map<std::string, size_t> index_;

@@ -53,9 +53,12 @@ void set_isa(Isa value) {
 
 std::string_view isa_name(Isa value) {
   switch (value) {
-    case Isa::Avx2: return "avx2";
-    case Isa::Avx512: return "avx512";
-    default: return "portable";
+    case Isa::Avx2:
+      return "avx2";
+    case Isa::Avx512:
+      return "avx512";
+    default:
+      return "portable";
   }
 }
 

@@ -14,32 +14,19 @@ namespace moiety {
 namespace {
 
 constexpr FormatInfo kFormats[] = {
-    {Format::F32, "F32", 1, 4, 0, true},
-    {Format::F16, "F16", 1, 2, 1, true},
-    {Format::BF16, "BF16", 1, 2, 30, true},
-    {Format::F64, "F64", 1, 8, -1, false},
-    {Format::I8, "I8", 1, 1, -1, false},
-    {Format::U8, "U8", 1, 1, -1, false},
-    {Format::I16, "I16", 1, 2, -1, false},
-    {Format::U16, "U16", 1, 2, -1, false},
-    {Format::I32, "I32", 1, 4, -1, false},
-    {Format::U32, "U32", 1, 4, -1, false},
-    {Format::I64, "I64", 1, 8, -1, false},
-    {Format::U64, "U64", 1, 8, -1, false},
-    {Format::BOOL, "BOOL", 1, 1, -1, false},
-    {Format::F8_E4M3, "F8_E4M3", 1, 1, -1, false},
-    {Format::F8_E5M2, "F8_E5M2", 1, 1, -1, false},
-    {Format::Q8_0, "Q8_0", 32, 34, 8, true},
-    {Format::Q4_0, "Q4_0", 32, 18, 2, true},
-    {Format::Q4_1, "Q4_1", 32, 20, 3, true},
-    {Format::Q5_0, "Q5_0", 32, 22, 6, true},
-    {Format::Q5_1, "Q5_1", 32, 24, 7, true},
-    {Format::Q4_K, "Q4_K", 256, 144, 12, true},
-    {Format::Q5_K, "Q5_K", 256, 176, 13, true},
-    {Format::Q6_K, "Q6_K", 256, 210, 14, true},
-    {Format::TQ1_0, "TQ1_0", 256, 54, 34, true},
-    {Format::TQ2_0, "TQ2_0", 256, 66, 35, true},
-    {Format::MXFP4, "MXFP4", 32, 17, 39, true},
+    {Format::F32, "F32", 1, 4, 0, true},           {Format::F16, "F16", 1, 2, 1, true},
+    {Format::BF16, "BF16", 1, 2, 30, true},        {Format::F64, "F64", 1, 8, -1, false},
+    {Format::I8, "I8", 1, 1, -1, false},           {Format::U8, "U8", 1, 1, -1, false},
+    {Format::I16, "I16", 1, 2, -1, false},         {Format::U16, "U16", 1, 2, -1, false},
+    {Format::I32, "I32", 1, 4, -1, false},         {Format::U32, "U32", 1, 4, -1, false},
+    {Format::I64, "I64", 1, 8, -1, false},         {Format::U64, "U64", 1, 8, -1, false},
+    {Format::BOOL, "BOOL", 1, 1, -1, false},       {Format::F8_E4M3, "F8_E4M3", 1, 1, -1, false},
+    {Format::F8_E5M2, "F8_E5M2", 1, 1, -1, false}, {Format::Q8_0, "Q8_0", 32, 34, 8, true},
+    {Format::Q4_0, "Q4_0", 32, 18, 2, true},       {Format::Q4_1, "Q4_1", 32, 20, 3, true},
+    {Format::Q5_0, "Q5_0", 32, 22, 6, true},       {Format::Q5_1, "Q5_1", 32, 24, 7, true},
+    {Format::Q4_K, "Q4_K", 256, 144, 12, true},    {Format::Q5_K, "Q5_K", 256, 176, 13, true},
+    {Format::Q6_K, "Q6_K", 256, 210, 14, true},    {Format::TQ1_0, "TQ1_0", 256, 54, 34, true},
+    {Format::TQ2_0, "TQ2_0", 256, 66, 35, true},   {Format::MXFP4, "MXFP4", 32, 17, 39, true},
 };
 constexpr size_t kCount = std::size(kFormats);
 static_assert(kCount == static_cast<size_t>(Format::MXFP4) + 1);
@@ -110,9 +97,13 @@ float inverse(float d) {
 }
 
 // Half away from zero; exact also just below .5, unlike adding .5.
-int round_away(float x) { return static_cast<int>(std::round(x)); }
+int round_away(float x) {
+  return static_cast<int>(std::round(x));
+}
 // Ties to even, for |x| < 2^22.
-int nearest(float x) { return static_cast<int>(std::nearbyint(x)); }
+int nearest(float x) {
+  return static_cast<int>(std::nearbyint(x));
+}
 
 void encode_f16(const float* x, uint8_t* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
@@ -245,8 +236,8 @@ struct SubBlock {
   float min = 0.f;    ///< subtracted, >= 0
 };
 
-// x ~ scale * q - min with q in 0..levels. Tries inverse scales around levels / (max - min); for each rounding solves the
-// weighted least squares for scale and min.
+// x ~ scale * q - min with q in 0..levels. Tries inverse scales around levels / (max - min); for each rounding solves
+// the weighted least squares for scale and min.
 SubBlock search_scale_min(const float* x, const float* w, int levels, uint8_t* q) {
   constexpr int kSize = 32, kSteps = 20;
   const Range r = range(x, kSize);
@@ -274,7 +265,8 @@ SubBlock search_scale_min(const float* x, const float* w, int levels, uint8_t* q
   };
   for (int step = -1; step <= kSteps; ++step) {
     const float inverse_scale =
-        (step < 0 ? static_cast<float>(levels) : static_cast<float>(levels) - 1.f + 0.1f * static_cast<float>(step)) / span;
+        (step < 0 ? static_cast<float>(levels) : static_cast<float>(levels) - 1.f + 0.1f * static_cast<float>(step)) /
+        span;
     double sum_q = 0, sum_qq = 0, sum_qx = 0;
     for (int i = 0; i < kSize; ++i) {
       trial[i] = static_cast<uint8_t>(std::clamp(nearest(inverse_scale * (x[i] - low)), 0, levels));
@@ -447,9 +439,13 @@ void encode_q6_k(const float* x, const float* importance, uint8_t* p, const Plac
 
 }  // namespace
 
-std::span<const FormatInfo> formats() { return kFormats; }
+std::span<const FormatInfo> formats() {
+  return kFormats;
+}
 
-const FormatInfo& info(Format format) { return kFormats[static_cast<size_t>(format)]; }
+const FormatInfo& info(Format format) {
+  return kFormats[static_cast<size_t>(format)];
+}
 
 const FormatInfo* find_format(std::string_view name) {
   const auto same = [](char a, char b) {
@@ -460,7 +456,9 @@ const FormatInfo* find_format(std::string_view name) {
   return nullptr;
 }
 
-bool is_block(Format format) { return info(format).block > 1; }
+bool is_block(Format format) {
+  return info(format).block > 1;
+}
 
 int64_t row_bytes(Format format, int64_t cols) {
   const FormatInfo& f = info(format);
@@ -494,27 +492,54 @@ void quantize_row(Format format, const float* x, std::byte* blocks, int64_t cols
   row_bytes(format, cols);
   auto* p = reinterpret_cast<uint8_t*>(blocks);
   switch (format) {
-    case Format::F32: std::memcpy(p, x, static_cast<size_t>(cols) * 4); return;
-    case Format::F16: return encode_f16(x, p, cols);
-    case Format::BF16: return encode_bf16(x, p, cols);
-    default: break;
+    case Format::F32:
+      std::memcpy(p, x, static_cast<size_t>(cols) * 4);
+      return;
+    case Format::F16:
+      return encode_f16(x, p, cols);
+    case Format::BF16:
+      return encode_bf16(x, p, cols);
+    default:
+      break;
   }
   check_finite(format, x, cols);
   for (int64_t at = 0; at < cols; at += f.block, p += f.bytes, x += f.block) {
     const Place place{format, at};
     const float* weights = importance == nullptr ? nullptr : importance + at;
     switch (format) {
-      case Format::Q8_0: encode_q8_0(x, p, place); break;
-      case Format::Q4_0: encode_q4_0(x, p, place); break;
-      case Format::Q4_1: encode_q4_1(x, p, place); break;
-      case Format::Q5_0: encode_q5_0(x, p, place); break;
-      case Format::Q5_1: encode_q5_1(x, p, place); break;
-      case Format::Q4_K: encode_q4_k(x, weights, p, place); break;
-      case Format::Q5_K: encode_q5_k(x, weights, p, place); break;
-      case Format::Q6_K: encode_q6_k(x, weights, p, place); break;
-      case Format::TQ1_0: encode_tq1_0(x, p, place); break;
-      case Format::TQ2_0: encode_tq2_0(x, p, place); break;
-      default: encode_mxfp4(x, p); break;
+      case Format::Q8_0:
+        encode_q8_0(x, p, place);
+        break;
+      case Format::Q4_0:
+        encode_q4_0(x, p, place);
+        break;
+      case Format::Q4_1:
+        encode_q4_1(x, p, place);
+        break;
+      case Format::Q5_0:
+        encode_q5_0(x, p, place);
+        break;
+      case Format::Q5_1:
+        encode_q5_1(x, p, place);
+        break;
+      case Format::Q4_K:
+        encode_q4_k(x, weights, p, place);
+        break;
+      case Format::Q5_K:
+        encode_q5_k(x, weights, p, place);
+        break;
+      case Format::Q6_K:
+        encode_q6_k(x, weights, p, place);
+        break;
+      case Format::TQ1_0:
+        encode_tq1_0(x, p, place);
+        break;
+      case Format::TQ2_0:
+        encode_tq2_0(x, p, place);
+        break;
+      default:
+        encode_mxfp4(x, p);
+        break;
     }
   }
 }

@@ -2,6 +2,8 @@
 #include "moiety/kernels/format_loops.h"
 
 namespace moiety {
-const Decoder* decoders_avx2() { return kDecoders; }
+const Decoder* decoders_avx2() {
+  return kDecoders;
+}
 }  // namespace moiety
 #endif

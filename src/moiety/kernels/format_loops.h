@@ -1,6 +1,6 @@
-// Plain decoding loops, one a format. Included by format*.cpp, each built for another instruction set; everything is in an
-// unnamed namespace so that no copy is shared between them. The order of the float operations is the formats' definition
-// (and these files are built without contraction to fused multiply-add), so all sets give the same bits.
+// Plain decoding loops, one a format. Included by format*.cpp, each built for another instruction set; everything is in
+// an unnamed namespace so that no copy is shared between them. The order of the float operations is the formats'
+// definition (and these files are built without contraction to fused multiply-add), so all sets give the same bits.
 #include <cstddef>
 #include <cstdint>
 
@@ -16,14 +16,18 @@ template <class T>
   __builtin_memcpy(&value, p, sizeof value);
   return value;
 }
-[[gnu::always_inline]] inline float load_half(const uint8_t* p) { return half_to_float(load<uint16_t>(p)); }
+[[gnu::always_inline]] inline float load_half(const uint8_t* p) {
+  return half_to_float(load<uint16_t>(p));
+}
 
 template <class T>
 void decode_numbers(const uint8_t* p, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(load<T>(p + i * static_cast<int64_t>(sizeof(T))));
 }
 
-void decode_f32(const uint8_t* p, float* out, int64_t n) { __builtin_memcpy(out, p, static_cast<size_t>(n) * 4); }
+void decode_f32(const uint8_t* p, float* out, int64_t n) {
+  __builtin_memcpy(out, p, static_cast<size_t>(n) * 4);
+}
 
 void decode_f16(const uint8_t* p, float* out, int64_t n) {
   int64_t i = 0;
@@ -179,7 +183,8 @@ void decode_tq1_0(const uint8_t* p, float* out, int64_t n) {
     for (int k = 0; k < 5; ++k)
       for (int m = 0; m < 32; ++m) out[m + 32 * k] = d * static_cast<float>(base3_digit(p[m], kPower[k]) - 1);
     for (int k = 0; k < 5; ++k)
-      for (int m = 0; m < 16; ++m) out[160 + m + 16 * k] = d * static_cast<float>(base3_digit(p[32 + m], kPower[k]) - 1);
+      for (int m = 0; m < 16; ++m)
+        out[160 + m + 16 * k] = d * static_cast<float>(base3_digit(p[32 + m], kPower[k]) - 1);
     for (int k = 0; k < 4; ++k)
       for (int m = 0; m < 4; ++m) out[240 + m + 4 * k] = d * static_cast<float>(base3_digit(p[48 + m], kPower[k]) - 1);
   }

@@ -8,8 +8,12 @@
 
 namespace moiety {
 
-[[gnu::always_inline]] inline float float_from_bits(uint32_t bits) { return __builtin_bit_cast(float, bits); }
-[[gnu::always_inline]] inline uint32_t bits_of(float x) { return __builtin_bit_cast(uint32_t, x); }
+[[gnu::always_inline]] inline float float_from_bits(uint32_t bits) {
+  return __builtin_bit_cast(float, bits);
+}
+[[gnu::always_inline]] inline uint32_t bits_of(float x) {
+  return __builtin_bit_cast(uint32_t, x);
+}
 
 [[gnu::always_inline]] inline float half_to_float(uint16_t h) {
 #if defined(__F16C__)
@@ -18,8 +22,8 @@ namespace moiety {
   const uint32_t magnitude = h & 0x7fffu;
   const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
   uint32_t bits = (magnitude << 13) + (112u << 23);
-  bits |= magnitude >= 0x7c00u ? 0x7f800000u : 0u;                       // infinity and NaN
-  bits |= magnitude > 0x7c00u ? 0x00400000u : 0u;                        // NaN becomes quiet, as the hardware does
+  bits |= magnitude >= 0x7c00u ? 0x7f800000u : 0u;  // infinity and NaN
+  bits |= magnitude > 0x7c00u ? 0x00400000u : 0u;   // NaN becomes quiet, as the hardware does
   bits = magnitude < 0x400u ? __builtin_bit_cast(uint32_t, subnormal) : bits;
   return float_from_bits(bits | static_cast<uint32_t>(h & 0x8000u) << 16);
 #endif
@@ -46,7 +50,9 @@ namespace moiety {
 #endif
 }
 
-[[gnu::always_inline]] inline float bf16_to_float(uint16_t h) { return float_from_bits(static_cast<uint32_t>(h) << 16); }
+[[gnu::always_inline]] inline float bf16_to_float(uint16_t h) {
+  return float_from_bits(static_cast<uint32_t>(h) << 16);
+}
 
 [[gnu::always_inline]] inline uint16_t float_to_bf16(float x) {
   const uint32_t bits = bits_of(x);
