@@ -103,8 +103,9 @@ class GgufCheckpoint : public Checkpoint {
     for (const auto& t : file_->tensors()) {
       TensorInfo info = t;
       info.name = hf_tensor_name(type, t.name);
-      check(index_.emplace(info.name, t.name).second, "{}: tensors '{}' and '{}' both mean '{}'", path.string(),
-            index_[info.name], t.name, info.name);
+      const auto [it, fresh] = index_.emplace(info.name, t.name);
+      check(fresh, "{}: tensors '{}' and '{}' both mean '{}'", path.string(), shown(it->second), shown(t.name),
+            shown(info.name));
       bytes_ += t.bytes();
       tensors_.push_back(std::move(info));
     }
@@ -315,8 +316,11 @@ std::vector<fs::path> package_folders() {
     }
   if (const std::string home = environment("HOME"); !home.empty()) add_site_packages(fs::path(home) / ".local", all);
   std::vector<fs::path> out;
-  for (const auto& p : all)
-    if (std::find(out.begin(), out.end(), p) == out.end()) out.push_back(p);
+  std::set<fs::path> seen;  // lib64 is often a link to lib
+  for (const auto& p : all) {
+    const fs::path real = fs::canonical(p, ec);
+    if (!ec && seen.insert(real).second) out.push_back(p);
+  }
   return out;
 }
 
@@ -560,6 +564,7 @@ fs::path resolve_package(const std::string& name) {
             name, sites[i].string());
       }
       known.push_back(package.name);
+      std::replace(known.back().begin(), known.back().end(), '_', '-');
     }
     if (i + 1 == sites.size() && !asked) {
       asked = true;
@@ -575,7 +580,7 @@ fs::path resolve_package(const std::string& name) {
       "pip:{}: no such Python package is installed{}; install it with `pip install {}`, or set MOIETY_PYTHON to the "
       "python that "
       "has it (searched: {})",
-      shown(name), did_you_mean(wanted, known), shown(name),
+      shown(name), did_you_mean(name, known), shown(name),
       searched.empty() ? "no Python found" : fmt::format("{}", fmt::join(searched, ", ")));
 }
 
@@ -595,9 +600,9 @@ fs::path resolve_model(const std::string& location) {
     folder = folder.parent_path();
   }
   const auto names = names_in(folder.empty() ? fs::path(".") : folder);
-  std::vector<std::string> candidates;
-  for (const auto& n : names) candidates.push_back((folder / n).string());
-  std::string hint = did_you_mean((folder / missing).string(), candidates);
+  std::string hint;
+  if (const auto near = nearest(missing.string(), names))
+    hint = fmt::format("; did you mean `{}`?", (folder / *near).string());
   if (hint.empty()) {
     // A package whose prefix was forgotten.
     for (const auto& site : package_folders())
