@@ -1,8 +1,9 @@
 #include <ATen/Parallel.h>
-#include <spdlog/spdlog.h>
 #include <torch/cuda.h>
 
 #include "moiety/base/error.h"
+#include "moiety/base/log.h"
+#include "moiety/base/progress.h"
 #include "verb.h"
 
 namespace moiety::cli {
@@ -30,8 +31,10 @@ void add_common(CLI::App& app, Common& common, bool model) {
   CLI::Option* quiet = app.add_flag("-q,--quiet", common.quiet, "Print the result only: no progress, no remarks");
   app.add_flag("-v,--verbose", common.verbose, "Say what is being done")->excludes(quiet);
   app.parse_complete_callback([&common] {
-    if (common.quiet) spdlog::set_level(spdlog::level::err);
-    if (common.verbose) spdlog::set_level(spdlog::level::debug);
+    if (common.json) set_progress_mode(ProgressMode::Json);
+    if (common.quiet) set_progress_mode(ProgressMode::None);
+    if (common.quiet) log::set_level(log::Level::Error);
+    if (common.verbose) log::set_level(log::Level::Debug);
     if (common.threads > 0) at::set_num_threads(common.threads);
     if (common.device == "cuda") {
       check(torch::cuda::is_available(),

@@ -1,8 +1,6 @@
 // Finds the verbs, parses the command line, and turns every error into one sentence.
 // Exit codes: 0 ok, 1 failed, 2 wrong use.
 #include <c10/util/Exception.h>
-#include <spdlog/sinks/stdout_color_sinks.h>
-#include <spdlog/spdlog.h>
 
 #include <algorithm>
 #include <csignal>
@@ -164,8 +162,6 @@ int run(int argc, char** argv) {
 int main(int argc, char** argv) {
   // `moiety ... | head` ends quietly, whatever the parent process did with the signal.
   std::signal(SIGPIPE, SIG_DFL);
-  spdlog::set_default_logger(spdlog::stderr_color_mt("moiety"));
-  spdlog::set_pattern("moiety: %^%v%$");
   int code = run(argc, argv);
   std::cout.flush();
   if (code == 0 && (!std::cout || std::fflush(stdout) != 0)) {

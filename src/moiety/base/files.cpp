@@ -1,0 +1,60 @@
+#include "moiety/base/files.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+
+#include "moiety/base/atomic_file.h"
+#include "moiety/base/error.h"
+
+namespace moiety {
+namespace fs = std::filesystem;
+
+void write_file(const fs::path& path, std::string_view text) {
+  AtomicFile file(path);
+  file.write(text);
+  file.commit();
+}
+
+std::string read_text(const fs::path& path, int64_t limit) {
+  int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  check(fd >= 0, "cannot read {}: {}", path.string(), std::strerror(errno));
+  struct Closer {
+    int fd;
+    ~Closer() { ::close(fd); }
+  } closer{fd};
+  struct stat status {};
+  check(::fstat(fd, &status) == 0, "cannot read {}: {}", path.string(), std::strerror(errno));
+  check(!S_ISDIR(status.st_mode), "cannot read {}: it is a folder", path.string());
+  auto too_large = [&](int64_t size) {
+    check(size <= limit, "{} is too large: more than {} bytes", path.string(), limit);
+  };
+  if (S_ISREG(status.st_mode)) too_large(status.st_size);
+  std::string text;
+  char piece[1 << 16];
+  for (;;) {
+    ssize_t got = ::read(fd, piece, sizeof piece);
+    if (got < 0 && errno == EINTR) continue;
+    check(got >= 0, "cannot read {}: {}", path.string(), std::strerror(errno));
+    if (got == 0) return text;
+    text.append(piece, static_cast<size_t>(got));
+    too_large(static_cast<int64_t>(text.size()));
+  }
+}
+
+TemporaryFolder::TemporaryFolder(const std::string& prefix) {
+  std::string name = (fs::temp_directory_path() / (prefix + "-XXXXXX")).string();
+  check(::mkdtemp(name.data()) != nullptr, "cannot make a folder {}: {}", name, std::strerror(errno));
+  path_ = name;
+}
+
+TemporaryFolder::~TemporaryFolder() {
+  std::error_code ignored;
+  fs::remove_all(path_, ignored);
+}
+
+}  // namespace moiety
