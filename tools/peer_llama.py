@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""What llama.cpp says about a model, through llama-cpp-python. Exit code 77 when that package is not installed.
+
+    peer_llama.py perplexity MODEL.gguf TEXT CONTEXT    perplexity as llama.cpp's own tool measures it
+    peer_llama.py logits MODEL.gguf IDS OUT.npy         logits [T, V] of one sequence; IDS are numbers separated by spaces
+
+Prints one JSON object. Run it with the interpreter of the peer's environment (tools/setup.sh peer).
+"""
+
+import json
+import math
+import os
+import sys
+import time
+
+
+def load(path, context):
+    import llama_cpp
+
+    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda level, text, data: None), None)
+    return llama_cpp.Llama(model_path=path, n_ctx=context, n_batch=context, n_ubatch=context, logits_all=True, verbose=False,
+                           n_threads=os.cpu_count(), n_threads_batch=os.cpu_count())
+
+
+def perplexity(path, text, context):
+    """Windows of `context` tokens without overlap; a window begins with the token for the start of text where the model adds one;
+    the second half of each window is scored, so that every scored token has at least half a window before it."""
+    import numpy
+
+    begin = time.time()
+    model = load(path, context)
+    loaded = time.time()
+    with open(text, encoding="utf-8") as f:
+        tokens = model.tokenize(f.read().encode(), add_bos=True, special=False)
+    bos = model.token_bos() if model._model.add_bos_token() else None
+    total, count, first = 0.0, 0, context // 2
+    windows = len(tokens) // context
+    for w in range(windows):
+        window = list(tokens[w * context : (w + 1) * context])
+        if bos is not None:
+            window[0] = bos
+        model.reset()
+        model.eval(window)
+        scores = model.scores[first : context - 1].astype(numpy.float64)
+        peak = scores.max(-1)
+        norm = peak + numpy.log(numpy.exp(scores - peak[:, None]).sum(-1))
+        total += float((norm - scores[numpy.arange(context - 1 - first), window[first + 1 :]]).sum())
+        count += context - 1 - first
+    return {"perplexity": math.exp(total / count), "tokens": len(tokens), "windows": windows, "scored": count, "bos": bos,
+            "load_s": loaded - begin, "seconds": time.time() - loaded}
+
+
+def logits(path, ids, out):
+    import numpy
+
+    ids = [int(i) for i in ids.split()]
+    model = load(path, max(64, len(ids)))
+    model.eval(ids)
+    numpy.save(out, numpy.array(model.scores[: len(ids)], dtype=numpy.float32))
+    return {"shape": [len(ids), model.n_vocab()]}
+
+
+def main():
+    try:
+        import llama_cpp
+    except ImportError:
+        print("llama-cpp-python is not installed: tools/setup.sh peer", file=sys.stderr)
+        return 77
+    if len(sys.argv) != 5 or sys.argv[1] not in ("perplexity", "logits"):
+        print(__doc__, file=sys.stderr)
+        return 2
+    verb, path, a, b = sys.argv[1:]
+    result = perplexity(path, a, int(b)) if verb == "perplexity" else logits(path, a, b)
+    print(json.dumps({**result, "llama_cpp_python": llama_cpp.__version__}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
