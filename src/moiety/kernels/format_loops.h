@@ -1,24 +1,11 @@
 // Plain decoding loops, one a format. Included by format*.cpp, each built for another instruction set; everything is in
 // an unnamed namespace so that no copy is shared between them. The order of the float operations is the formats'
 // definition (and these files are built without contraction to fused multiply-add), so all sets give the same bits.
-#include <cstddef>
-#include <cstdint>
-
+#include "moiety/kernels/block_layout.h"
 #include "moiety/kernels/format_decoders.h"
-#include "moiety/kernels/half.h"
 
 namespace moiety {
 namespace {
-
-template <class T>
-[[gnu::always_inline]] inline T load(const uint8_t* p) {
-  T value;
-  __builtin_memcpy(&value, p, sizeof value);
-  return value;
-}
-[[gnu::always_inline]] inline float load_half(const uint8_t* p) {
-  return half_to_float(load<uint16_t>(p));
-}
 
 template <class T>
 void decode_numbers(const uint8_t* p, float* out, int64_t n) {
@@ -62,157 +49,65 @@ void decode_f8_e5m2(const uint8_t* p, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = half_to_float(static_cast<uint16_t>(p[i] << 8));
 }
 
-void decode_q8_0(const uint8_t* p, float* out, int64_t n) {
-  for (; n > 0; n -= 32, p += 34, out += 32) {
-    const float d = load_half(p);
-    const auto* q = reinterpret_cast<const int8_t*>(p + 2);
-    for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(q[i]);
-  }
-}
-
-void decode_q4_0(const uint8_t* p, float* out, int64_t n) {
-  for (; n > 0; n -= 32, p += 18, out += 32) {
-    const float d = load_half(p);
-    const uint8_t* q = p + 2;
-    for (int j = 0; j < 16; ++j) out[j] = d * static_cast<float>((q[j] & 15) - 8);
-    for (int j = 0; j < 16; ++j) out[j + 16] = d * static_cast<float>((q[j] >> 4) - 8);
-  }
-}
-
-void decode_q4_1(const uint8_t* p, float* out, int64_t n) {
-  for (; n > 0; n -= 32, p += 20, out += 32) {
-    const float d = load_half(p), m = load_half(p + 2);
-    const uint8_t* q = p + 4;
-    for (int j = 0; j < 16; ++j) out[j] = d * static_cast<float>(q[j] & 15) + m;
-    for (int j = 0; j < 16; ++j) out[j + 16] = d * static_cast<float>(q[j] >> 4) + m;
-  }
-}
-
-void decode_q5_0(const uint8_t* p, float* out, int64_t n) {
-  for (; n > 0; n -= 32, p += 22, out += 32) {
-    const float d = load_half(p);
-    const uint32_t high = load<uint32_t>(p + 2);
-    const uint8_t* q = p + 6;
-    for (int j = 0; j < 16; ++j)
-      out[j] = d * static_cast<float>(static_cast<int>((q[j] & 15u) | (high >> j & 1u) << 4) - 16);
-    for (int j = 0; j < 16; ++j)
-      out[j + 16] = d * static_cast<float>(static_cast<int>((q[j] >> 4) | (high >> (j + 16) & 1u) << 4) - 16);
-  }
-}
-
-void decode_q5_1(const uint8_t* p, float* out, int64_t n) {
-  for (; n > 0; n -= 32, p += 24, out += 32) {
-    const float d = load_half(p), m = load_half(p + 2);
-    const uint32_t high = load<uint32_t>(p + 4);
-    const uint8_t* q = p + 8;
-    for (int j = 0; j < 16; ++j)
-      out[j] = d * static_cast<float>(static_cast<int>((q[j] & 15u) | (high >> j & 1u) << 4)) + m;
-    for (int j = 0; j < 16; ++j)
-      out[j + 16] = d * static_cast<float>(static_cast<int>((q[j] >> 4) | (high >> (j + 16) & 1u) << 4)) + m;
-  }
-}
-
-struct ScaleMin {
-  int scale, min;
-};
-[[gnu::always_inline]] inline ScaleMin k_scale(const uint8_t* s, int g) {
-  if (g < 4) return {s[g] & 63, s[g + 4] & 63};
-  return {(s[g + 4] & 15) | (s[g - 4] >> 6) << 4, (s[g + 4] >> 4) | (s[g] >> 6) << 4};
-}
-
-void decode_q4_k(const uint8_t* p, float* out, int64_t n) {
-  for (; n > 0; n -= 256, p += 144) {
-    const float d = load_half(p), dmin = load_half(p + 2);
-    const uint8_t* q = p + 16;
-    for (int c = 0; c < 4; ++c, q += 32, out += 64) {
-      const ScaleMin a = k_scale(p + 4, 2 * c), b = k_scale(p + 4, 2 * c + 1);
-      const float da = d * static_cast<float>(a.scale), ma = dmin * static_cast<float>(a.min);
-      const float db = d * static_cast<float>(b.scale), mb = dmin * static_cast<float>(b.min);
-      for (int l = 0; l < 32; ++l) out[l] = da * static_cast<float>(q[l] & 15) - ma;
-      for (int l = 0; l < 32; ++l) out[l + 32] = db * static_cast<float>(q[l] >> 4) - mb;
+template <class F>
+void decode_32(const uint8_t* p, float* out, int64_t n) {
+  for (; n > 0; n -= 32, p += F::kBytes, out += 32) {
+    int8_t v[32];
+    F::unpack(p, v);
+    const float d = F::scale(p);
+    if constexpr (F::kMin) {
+      const float m = load_half(p + 2);
+      for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(v[i]) + m;
+    } else {
+      for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(v[i]);
     }
   }
 }
 
-void decode_q5_k(const uint8_t* p, float* out, int64_t n) {
-  for (; n > 0; n -= 256, p += 176) {
+template <class F>
+void decode_scale_min(const uint8_t* p, float* out, int64_t n) {
+  for (; n > 0; n -= 256, p += F::kBytes) {
+    int8_t v[256];
+    F::unpack(p, v);
     const float d = load_half(p), dmin = load_half(p + 2);
-    const uint8_t* high = p + 16;
-    const uint8_t* q = p + 48;
-    for (int c = 0; c < 4; ++c, q += 32, out += 64) {
-      const ScaleMin a = k_scale(p + 4, 2 * c), b = k_scale(p + 4, 2 * c + 1);
-      const float da = d * static_cast<float>(a.scale), ma = dmin * static_cast<float>(a.min);
-      const float db = d * static_cast<float>(b.scale), mb = dmin * static_cast<float>(b.min);
-      for (int l = 0; l < 32; ++l) out[l] = da * static_cast<float>((q[l] & 15) | (high[l] >> (2 * c) & 1) << 4) - ma;
-      for (int l = 0; l < 32; ++l)
-        out[l + 32] = db * static_cast<float>((q[l] >> 4) | (high[l] >> (2 * c + 1) & 1) << 4) - mb;
+    for (int g = 0; g < 8; ++g, out += 32) {
+      const ScaleMin s = k_scale(p + 4, g);
+      const float scale = d * static_cast<float>(s.scale), min = dmin * static_cast<float>(s.min);
+      for (int i = 0; i < 32; ++i) out[i] = scale * static_cast<float>(v[32 * g + i]) - min;
     }
   }
 }
 
 void decode_q6_k(const uint8_t* p, float* out, int64_t n) {
-  for (; n > 0; n -= 256, p += 210) {
-    const auto* scales = reinterpret_cast<const int8_t*>(p + 192);
+  for (; n > 0; n -= 256, p += Q6K::kBytes) {
+    int8_t v[256];
+    Q6K::unpack(p, v);
     const float d = load_half(p + 208);
-    for (int half = 0; half < 2; ++half, out += 128) {
-      const uint8_t* low = p + 64 * half;
-      const uint8_t* high = p + 128 + 32 * half;
-      for (int part = 0; part < 4; ++part)  // 32 elements each, two scales
-        for (int k = 0; k < 2; ++k) {
-          const float scale = d * static_cast<float>(scales[8 * half + 2 * part + k]);
-          const uint8_t* l = low + 32 * (part & 1) + 16 * k;
-          const uint8_t* h = high + 16 * k;
-          float* o = out + 32 * part + 16 * k;
-          const int nibble = part < 2 ? 0 : 4, pair = 2 * part;
-          for (int i = 0; i < 16; ++i)
-            o[i] = scale * static_cast<float>(((l[i] >> nibble & 15) | (h[i] >> pair & 3) << 4) - 32);
-        }
+    for (int g = 0; g < 16; ++g, out += 16) {
+      const float scale = d * static_cast<float>(static_cast<int8_t>(p[192 + g]));
+      for (int i = 0; i < 16; ++i) out[i] = scale * static_cast<float>(v[16 * g + i]);
     }
   }
 }
 
-// Digit k of a byte that holds five base-3 digits as ceil(256 v / 243), most significant first.
-[[gnu::always_inline]] inline int base3_digit(uint8_t byte, int power) {
-  return (static_cast<int>(static_cast<uint8_t>(byte * power)) * 3) >> 8;
-}
-
-void decode_tq1_0(const uint8_t* p, float* out, int64_t n) {
-  constexpr int kPower[5] = {1, 3, 9, 27, 81};
-  for (; n > 0; n -= 256, p += 54, out += 256) {
-    const float d = load_half(p + 52);
-    for (int k = 0; k < 5; ++k)
-      for (int m = 0; m < 32; ++m) out[m + 32 * k] = d * static_cast<float>(base3_digit(p[m], kPower[k]) - 1);
-    for (int k = 0; k < 5; ++k)
-      for (int m = 0; m < 16; ++m)
-        out[160 + m + 16 * k] = d * static_cast<float>(base3_digit(p[32 + m], kPower[k]) - 1);
-    for (int k = 0; k < 4; ++k)
-      for (int m = 0; m < 4; ++m) out[240 + m + 4 * k] = d * static_cast<float>(base3_digit(p[48 + m], kPower[k]) - 1);
+template <class F>
+void decode_ternary(const uint8_t* p, float* out, int64_t n) {
+  for (; n > 0; n -= 256, p += F::kBytes, out += 256) {
+    int8_t v[256];
+    F::unpack(p, v);
+    const float d = load_half(p + F::kBytes - 2);
+    for (int i = 0; i < 256; ++i) out[i] = d * static_cast<float>(v[i]);
   }
 }
 
-void decode_tq2_0(const uint8_t* p, float* out, int64_t n) {
-  for (; n > 0; n -= 256, p += 66, out += 256) {
-    const float d = load_half(p + 64);
-    for (int j = 0; j < 2; ++j)
-      for (int k = 0; k < 4; ++k)
-        for (int m = 0; m < 32; ++m)
-          out[128 * j + m + 32 * k] = d * static_cast<float>((p[32 * j + m] >> (2 * k) & 3) - 1);
-  }
-}
-
-constexpr float kE2m1Twice[16] = {0, 1, 2, 3, 4, 6, 8, 12, -0.f, -1, -2, -3, -4, -6, -8, -12};
-
-// 2^(e - 128): the doubled table above makes it half the stored scale.
-[[gnu::always_inline]] inline float e8m0_half(uint8_t e) {
-  return float_from_bits(e < 2 ? 0x00200000u << e : static_cast<uint32_t>(e - 1) << 23);
-}
-
+// By table, because nibble 8 is -0.
 void decode_mxfp4(const uint8_t* p, float* out, int64_t n) {
+  constexpr float kTable[16] = {0, 1, 2, 3, 4, 6, 8, 12, -0.f, -1, -2, -3, -4, -6, -8, -12};
   for (; n > 0; n -= 32, p += 17, out += 32) {
     const float d = e8m0_half(p[0]);
     for (int j = 0; j < 16; ++j) {
-      out[j] = d * kE2m1Twice[p[1 + j] & 15];
-      out[j + 16] = d * kE2m1Twice[p[1 + j] >> 4];
+      out[j] = d * kTable[p[1 + j] & 15];
+      out[j + 16] = d * kTable[p[1 + j] >> 4];
     }
   }
 }
@@ -233,16 +128,16 @@ constexpr Decoder kDecoders[] = {
     decode_bool,
     decode_f8_e4m3,
     decode_f8_e5m2,
-    decode_q8_0,
-    decode_q4_0,
-    decode_q4_1,
-    decode_q5_0,
-    decode_q5_1,
-    decode_q4_k,
-    decode_q5_k,
+    decode_32<Q80>,
+    decode_32<Q40>,
+    decode_32<Q41>,
+    decode_32<Q50>,
+    decode_32<Q51>,
+    decode_scale_min<Q4K>,
+    decode_scale_min<Q5K>,
     decode_q6_k,
-    decode_tq1_0,
-    decode_tq2_0,
+    decode_ternary<TQ10>,
+    decode_ternary<TQ20>,
     decode_mxfp4,
 };
 
