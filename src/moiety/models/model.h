@@ -15,6 +15,8 @@ namespace moiety {
 struct LoadOptions {
   std::string dtype = "auto";  ///< auto (as stored; f32 beside block-quantized weights), f32, bf16
   torch::Device device = torch::kCPU;
+  bool trainable =
+      false;  ///< private copies of all float tensors that ask for gradients, instead of read-only mapped ones
 };
 
 /// A decoder-only language model.
@@ -36,10 +38,12 @@ class CausalModel : public torch::nn::Module {
 /// A bidirectional encoder (BERT, RoBERTa, DistilBERT, MiniLM).
 class EncoderModel : public torch::nn::Module {
  public:
-  /// ids [B, T] int64, mask [B, T] bool (undefined: all real), types [B, T] int64 (undefined: 0) -> hidden states [B, T, d] f32.
-  virtual torch::Tensor forward(const torch::Tensor& ids, const torch::Tensor& mask, const torch::Tensor& types = {}) = 0;
-  /// Sentence embeddings [B, d] with the checkpoint's own pooling and normalization (sentence-transformers' modules; mean and
-  /// L2-normalized when it has none).
+  /// ids [B, T] int64, mask [B, T] bool (undefined: all real), types [B, T] int64 (undefined: 0) -> hidden states [B,
+  /// T, d] f32.
+  virtual torch::Tensor forward(const torch::Tensor& ids, const torch::Tensor& mask,
+                                const torch::Tensor& types = {}) = 0;
+  /// Sentence embeddings [B, d] with the checkpoint's own pooling and normalization (sentence-transformers' modules;
+  /// mean and L2-normalized when it has none).
   virtual torch::Tensor embed(const torch::Tensor& ids, const torch::Tensor& mask) = 0;
   virtual int64_t max_length() const = 0;
   virtual const nlohmann::json& config() const = 0;
@@ -48,6 +52,8 @@ class EncoderModel : public torch::nn::Module {
 bool is_encoder(const nlohmann::json& config);
 /// Throws Error: unknown model_type (naming the nearest), missing or misshapen tensors (naming them).
 std::shared_ptr<CausalModel> load_causal(const Checkpoint& checkpoint, const LoadOptions& options = {});
+/// The same model with random weights drawn from torch's generator: what training from scratch starts from.
+std::shared_ptr<CausalModel> make_causal(const nlohmann::json& config, const LoadOptions& options = {});
 std::shared_ptr<EncoderModel> load_encoder(const Checkpoint& checkpoint, const LoadOptions& options = {});
 
 }  // namespace moiety

@@ -1,5 +1,6 @@
 #pragma once
-// Keys and values of past tokens, one slot per attention call of a pass (normally one per block; repeats have their own).
+// Keys and values of past tokens, one slot per attention call of a pass (normally one per block; repeats have their
+// own).
 #include <torch/types.h>
 
 #include <cstdint>
@@ -12,8 +13,8 @@ class KvCache {
  public:
   explicit KvCache(int64_t slots = 0);
 
-  /// Appends k [B, H, T, D] and v [B, H, T, Dv] to `slot`, growing it on demand; returns views of all that is held, [B, H, S, D].
-  /// Under `keep` > 0 (sliding window) a slot may drop what is older than the last `keep` tokens.
+  /// Appends k [B, H, T, D] and v [B, H, T, Dv] to `slot`, growing it on demand; returns views of all that is held, [B,
+  /// H, S, D].
   std::pair<torch::Tensor, torch::Tensor> append(int64_t slot, const torch::Tensor& k, const torch::Tensor& v);
 
   int64_t length() const { return length_; }  ///< tokens of finished passes
@@ -24,9 +25,9 @@ class KvCache {
   /// Called once by the model when a pass of `tokens` tokens is over.
   void advance(int64_t tokens, const torch::Tensor& mask, const torch::Tensor& next_position);
 
-  void crop(int64_t length);                  ///< forgets all tokens from `length` on
-  void select(const torch::Tensor& rows);     ///< keeps rows [B'] int64, in that order (beams, finished sequences)
-  KvCache fork() const;                       ///< an independent copy
+  void crop(int64_t length);               ///< forgets all tokens from `length` on
+  void select(const torch::Tensor& rows);  ///< keeps rows [B'] int64, in that order (beams, finished sequences)
+  KvCache fork() const;                    ///< an independent copy
   int64_t bytes() const;
 
  private:

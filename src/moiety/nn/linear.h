@@ -1,35 +1,39 @@
 #pragma once
-// A matrix with one interface over many stores: trainable float tensors, and mapped GGUF blocks that are never expanded as a whole.
+// A matrix with one interface over many stores: trainable float tensors, mapped float tensors, and mapped GGUF blocks
+// that are never expanded as a whole.
 #include <torch/nn/module.h>
 #include <torch/nn/pimpl.h>
 #include <torch/types.h>
 
 #include <memory>
+#include <vector>
 
 #include "moiety/io/tensor_view.h"
 
 namespace moiety {
 
-/// y = x W^T + b. W is [out, in], or one slice of a stack [E, out, in].
+/// y = x W^T + b over W [out, in]. Gradients reach x always, and W and b when they are float tensors that ask for it.
 class LinearImpl : public torch::nn::Module {
  public:
-  /// A trainable matrix; initialised like torch's Linear unless loaded over.
+  /// A float matrix [out, in], initialised U(-1/sqrt(in), 1/sqrt(in)) as torch's Linear.
   LinearImpl(int64_t in, int64_t out, bool bias = false);
-  /// A frozen block-quantized matrix over a mapped file (nothing is copied).
-  LinearImpl(const TensorView& blocks, torch::Tensor bias = {});
+  /// Over a given float tensor [out, in].
+  explicit LinearImpl(torch::Tensor weight, torch::Tensor bias = {});
+  /// A frozen block-quantized matrix over a mapped file; nothing is copied.
+  explicit LinearImpl(const TensorView& blocks, torch::Tensor bias = {});
 
-  /// x [..., in] -> [..., out], in x's dtype. Differentiable in x always, in W when it is a float tensor.
+  /// x [..., in] -> [..., out], in x's dtype.
   torch::Tensor forward(const torch::Tensor& x);
-  /// Rows `ids` of the matrix (an embedding look-up), [..., in].
+  /// Rows `ids` of the matrix (an embedding look-up): [...] int64 -> [..., in].
   torch::Tensor rows(const torch::Tensor& ids, torch::Dtype dtype);
-  /// The whole matrix in `dtype` (dequantized when it is blocks).
+  /// The whole matrix in `dtype`; decoded when it is blocks.
   torch::Tensor dense(torch::Dtype dtype) const;
 
   int64_t in() const { return in_; }
   int64_t out() const { return out_; }
   bool quantized() const { return blocks_ != nullptr; }
 
-  torch::Tensor weight;  ///< [out, in], undefined when quantized
+  torch::Tensor weight;  ///< [out, in]; undefined when quantized
   torch::Tensor bias;    ///< [out], or undefined
 
  private:
@@ -37,5 +41,32 @@ class LinearImpl : public torch::nn::Module {
   std::shared_ptr<const TensorView> blocks_;
 };
 TORCH_MODULE(Linear);
+
+/// E matrices [out, in] of one shape: one stacked trainable tensor [E, out, in], or mapped matrices that may lie
+/// anywhere.
+class LinearStackImpl : public torch::nn::Module {
+ public:
+  LinearStackImpl(int64_t count, int64_t in, int64_t out, bool bias = false);
+  /// Over a stacked float tensor [E, out, in], bias [E, out] or undefined.
+  explicit LinearStackImpl(torch::Tensor weight, torch::Tensor bias = {});
+  /// Over separate mapped matrices of one shape (each float or blocks), bias [E, out] or undefined. Not trainable.
+  explicit LinearStackImpl(std::vector<Linear> matrices, torch::Tensor bias = {});
+
+  /// x [n, in] through matrix `index` -> [n, out].
+  torch::Tensor forward(int64_t index, const torch::Tensor& x);
+  int64_t count() const { return count_; }
+  int64_t in() const { return in_; }
+  int64_t out() const { return out_; }
+  /// Matrix `index` in `dtype`.
+  torch::Tensor dense(int64_t index, torch::Dtype dtype) const;
+
+  torch::Tensor weight;  ///< [E, out, in]; undefined when the matrices are separate
+  torch::Tensor bias;    ///< [E, out], or undefined
+
+ private:
+  int64_t count_, in_, out_;
+  std::vector<Linear> matrices_;
+};
+TORCH_MODULE(LinearStack);
 
 }  // namespace moiety

@@ -1,6 +1,6 @@
 #pragma once
-// The only way in and out of a running forward pass: positions, masks, cache, what routers did (Trace), what a policy changes in
-// flight (Edits), auxiliary losses, and state that lives for one pass across depth.
+// The only way in and out of a running forward pass: positions, masks, cache, what routers did (Trace), what a policy
+// changes in flight (Edits), auxiliary losses, and state that lives for one pass across depth.
 #include <torch/types.h>
 
 #include <functional>
@@ -40,9 +40,10 @@ class Trace {
 class Edit {
  public:
   virtual ~Edit() = default;
-  virtual void logits(const Site&, const Pass&, torch::Tensor& logits) {}         ///< add to or replace; may carry gradient
-  virtual void distribution(const Site&, const Pass&, torch::Tensor& scores) {}   ///< replace the scores before the choice
-  virtual void choice(const Site&, const Pass&, Routing&) {}                      ///< replace experts, scale gates
+  virtual void logits(const Site&, const Pass&, torch::Tensor& logits) {}  ///< add to or replace; may carry gradient
+  virtual void distribution(const Site&, const Pass&, torch::Tensor& scores) {
+  }                                                           ///< replace the scores before the choice
+  virtual void choice(const Site&, const Pass&, Routing&) {}  ///< replace experts, scale gates
   /// How often block `block` runs: 1 by default, 0 skips it.
   virtual int64_t repeats(int64_t block, const Pass&) { return 1; }
 };
@@ -54,7 +55,8 @@ struct Pass {
   // In.
   torch::Tensor mask;       ///< [B, T] bool, true for real tokens; undefined: all real
   torch::Tensor positions;  ///< [B, T] int64; undefined: counted from the mask and the cache
-  torch::Tensor segments;   ///< [B, T] int64, sequence number of packed tokens: attention stays inside a sequence; undefined: one a row
+  torch::Tensor segments;   ///< [B, T] int64, sequence number of packed tokens: attention stays inside a sequence;
+                            ///< undefined: one a row
   KvCache* cache = nullptr;
   Trace* trace = nullptr;
   Edits edits;
@@ -64,7 +66,7 @@ struct Pass {
   // While it runs.
   int64_t block = 0;  ///< index of the block that is running
   int64_t round = 0;
-  int64_t slot = 0;   ///< cache slot of the attention that is running
+  int64_t slot = 0;                            ///< cache slot of the attention that is running
   std::map<std::string, torch::Tensor> state;  ///< named state of this pass, across depth
 
   // Out.

@@ -8,7 +8,8 @@
 
 namespace moiety {
 
-/// Where a decision was taken. Keyed by place and not by module: one module may run at many depths, or several rounds in one.
+/// Where a decision was taken. Keyed by place and not by module: one module may run at many depths, or several rounds
+/// in one.
 struct Site {
   int64_t block = 0;
   int64_t round = 0;

@@ -1,0 +1,483 @@
+#include "moiety/models/decoder.h"
+
+#include <torch/torch.h>
+
+#include <regex>
+
+#include "moiety/base/error.h"
+#include "moiety/models/weights_source.h"
+#include "moiety/moe/mixture.h"
+#include "moiety/nn/weights.h"
+
+namespace moiety {
+namespace {
+
+using std::string;
+
+std::shared_ptr<Norm> make_norm(WeightsSource& w, const string& name, std::vector<int64_t> shape, NormKind kind,
+                                double eps) {
+  switch (kind) {
+    case NormKind::rms:
+      return std::make_shared<RmsNorm>(w.tensor(name + ".weight", shape, 1.0), eps);
+    case NormKind::rms_offset:
+      return std::make_shared<RmsNorm>(w.tensor(name + ".weight", shape, 0.0), eps, 1.0);
+    case NormKind::layer_plain:
+      return std::make_shared<LayerNorm>(torch::Tensor(), torch::Tensor(), eps);
+    default:
+      break;
+  }
+  auto weight = w.tensor(name + ".weight", shape, 1.0);
+  torch::Tensor bias;
+  if (w.has(name + ".bias", kind == NormKind::layer)) bias = w.tensor(name + ".bias", shape, 0.0);
+  return std::make_shared<LayerNorm>(weight, bias, eps);
+}
+
+// A norm over each head: its own kind of weights in every family.
+std::shared_ptr<Norm> make_head_norm(WeightsSource& w, const string& at, const DecoderConfig& c, const char* which,
+                                     int64_t heads) {
+  const string q = which;
+  if (c.qk_norm_per_head_layer) {
+    if (w.random() || w.has(at + q + "_norm.weight", false))
+      return make_norm(w, at + q + "_norm", {heads, c.head_dim}, NormKind::layer_without_bias, c.norm_eps);
+    // StableLM keeps one norm a head.
+    std::vector<torch::Tensor> rows;
+    for (int64_t h = 0; h < heads; ++h)
+      rows.push_back(w.tensor(at + q + "_layernorm.norms." + std::to_string(h) + ".weight", {c.head_dim}, 1.0));
+    return std::make_shared<LayerNorm>(torch::stack(rows), torch::Tensor(), c.norm_eps);
+  }
+  const string name = w.pick({at + q + "_norm.weight", at + (q == "q" ? "query" : "key") + "_layernorm.weight"});
+  const NormKind kind = c.norm == NormKind::rms_offset ? NormKind::rms_offset : NormKind::rms;
+  return make_norm(w, name.substr(0, name.size() - 7), {c.qk_norm_all_heads ? heads * c.head_dim : c.head_dim}, kind,
+                   c.norm_eps);
+}
+
+std::shared_ptr<AttentionBase> make_attention(WeightsSource& w, const string& layer, const DecoderConfig& c,
+                                              const LayerConfig& l,
+                                              const std::vector<std::shared_ptr<const Rope>>& ropes) {
+  const string at = layer + "self_attn.";
+  if (c.latent) {
+    const auto& m = c.mla;
+    LatentAttentionParts p;
+    if (m.q_rank > 0) {
+      p.q_a = w.linear(at + "q_a_proj", c.hidden, m.q_rank, c.o_bias);
+      p.q_a_norm = make_norm(w, at + "q_a_layernorm", {m.q_rank}, NormKind::rms, 1e-6);
+      p.q_b = w.linear(at + "q_b_proj", m.q_rank, c.heads * c.head_dim, false);
+    } else {
+      p.q = w.linear(at + "q_proj", c.hidden, c.heads * c.head_dim, false);
+    }
+    p.kv_a = w.linear(at + "kv_a_proj_with_mqa", c.hidden, m.rank + m.rope, c.o_bias);
+    p.kv_a_norm = make_norm(w, at + "kv_a_layernorm", {m.rank}, NormKind::rms, 1e-6);
+    p.kv_b = w.linear(at + "kv_b_proj", m.rank, c.heads * (m.nope + m.v), false);
+    p.o = w.linear(at + "o_proj", c.heads * m.v, c.hidden, c.o_bias);
+    p.rope = ropes[0];
+    p.heads = c.heads;
+    p.nope_dim = m.nope;
+    p.rope_dim = m.rope;
+    p.v_dim = m.v;
+    p.rank = m.rank;
+    p.scale = c.attention_scale;
+    return std::make_shared<LatentAttention>(std::move(p));
+  }
+  AttentionParts p;
+  const int64_t q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
+  if (!w.random() && w.has(at + "qkv_proj.weight", false)) {
+    p.q = w.rows(at + "qkv_proj", c.hidden, q + 2 * kv, 0, q, c.qkv_bias);
+    p.k = w.rows(at + "qkv_proj", c.hidden, q + 2 * kv, q, kv, c.qkv_bias);
+    p.v = w.rows(at + "qkv_proj", c.hidden, q + 2 * kv, q + kv, kv, c.qkv_bias);
+  } else {
+    p.q = w.linear(at + "q_proj", c.hidden, q, c.qkv_bias);
+    p.k = w.linear(at + "k_proj", c.hidden, kv, c.qkv_bias);
+    p.v = w.linear(at + "v_proj", c.hidden, kv, c.qkv_bias);
+  }
+  const string o = w.pick({at + "o_proj.weight", at + "dense.weight"});
+  p.o = w.linear(o.substr(0, o.size() - 7), q, c.hidden, c.o_bias);
+  if (c.qk_norm) {
+    p.q_norm = make_head_norm(w, at, c, "q", c.heads);
+    p.k_norm = make_head_norm(w, at, c, "k", c.kv_heads);
+    p.norm_all_heads = c.qk_norm_all_heads;
+    p.norm_after_rope = c.qk_norm_after_rope;
+  }
+  if (l.rope >= 0) p.rope = ropes.at(l.rope);
+  p.head_dim = c.head_dim;
+  p.clip = c.clip_qkv;
+  p.options = {.scale = c.attention_scale, .window = l.window, .softcap = c.attention_softcap, .sinks = {}};
+  if (c.sinks) p.options.sinks = w.tensor(at + "sinks", {c.heads}, 0.0);
+  return std::make_shared<Attention>(std::move(p));
+}
+
+std::shared_ptr<FeedForward> make_feed_forward(WeightsSource& w, const string& at, const DecoderConfig& c,
+                                               int64_t width) {
+  const Activation act = activation(c.act);
+  for (const char* fused : {"gate_up_proj", "input_linear"})
+    if (!w.random() && w.has(at + fused + ".weight", false)) {
+      auto gate = w.rows(at + fused, c.hidden, 2 * width, 0, width, c.mlp_bias),
+           up = w.rows(at + fused, c.hidden, 2 * width, width, width, c.mlp_bias);
+      const string down = w.pick({at + "down_proj.weight", at + "output_linear.weight"});
+      return std::make_shared<FeedForward>(gate, up,
+                                           w.linear(down.substr(0, down.size() - 7), width, c.hidden, c.mlp_bias), act);
+    }
+  Linear gate{nullptr};
+  if (c.gated) gate = w.linear(at + "gate_proj", c.hidden, width, c.mlp_bias);
+  const string up = w.pick({at + "up_proj.weight", at + "c_fc.weight", at + "fc1.weight"});
+  const string down = w.pick({at + "down_proj.weight", at + "c_proj.weight", at + "fc2.weight"});
+  auto u = w.linear(up.substr(0, up.size() - 7), c.hidden, width, c.mlp_bias);
+  return std::make_shared<FeedForward>(gate, u, w.linear(down.substr(0, down.size() - 7), width, c.hidden, c.mlp_bias),
+                                       act);
+}
+
+// E matrices [out, in] that lie in one stored stack, rows [begin, begin + out) of each element.
+LinearStack stack_of(WeightsSource& w, const TensorView& stack, int64_t begin, int64_t out, torch::Tensor bias) {
+  const int64_t experts = stack.shape[0];
+  if (!is_block(stack.format)) return LinearStack(w.floats(stack).narrow(1, begin, out), bias);
+  std::vector<Linear> list;
+  for (int64_t e = 0; e < experts; ++e)
+    list.push_back(w.matrix(slice_rows(select_first(stack, e), begin, begin + out)));
+  return LinearStack(std::move(list), bias);
+}
+
+struct ExpertStacks {
+  LinearStack gate{nullptr}, up{nullptr}, down{nullptr};
+};
+
+// gpt-oss in MXFP4: NAME_blocks [E, rows, in/32, 16] with neighbouring nibbles, NAME_scales [E, rows, in/32]. Returns
+// GGUF-style blocks of rows `first`, `first + step`, ... of every expert (gate and up rows alternate).
+LinearStack mxfp4_stack(WeightsSource& w, const string& name, int64_t experts, int64_t rows, int64_t in, int64_t first,
+                        int64_t step, torch::Tensor bias) {
+  check(in % 32 == 0, "tensor '{}_blocks': {} inputs are not a multiple of 32", name, in);
+  const auto blocks = w.view(name + "_blocks", {experts, rows, in / 32, 16}),
+             scales = w.view(name + "_scales", {experts, rows, in / 32});
+  const int64_t out = rows / step, per_row = in / 32;
+  std::vector<Linear> list;
+  for (int64_t e = 0; e < experts; ++e) {
+    auto bytes = std::make_shared<std::vector<std::byte>>(out * per_row * 17);
+    for (int64_t r = 0; r < out; ++r)
+      for (int64_t b = 0; b < per_row; ++b) {
+        const int64_t at = (e * rows + first + r * step) * per_row + b;
+        std::byte* to = bytes->data() + (r * per_row + b) * 17;
+        const std::byte* from = blocks.data.data() + at * 16;
+        to[0] = scales.data[at];
+        const auto nibble = [&](int i) { return i % 2 == 0 ? from[i / 2] & std::byte{15} : from[i / 2] >> 4; };
+        for (int j = 0; j < 16; ++j) to[1 + j] = nibble(j) | nibble(j + 16) << 4;
+      }
+    TensorView v;
+    v.name = name;
+    v.format = Format::MXFP4;
+    v.shape = {out, in};
+    v.data = *bytes;
+    v.owner = bytes;
+    list.push_back(w.matrix(v));
+  }
+  return LinearStack(std::move(list), bias);
+}
+
+ExpertStacks gpt_oss_experts(WeightsSource& w, const string& at, int64_t experts, int64_t hidden, int64_t width) {
+  const auto bias = w.tensor(at + "gate_up_proj_bias", {experts, 2 * width}, 0.0).view({experts, width, 2});
+  const auto gate_bias = bias.select(2, 0).contiguous(), up_bias = bias.select(2, 1).contiguous();
+  const auto down_bias = w.tensor(at + "down_proj_bias", {experts, hidden}, 0.0);
+  ExpertStacks s;
+  if (w.has(at + "gate_up_proj_blocks", false)) {
+    s.gate = mxfp4_stack(w, at + "gate_up_proj", experts, 2 * width, hidden, 0, 2, gate_bias);
+    s.up = mxfp4_stack(w, at + "gate_up_proj", experts, 2 * width, hidden, 1, 2, up_bias);
+    s.down = mxfp4_stack(w, at + "down_proj", experts, hidden, width, 0, 1, down_bias);
+    return s;
+  }
+  // Stored as x W: [E, d, 2f] with gate and up columns alternating, and [E, f, d].
+  const auto gate_up =
+      w.floats(w.view(at + "gate_up_proj", {experts, hidden, 2 * width})).view({experts, hidden, width, 2});
+  s.gate = LinearStack(gate_up.select(3, 0).transpose(1, 2).contiguous(), gate_bias);
+  s.up = LinearStack(gate_up.select(3, 1).transpose(1, 2).contiguous(), up_bias);
+  s.down =
+      LinearStack(w.floats(w.view(at + "down_proj", {experts, width, hidden})).transpose(1, 2).contiguous(), down_bias);
+  return s;
+}
+
+ExpertStacks make_experts(WeightsSource& w, const string& mlp, const DecoderConfig& c) {
+  const int64_t experts = c.moe.experts, hidden = c.hidden, width = c.moe.width;
+  const string at = mlp + "experts.";
+  ExpertStacks s;
+  if (w.random()) {
+    torch::Tensor gb, ub, db;
+    if (c.moe.clamped) {
+      gb = w.tensor("", {experts, width}, 0.0);
+      ub = w.tensor("", {experts, width}, 0.0);
+      db = w.tensor("", {experts, hidden}, 0.0);
+    }
+    s.gate = LinearStack(w.random_matrix({experts, width, hidden}), gb);
+    s.up = LinearStack(w.random_matrix({experts, width, hidden}), ub);
+    s.down = LinearStack(w.random_matrix({experts, hidden, width}), db);
+    return s;
+  }
+  // Separate gate, up and down stacks (GGUF).
+  if (w.has(at + "gate_proj", false)) {
+    const auto bias = [&](const char* name, int64_t out) {
+      return w.has(at + name, false) ? w.tensor(at + name, {experts, out}, 0.0) : torch::Tensor();
+    };
+    s.gate = stack_of(w, w.view(at + "gate_proj", {experts, width, hidden}), 0, width, bias("gate_proj_bias", width));
+    s.up = stack_of(w, w.view(at + "up_proj", {experts, width, hidden}), 0, width, bias("up_proj_bias", width));
+    s.down = stack_of(w, w.view(at + "down_proj", {experts, hidden, width}), 0, hidden, bias("down_proj_bias", hidden));
+    return s;
+  }
+  if (c.moe.clamped) return gpt_oss_experts(w, at, experts, hidden, width);
+  // Gate and up fused in one stack (current transformers; GraniteMoE always).
+  for (const auto& [fused, down] : {std::pair{at + "gate_up_proj", at + "down_proj"},
+                                    std::pair{mlp + "input_linear.weight", mlp + "output_linear.weight"}})
+    if (w.has(fused, false)) {
+      const auto view = w.view(fused, {experts, 2 * width, hidden});
+      s.gate = stack_of(w, view, 0, width, {});
+      s.up = stack_of(w, view, width, width, {});
+      s.down = stack_of(w, w.view(down, {experts, hidden, width}), 0, hidden, {});
+      return s;
+    }
+  // One tensor an expert and projection.
+  const auto separate = [&](const std::vector<string>& names, int64_t out, int64_t in) {
+    std::vector<Linear> list;
+    for (int64_t e = 0; e < experts; ++e) {
+      std::vector<string> candidates;
+      for (const string& name : names) candidates.push_back(at + std::to_string(e) + "." + name + ".weight");
+      list.push_back(w.matrix(w.view(w.pick(candidates), {out, in})));
+    }
+    if (!w.trainable() || list[0]->quantized()) return LinearStack(std::move(list));
+    std::vector<torch::Tensor> weights;
+    for (const Linear& l : list) weights.push_back(l->weight.detach());
+    return LinearStack(torch::stack(weights).requires_grad_(true));
+  };
+  s.gate = separate({"gate_proj", "w1"}, width, hidden);
+  s.up = separate({"up_proj", "w3"}, width, hidden);
+  s.down = separate({"down_proj", "w2"}, hidden, width);
+  return s;
+}
+
+std::shared_ptr<FeedForwardBase> make_mixture(WeightsSource& w, const string& layer, const DecoderConfig& c) {
+  const auto& m = c.moe;
+  const string router =
+      w.pick({layer + "mlp.gate.weight", layer + "block_sparse_moe.gate.weight", layer + "mlp.router.weight",
+              layer + "block_sparse_moe.router.layer.weight", layer + "block_sparse_moe.router.weight"});
+  const string mlp = layer + (router.find("block_sparse_moe") != string::npos ? "block_sparse_moe." : "mlp.");
+  const string router_name = router.substr(0, router.size() - 7);
+  const bool trainable = w.trainable();
+  // The router computes in f32 whatever the weights are.
+  Linear projection{nullptr};
+  if (w.random()) {
+    Linear fresh(c.hidden, m.experts, m.router_bias);
+    fresh->weight.set_requires_grad(trainable);
+    projection = fresh;
+  } else {
+    projection = w.linear(router_name, c.hidden, m.experts, m.router_bias);
+  }
+  std::shared_ptr<Router> r;
+  if (m.sparse_mixer) {
+    r = std::make_shared<SparseMixerRouter>(projection, m.router.top_k, m.sparse_mixer_jitter);
+  } else {
+    torch::Tensor bias;
+    if (m.choice_bias)
+      bias = w.random() ? torch::zeros({m.experts})
+                        : dequantize(w.view(w.pick({mlp + "gate.e_score_correction_bias"}), {m.experts}));
+    r = std::make_shared<TopKRouter>(projection, m.router, bias);
+  }
+  const ExpertStacks s = make_experts(w, mlp, c);
+  std::shared_ptr<Experts> experts;
+  if (m.clamped)
+    experts = std::make_shared<ClampedExperts>(s.gate, s.up, s.down, m.clamp_alpha, m.clamp_limit);
+  else
+    experts = std::make_shared<GatedExperts>(s.gate, s.up, s.down, activation(c.act));
+  std::shared_ptr<FeedForward> shared;
+  Linear shared_gate{nullptr};
+  if (m.shared_width > 0) {
+    string at = mlp + "shared_experts.";
+    for (const string& candidate : {mlp + "shared_experts.", mlp + "shared_expert.", layer + "shared_mlp."})
+      if (w.has(candidate + "down_proj.weight", false) || w.has(candidate + "output_linear.weight", false))
+        at = candidate;
+    DecoderConfig plain = c;
+    plain.gated = true;
+    shared = make_feed_forward(w, at, plain, m.shared_width);
+    if (m.shared_gate) shared_gate = w.linear(mlp + "shared_expert_gate", c.hidden, 1, false);
+  }
+  return std::make_shared<Mixture>(r, experts, shared, shared_gate);
+}
+
+std::shared_ptr<Block> make_block(WeightsSource& w, const string& layer, const DecoderConfig& c, const LayerConfig& l,
+                                  const std::vector<std::shared_ptr<const Rope>>& ropes) {
+  const auto norm = [&](const char* name) { return make_norm(w, layer + name, {c.hidden}, c.norm, c.norm_eps); };
+  std::shared_ptr<Norm> before_attention, after_attention, before_ffn, after_ffn;
+  switch (c.placement) {
+    case Placement::pre:
+      before_attention = norm("input_layernorm");
+      before_ffn = norm("post_attention_layernorm");
+      break;
+    case Placement::post:
+      after_attention = norm("post_attention_layernorm");
+      after_ffn = norm("post_feedforward_layernorm");
+      break;
+    case Placement::parallel:
+      before_attention = norm("input_layernorm");
+      break;
+    case Placement::sandwich:
+      before_attention = norm("input_layernorm");
+      if (w.has(layer + "post_self_attn_layernorm.weight", false)) {  // GLM-4 names
+        after_attention = norm("post_self_attn_layernorm");
+        before_ffn = norm("post_attention_layernorm");
+        after_ffn = norm("post_mlp_layernorm");
+      } else {
+        after_attention = norm("post_attention_layernorm");
+        before_ffn = norm("pre_feedforward_layernorm");
+        after_ffn = norm("post_feedforward_layernorm");
+      }
+      break;
+  }
+  auto attention = make_attention(w, layer, c, l, ropes);
+  std::shared_ptr<FeedForwardBase> ffn;
+  if (l.mixture)
+    ffn = make_mixture(w, layer, c);
+  else
+    ffn = make_feed_forward(w, layer + "mlp.", c, c.intermediate);
+  return std::make_shared<Block>(c.placement, c.residual_scale, attention, ffn, before_attention, after_attention,
+                                 before_ffn, after_ffn);
+}
+
+std::shared_ptr<CausalModel> assemble(WeightsSource& w, const nlohmann::json& json, const DecoderConfig& c) {
+  std::vector<std::shared_ptr<const Rope>> ropes;
+  for (const RopeConfig& r : c.ropes) ropes.push_back(std::make_shared<const Rope>(r));
+  const auto embed = w.linear("embed_tokens", c.hidden, c.vocab, false);
+  std::vector<std::shared_ptr<Block>> blocks;
+  for (size_t i = 0; i < c.layers.size(); ++i)
+    blocks.push_back(make_block(w, "layers." + std::to_string(i) + ".", c, c.layers[i], ropes));
+  const string final_norm =
+      c.norm == NormKind::layer_plain ? "norm" : w.pick({"norm.weight", "final_layernorm.weight"});
+  const auto norm = make_norm(w, final_norm.substr(0, final_norm.find('.')), {c.hidden}, c.norm, c.norm_eps);
+  Linear head = embed;
+  if (!c.tied) head = w.linear("lm_head", c.hidden, c.vocab, c.head_bias);
+  const auto layers = static_cast<int64_t>(c.layers.size());
+  w.check_all_used([&](const string& name) {
+    static const std::regex beside(
+        "(^|.*\\.)(rotary_emb\\.inv_freq|masked_bias|vision_tower\\..*|visual\\..*|vision_model\\..*|multi_modal_"
+        "projector\\..*|audio_tower\\..*)$"
+        "|^moiety\\.rope_freqs$");
+    static const std::regex layer(".*layers\\.([0-9]{1,9})\\..*");
+    std::smatch found;
+    if (std::regex_match(name, beside)) return true;
+    if (c.tied && name.find("lm_head.weight") != string::npos) return true;
+    // Blocks behind the last are extra heads that predict several tokens (DeepSeek-V3).
+    return std::regex_match(name, found, layer) && std::stoll(found[1]) >= layers;
+  });
+  return std::make_shared<Decoder>(json, c, embed, std::move(blocks), norm, head, w.dtype());
+}
+
+}  // namespace
+
+Block::Block(Placement placement, double residual_scale, std::shared_ptr<AttentionBase> a,
+             std::shared_ptr<FeedForwardBase> f, std::shared_ptr<Norm> ba, std::shared_ptr<Norm> aa,
+             std::shared_ptr<Norm> bf, std::shared_ptr<Norm> af)
+    : placement_(placement), residual_scale_(residual_scale) {
+  attention = register_module("self_attn", std::move(a));
+  ffn = register_module("mlp", std::move(f));
+  if (ba) before_attention = register_module("input_layernorm", std::move(ba));
+  // Hugging Face calls the norm before the feed-forward layer "post_attention" where there is none after attention.
+  if (aa) after_attention = register_module("post_attention_layernorm", std::move(aa));
+  if (bf)
+    before_ffn =
+        register_module(after_attention ? "pre_feedforward_layernorm" : "post_attention_layernorm", std::move(bf));
+  if (af) after_ffn = register_module("post_feedforward_layernorm", std::move(af));
+}
+
+torch::Tensor Block::forward(const torch::Tensor& x, const AttentionContext& context, Pass& pass) {
+  const auto scaled = [&](const torch::Tensor& t) { return residual_scale_ == 1.0 ? t : t * residual_scale_; };
+  const auto normed = before_attention ? before_attention->forward(x) : x;
+  auto a = attention->forward(normed, context, pass);
+  if (placement_ == Placement::parallel) return x + scaled(a) + scaled(ffn->forward(normed, pass));
+  if (after_attention) a = after_attention->forward(a);
+  const auto h = x + scaled(a);
+  auto f = ffn->forward(before_ffn ? before_ffn->forward(h) : h, pass);
+  if (after_ffn) f = after_ffn->forward(f);
+  return h + scaled(f);
+}
+
+Decoder::Decoder(nlohmann::json config, DecoderConfig p, Linear e, std::vector<std::shared_ptr<Block>> blocks,
+                 std::shared_ptr<Norm> n, Linear h, torch::Dtype dtype)
+    : parsed(std::move(p)), layers(std::move(blocks)), json_(std::move(config)), dtype_(dtype) {
+  embed = register_module("embed_tokens", std::move(e));
+  for (size_t i = 0; i < layers.size(); ++i) register_module("layer" + std::to_string(i), layers[i]);
+  norm = register_module("norm", std::move(n));
+  head = h.get() == embed.get() ? embed : register_module("lm_head", std::move(h));
+}
+
+int64_t Decoder::experts(int64_t block) const {
+  check(block >= 0 && block < blocks(), "block {} does not exist: the model has {}", block, blocks());
+  return parsed.layers[block].mixture ? parsed.moe.experts : 0;
+}
+
+torch::Tensor Decoder::hidden(const torch::Tensor& ids, Pass& pass) {
+  check(ids.dim() == 2 && ids.scalar_type() == torch::kInt64, "token ids must be int64 [batch, time]");
+  const int64_t batch = ids.size(0), tokens = ids.size(1), past = pass.cache ? pass.cache->length() : 0;
+  check(tokens > 0 && batch > 0, "a pass needs at least one token");
+  if (ids.device().is_cpu()) {
+    const auto [low, high] = at::aminmax(ids);
+    check(low.item<int64_t>() >= 0 && high.item<int64_t>() < parsed.vocab,
+          "token ids must lie between 0 and {}; found {} to {}", parsed.vocab - 1, low.item<int64_t>(),
+          high.item<int64_t>());
+  }
+  const auto whole = ids.options().dtype(torch::kInt64);
+  const auto past_mask = pass.cache ? pass.cache->mask() : torch::Tensor();
+  torch::Tensor padding;
+  if (pass.mask.defined() || past_mask.defined()) {
+    const auto truth = ids.options().dtype(torch::kBool);
+    padding = torch::cat({past_mask.defined() ? past_mask : torch::ones({batch, past}, truth),
+                          pass.mask.defined() ? pass.mask.to(torch::kBool) : torch::ones({batch, tokens}, truth)},
+                         1);
+  }
+  torch::Tensor positions = pass.positions;
+  if (!positions.defined() && pass.segments.defined()) {
+    // Every sequence of a packed row counts from 0.
+    const auto index = torch::arange(tokens, whole).expand({batch, tokens});
+    auto starts = torch::ones_like(ids, torch::kBool);
+    if (tokens > 1) starts.slice(1, 1).copy_(pass.segments.slice(1, 1) != pass.segments.slice(1, 0, tokens - 1));
+    positions = index - std::get<0>(torch::where(starts, index, torch::zeros_like(index)).cummax(1));
+  } else if (!positions.defined() && pass.mask.defined()) {
+    positions = (pass.mask.to(torch::kInt64).cumsum(1) - 1).clamp_min(0);
+    if (pass.cache && pass.cache->next_position().defined())
+      positions = positions + pass.cache->next_position().unsqueeze(1);
+  } else if (!positions.defined()) {
+    positions = torch::arange(tokens, whole).unsqueeze(0).expand({batch, tokens});
+    positions = pass.cache && pass.cache->next_position().defined()
+                    ? positions + pass.cache->next_position().unsqueeze(1)
+                    : positions + past;
+  }
+  const AttentionContext context(positions, past, padding, pass.segments);
+  auto x = embed->rows(ids, dtype_);
+  if (parsed.embedding_scale != 1.0) x = x * torch::scalar_tensor(parsed.embedding_scale, x.options());
+  for (int64_t i = 0; i < blocks(); ++i) {
+    pass.block = i;
+    int64_t repeats = 1;
+    for (const auto& edit : pass.edits) repeats *= edit->repeats(i, pass);
+    for (int64_t r = 0; r < repeats; ++r) {
+      pass.round = r;
+      pass.slot = r * blocks() + i;
+      x = layers[i]->forward(x, context, pass);
+    }
+  }
+  pass.round = 0;
+  if (pass.cache) pass.cache->advance(tokens, padding, std::get<0>(positions.max(1)) + 1);
+  return norm->forward(x);
+}
+
+torch::Tensor Decoder::forward(const torch::Tensor& ids, Pass& pass) {
+  auto x = hidden(ids, pass);
+  if (pass.last_logits_only) x = x.narrow(1, x.size(1) - 1, 1);
+  auto logits = head(x).to(torch::kFloat32);
+  if (parsed.logits_scale != 1.0) logits = logits * parsed.logits_scale;
+  if (parsed.logits_softcap != 0.0) logits = torch::tanh(logits / parsed.logits_softcap) * parsed.logits_softcap;
+  return logits;
+}
+
+std::shared_ptr<CausalModel> load_causal(const Checkpoint& checkpoint, const LoadOptions& options) {
+  const DecoderConfig config = parse_decoder_config(checkpoint.config());
+  WeightsSource source(checkpoint, options);
+  return assemble(source, checkpoint.config(), config);
+}
+
+std::shared_ptr<CausalModel> make_causal(const nlohmann::json& config, const LoadOptions& options) {
+  const DecoderConfig parsed = parse_decoder_config(config);
+  WeightsSource source(parsed.init_std, options);
+  return assemble(source, config, parsed);
+}
+
+}  // namespace moiety

@@ -1,0 +1,690 @@
+#include "moiety/models/decoder_config.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <map>
+
+#include "moiety/base/error.h"
+#include "moiety/base/text.h"
+
+namespace moiety {
+namespace {
+
+using Json = nlohmann::json;
+
+// config.json with typed access and errors that name the key. null counts as absent.
+class Keys {
+ public:
+  explicit Keys(const Json& json) : json_(json) {}
+  bool has(const char* key) const {
+    const auto it = json_.find(key);
+    return it != json_.end() && !it->is_null();
+  }
+  int64_t integer(const char* key, int64_t fallback) const { return has(key) ? whole(key) : fallback; }
+  int64_t integer(const char* key) const {
+    check(has(key), "config.json: '{}' is missing", key);
+    return whole(key);
+  }
+  double number(const char* key, double fallback) const {
+    if (!has(key)) return fallback;
+    check(json_[key].is_number(), "config.json: '{}' is {}, not a number", key, json_[key].dump());
+    return json_[key].get<double>();
+  }
+  bool flag(const char* key, bool fallback) const {
+    if (!has(key)) return fallback;
+    check(json_[key].is_boolean(), "config.json: '{}' is {}, not true or false", key, json_[key].dump());
+    return json_[key].get<bool>();
+  }
+  std::string string(const char* key, const std::string& fallback) const {
+    if (!has(key)) return fallback;
+    check(json_[key].is_string(), "config.json: '{}' is {}, not a string", key, json_[key].dump());
+    return json_[key].get<std::string>();
+  }
+  const Json& at(const char* key) const { return json_.at(key); }
+  /// A number in an inclusive range.
+  int64_t size(const char* key, int64_t fallback, int64_t low, int64_t high) const {
+    const int64_t value = integer(key, fallback);
+    check(value >= low && value <= high, "config.json: '{}' is {}, allowed is {} to {}", key, value, low, high);
+    return value;
+  }
+
+ private:
+  int64_t whole(const char* key) const {
+    check(json_[key].is_number_integer(), "config.json: '{}' is {}, not a whole number", key, json_[key].dump());
+    return json_[key].get<int64_t>();
+  }
+  const Json& json_;
+};
+
+constexpr int64_t kMany = int64_t{1} << 40;
+
+RopeConfig rope_of(const Keys& keys, const DecoderConfig& c, const Json& parameters, double theta, double partial) {
+  RopeConfig r;
+  r.head_dim = c.latent ? c.mla.rope : c.head_dim;
+  r.max_positions = c.context;
+  r.theta = theta;
+  r.partial = partial;
+  if (parameters.is_object()) {
+    r.parameters = parameters;
+    const Keys p(r.parameters);
+    r.type = p.string("rope_type", p.string("type", "default"));
+    r.theta = p.number("rope_theta", theta);
+    r.partial = p.number("partial_rotary_factor", partial);
+    if (!p.has("original_max_position_embeddings") && keys.has("original_max_position_embeddings"))
+      r.parameters["original_max_position_embeddings"] = keys.at("original_max_position_embeddings");
+    check(r.theta > 0.0 && std::isfinite(r.theta), "config.json: rope_theta must be positive, not {}", r.theta);
+  }
+  if (keys.has("moiety_rope_divisors"))
+    for (const Json& x : keys.at("moiety_rope_divisors")) r.frequency_divisors.push_back(x.get<float>());
+  return r;
+}
+
+// One rope, or one for full and one for sliding layers (index 1) where the family has two.
+void set_ropes(const Keys& keys, DecoderConfig& c, double theta, double partial, bool interleaved, bool two = false,
+               double local_theta = 10000.0) {
+  partial = keys.number("partial_rotary_factor", partial);
+  theta = keys.number("rope_theta", theta);
+  const Json none;
+  const Json* full = &none;
+  const Json* sliding = &none;
+  bool nested = false;
+  if (keys.has("rope_parameters")) {
+    const Json& p = keys.at("rope_parameters");
+    nested = p.is_object() && (p.contains("full_attention") || p.contains("sliding_attention"));
+    full = nested ? (p.contains("full_attention") ? &p.at("full_attention") : &none) : &p;
+    if (nested && p.contains("sliding_attention")) sliding = &p.at("sliding_attention");
+  } else if (keys.has("rope_scaling")) {
+    full = &keys.at("rope_scaling");
+  }
+  c.ropes.push_back(rope_of(keys, c, *full, theta, partial));
+  if (two || nested)
+    c.ropes.push_back(rope_of(keys, c, *sliding, keys.number("rope_local_base_freq", local_theta), partial));
+  for (RopeConfig& r : c.ropes) r.interleaved = interleaved || keys.flag("moiety_rope_interleaved", false);
+}
+
+// Window and rope of every layer from layer_types, or from the family's own rule.
+void set_layers(const Keys& keys, DecoderConfig& c, int64_t count, const std::function<bool(int64_t)>& sliding_rule,
+                int64_t default_window = 0) {
+  const int64_t window = keys.integer("sliding_window", default_window);
+  check(window >= 0, "config.json: 'sliding_window' is {}, it must not be negative", window);
+  const bool listed = keys.has("layer_types");
+  if (listed)
+    check(keys.at("layer_types").is_array() && static_cast<int64_t>(keys.at("layer_types").size()) >= count,
+          "config.json: 'layer_types' must name all {} layers", count);
+  for (int64_t i = 0; i < count; ++i) {
+    LayerConfig layer;
+    bool sliding = false;
+    if (listed) {
+      const Json& type = keys.at("layer_types")[i];
+      check(type == "full_attention" || type == "sliding_attention" || type == "chunked_attention",
+            "config.json: layer {} is of type {}; full_attention and sliding_attention are supported", i, type.dump());
+      sliding = type == "sliding_attention";
+    } else {
+      sliding = sliding_rule(i);
+    }
+    if (sliding) layer.window = window;
+    layer.rope = sliding && c.ropes.size() > 1 ? 1 : 0;
+    c.layers.push_back(layer);
+  }
+}
+
+const auto kNever = [](int64_t) { return false; };
+const auto kAlways = [](int64_t) { return true; };
+
+struct Context {
+  const Keys& keys;
+  DecoderConfig& c;
+  int64_t layers;
+};
+using Family = std::function<void(Context&)>;
+
+void all_mixture(DecoderConfig& c) {
+  for (LayerConfig& layer : c.layers) layer.mixture = true;
+}
+
+void llama(Context& x) {
+  x.c.qkv_bias = x.c.o_bias = x.keys.flag("attention_bias", x.keys.flag("use_bias", false));
+  x.c.mlp_bias = x.keys.flag("mlp_bias", x.keys.flag("use_bias", false));
+  set_ropes(x.keys, x.c, 10000.0, 1.0, false);
+  set_layers(x.keys, x.c, x.layers, kNever);
+}
+
+void mistral(Context& x) {
+  set_ropes(x.keys, x.c, 10000.0, 1.0, false);
+  set_layers(x.keys, x.c, x.layers, kAlways);
+}
+
+void qwen2(Context& x) {
+  x.c.qkv_bias = true;
+  set_ropes(x.keys, x.c, 10000.0, 1.0, false);
+  const bool use = x.keys.flag("use_sliding_window", false);
+  const int64_t from = x.keys.integer("max_window_layers", 28);
+  set_layers(x.keys, x.c, x.layers, [=](int64_t i) { return use && i >= from; });
+}
+
+void qwen3(Context& x) {
+  qwen2(x);
+  x.c.qkv_bias = x.c.o_bias = x.keys.flag("attention_bias", false);
+  x.c.qk_norm = true;
+}
+
+void qwen_mixture(Context& x) {
+  auto& m = x.c.moe;
+  m.experts = x.keys.integer("num_experts", x.keys.integer("num_local_experts", 0));
+  m.width = x.keys.integer("moe_intermediate_size", 0);
+  m.router.top_k = x.keys.integer("num_experts_per_tok", 4);
+  m.router.normalize = x.keys.flag("norm_topk_prob", false);
+  const int64_t step = x.keys.size("decoder_sparse_step", 1, 1, kMany);
+  for (int64_t i = 0; i < x.layers; ++i) x.c.layers[i].mixture = m.experts > 0 && (i + 1) % step == 0;
+  if (x.keys.has("mlp_only_layers"))
+    for (const Json& i : x.keys.at("mlp_only_layers"))
+      if (i.is_number_integer() && i >= 0 && i < x.layers) x.c.layers[i.get<int64_t>()].mixture = false;
+}
+
+void qwen2_moe(Context& x) {
+  x.c.qkv_bias = x.keys.flag("qkv_bias", true);
+  set_ropes(x.keys, x.c, 10000.0, 1.0, false);
+  const bool use = x.keys.flag("use_sliding_window", false);
+  const int64_t below = x.keys.integer("max_window_layers", 28);
+  set_layers(x.keys, x.c, x.layers, [=](int64_t i) { return use && i % 2 == 0 && i < below; });
+  qwen_mixture(x);
+  x.c.moe.shared_width = x.keys.integer("shared_expert_intermediate_size", 0);
+  x.c.moe.shared_gate = x.c.moe.shared_width > 0;
+}
+
+void qwen3_moe(Context& x) {
+  x.c.qkv_bias = x.c.o_bias = x.keys.flag("attention_bias", false);
+  x.c.qk_norm = true;
+  set_ropes(x.keys, x.c, 10000.0, 1.0, false);
+  const bool use = x.keys.flag("use_sliding_window", false);
+  set_layers(x.keys, x.c, x.layers, [=](int64_t) { return use; });
+  qwen_mixture(x);
+}
+
+void gemma(Context& x) {
+  auto& c = x.c;
+  c.norm = x.keys.flag("moiety_norm_offset_folded", false) ? NormKind::rms : NormKind::rms_offset;
+  c.act = x.keys.string("hidden_activation", x.keys.string("hidden_act", "gelu_pytorch_tanh"));
+  // Gemma 1 checkpoints say "gelu" and mean the tanh form.
+  if (c.act == "gelu") c.act = "gelu_pytorch_tanh";
+  c.embedding_scale = std::sqrt(static_cast<double>(c.hidden));
+  c.qkv_bias = c.o_bias = x.keys.flag("attention_bias", false);
+  set_ropes(x.keys, c, 10000.0, 1.0, false);
+  set_layers(x.keys, c, x.layers, kNever);
+}
+
+void gemma2(Context& x) {
+  gemma(x);
+  auto& c = x.c;
+  c.layers.clear();
+  c.placement = Placement::sandwich;
+  c.attention_scale = 1.0 / std::sqrt(x.keys.number("query_pre_attn_scalar", 256.0));
+  c.attention_softcap = x.keys.has("attn_logit_softcapping") ? x.keys.number("attn_logit_softcapping", 0.0) : 0.0;
+  c.logits_softcap = x.keys.has("final_logit_softcapping") ? x.keys.number("final_logit_softcapping", 0.0) : 0.0;
+  set_layers(
+      x.keys, c, x.layers, [](int64_t i) { return i % 2 == 0; }, 4096);
+}
+
+void gemma3(Context& x) {
+  gemma(x);
+  auto& c = x.c;
+  c.layers.clear();
+  c.ropes.clear();
+  c.placement = Placement::sandwich;
+  c.qk_norm = true;
+  c.attention_scale = 1.0 / std::sqrt(x.keys.number("query_pre_attn_scalar", 256.0));
+  c.attention_softcap = x.keys.number("attn_logit_softcapping", 0.0);
+  c.logits_softcap = x.keys.number("final_logit_softcapping", 0.0);
+  set_ropes(x.keys, c, 1000000.0, 1.0, false, /*two=*/true);
+  const int64_t pattern = x.keys.size("sliding_window_pattern", x.keys.integer("_sliding_window_pattern", 6), 1, kMany);
+  set_layers(
+      x.keys, c, x.layers, [=](int64_t i) { return (i + 1) % pattern != 0; }, 4096);
+}
+
+void phi3(Context& x) {
+  x.c.norm_eps = x.keys.number("rms_norm_eps", 1e-5);
+  set_ropes(x.keys, x.c, 10000.0, 1.0, false);
+  set_layers(x.keys, x.c, x.layers, kAlways);
+}
+
+void phi(Context& x) {
+  auto& c = x.c;
+  c.norm = NormKind::layer;
+  c.norm_eps = x.keys.number("layer_norm_eps", 1e-5);
+  c.act = x.keys.string("hidden_act", "gelu_new");
+  c.gated = false;
+  c.placement = Placement::parallel;
+  c.qkv_bias = c.o_bias = c.mlp_bias = c.head_bias = true;
+  check(!x.keys.flag("qk_layernorm", false), "config.json: 'qk_layernorm' of phi models is not supported");
+  set_ropes(x.keys, c, 10000.0, 0.5, false);
+  set_layers(x.keys, c, x.layers, kNever);
+}
+
+void smollm3(Context& x) {
+  llama(x);
+  auto& c = x.c;
+  c.layers.clear();
+  c.ropes.clear();
+  set_ropes(x.keys, c, 2000000.0, 1.0, false);
+  const int64_t interval = x.keys.size("no_rope_layer_interval", 4, 1, kMany);
+  std::vector<bool> rope(x.layers);
+  for (int64_t i = 0; i < x.layers; ++i) rope[i] = (i + 1) % interval != 0;
+  if (x.keys.has("no_rope_layers")) {
+    const Json& list = x.keys.at("no_rope_layers");
+    check(list.is_array() && static_cast<int64_t>(list.size()) >= x.layers,
+          "config.json: 'no_rope_layers' must have one entry for each of the {} layers", x.layers);
+    for (int64_t i = 0; i < x.layers; ++i) rope[i] = list[i] == 1 || list[i] == true;
+  }
+  const bool use = x.keys.flag("use_sliding_window", false);
+  set_layers(x.keys, c, x.layers, [&](int64_t i) { return use && !rope[i]; });
+  for (int64_t i = 0; i < x.layers; ++i) {
+    if (!use) c.layers[i].window = 0;
+    if (!rope[i]) c.layers[i].rope = -1;
+  }
+}
+
+void mixtral(Context& x) {
+  set_ropes(x.keys, x.c, 1000000.0, 1.0, false);
+  set_layers(x.keys, x.c, x.layers, kAlways);
+  all_mixture(x.c);
+  auto& m = x.c.moe;
+  m.experts = x.keys.integer("num_local_experts", x.keys.integer("num_experts", 8));
+  m.width = x.c.intermediate;
+  m.router.top_k = x.keys.integer("num_experts_per_tok", 2);
+  m.router.normalize = true;
+}
+
+void phimoe(Context& x) {
+  mixtral(x);
+  auto& c = x.c;
+  c.norm = NormKind::layer;
+  c.norm_eps = x.keys.number("rms_norm_eps", 1e-5);
+  c.qkv_bias = c.o_bias = x.keys.flag("attention_bias", false);
+  c.head_bias = x.keys.flag("lm_head_bias", false);
+  c.moe.sparse_mixer = true;
+  c.moe.sparse_mixer_jitter = x.keys.number("router_jitter_noise", 0.01);
+  for (RopeConfig& r : c.ropes) r.scale_by_length = r.type == "longrope" && r.parameters.contains("short_mscale");
+}
+
+void olmoe(Context& x) {
+  llama(x);
+  auto& c = x.c;
+  c.mlp_bias = false;
+  c.qk_norm = c.qk_norm_all_heads = true;
+  c.norm_eps = x.keys.number("rms_norm_eps", 1e-5);
+  c.clip_qkv = x.keys.number("clip_qkv", 0.0);
+  all_mixture(c);
+  auto& m = c.moe;
+  m.experts = x.keys.integer("num_experts", x.keys.integer("num_local_experts", 64));
+  m.width = c.intermediate;
+  m.router.top_k = x.keys.integer("num_experts_per_tok", 8);
+  m.router.normalize = x.keys.flag("norm_topk_prob", false);
+}
+
+void flex_olmo(Context& x) {
+  olmoe(x);
+  x.c.placement = Placement::post;
+}
+
+void olmo(Context& x) {
+  llama(x);
+  x.c.mlp_bias = false;
+  x.c.norm = NormKind::layer_plain;
+  x.c.norm_eps = 1e-5;
+  x.c.clip_qkv = x.keys.number("clip_qkv", 0.0);
+}
+
+void olmo2(Context& x) {
+  llama(x);
+  x.c.mlp_bias = false;
+  x.c.norm_eps = x.keys.number("rms_norm_eps", 1e-5);
+  x.c.placement = Placement::post;
+  x.c.qk_norm = x.c.qk_norm_all_heads = true;
+}
+
+void olmo3(Context& x) {
+  olmo2(x);
+  x.c.layers.clear();
+  x.c.ropes.clear();
+  set_ropes(x.keys, x.c, 500000.0, 1.0, false);
+  set_layers(
+      x.keys, x.c, x.layers, [](int64_t i) { return (i + 1) % 4 != 0; }, 4096);
+}
+
+void deepseek_mixture(Context& x) {
+  auto& m = x.c.moe;
+  m.experts = x.keys.integer("n_routed_experts", x.keys.integer("num_experts", x.keys.integer("num_local_experts", 0)));
+  m.width = x.keys.integer("moe_intermediate_size", 0);
+  m.router.top_k = x.keys.integer("num_experts_per_tok", 1);
+  m.router.scale = x.keys.number("routed_scaling_factor", 1.0);
+  m.shared_width = x.keys.integer("n_shared_experts", 0) * m.width;
+  const int64_t dense = x.keys.integer("first_k_dense_replace", 0), every = x.keys.size("moe_layer_freq", 1, 1, kMany);
+  for (int64_t i = 0; i < x.layers; ++i) x.c.layers[i].mixture = m.experts > 0 && i >= dense && i % every == 0;
+}
+
+void sigmoid_routing(Context& x) {
+  auto& m = x.c.moe;
+  m.router.scoring = Scoring::sigmoid;
+  m.router.normalize = x.keys.flag("norm_topk_prob", true);
+  m.router.normalize_eps = 1e-20;
+  m.router.groups = x.keys.integer("n_group", 1);
+  m.router.top_groups = x.keys.integer("topk_group", 1);
+  m.router.group_by_top2 = true;
+  m.choice_bias = true;
+}
+
+void latent(Context& x) {
+  auto& c = x.c;
+  c.latent = true;
+  c.mla = {.q_rank = x.keys.integer("q_lora_rank", 0),
+           .rank = x.keys.size("kv_lora_rank", 512, 1, kMany),
+           .nope = x.keys.size("qk_nope_head_dim", 128, 0, kMany),
+           .rope = x.keys.size("qk_rope_head_dim", 64, 2, kMany),
+           .v = x.keys.size("v_head_dim", 128, 1, kMany)};
+  c.o_bias = x.keys.flag("attention_bias", false);
+  c.mlp_bias = x.keys.flag("mlp_bias", false);
+  c.head_dim = c.mla.nope + c.mla.rope;
+  // Rows of the rotary part are in neighbour order in every file of this family.
+  set_ropes(x.keys, c, 10000.0, 1.0, x.keys.flag("rope_interleave", true));
+  set_layers(x.keys, c, x.layers, kNever);
+  c.attention_scale = 1.0 / std::sqrt(static_cast<double>(c.head_dim));
+  const RopeConfig& r = c.ropes[0];
+  const double all = r.parameters.value("mscale_all_dim", 0.0), factor = r.parameters.value("factor", 1.0);
+  if (r.type != "default" && all != 0.0 && factor > 1.0) {
+    const double m = 0.1 * all * std::log(factor) + 1.0;
+    c.attention_scale *= m * m;
+  }
+}
+
+void deepseek_v2(Context& x) {
+  latent(x);
+  deepseek_mixture(x);
+  if (x.keys.string("topk_method", "greedy") == "group_limited_greedy") {
+    x.c.moe.router.groups = x.keys.integer("n_group", 1);
+    x.c.moe.router.top_groups = x.keys.integer("topk_group", 1);
+  }
+}
+
+void deepseek_v3(Context& x) {
+  latent(x);
+  deepseek_mixture(x);
+  sigmoid_routing(x);
+}
+
+// DeepSeekMoE 16B: Llama attention, softmax routing.
+void deepseek(Context& x) {
+  llama(x);
+  deepseek_mixture(x);
+  auto& r = x.c.moe.router;
+  r.normalize = x.keys.flag("norm_topk_prob", false);
+  r.normalize_eps = 1e-20;
+}
+
+void glm4_moe(Context& x) {
+  auto& c = x.c;
+  c.qkv_bias = x.keys.flag("attention_bias", false);
+  c.qk_norm = x.keys.flag("use_qk_norm", false);
+  c.norm_eps = x.keys.number("rms_norm_eps", 1e-5);
+  set_ropes(x.keys, c, 10000.0, 0.5, false);
+  set_layers(x.keys, c, x.layers, kNever);
+  deepseek_mixture(x);
+  sigmoid_routing(x);
+}
+
+void dots1(Context& x) {
+  auto& c = x.c;
+  c.qkv_bias = c.o_bias = x.keys.flag("attention_bias", false);
+  c.qk_norm = true;
+  set_ropes(x.keys, c, 10000.0, 1.0, false);
+  set_layers(x.keys, c, x.layers, kNever);
+  deepseek_mixture(x);
+  sigmoid_routing(x);
+  x.c.moe.router.normalize = x.keys.flag("norm_topk_prob", false);
+}
+
+void granite(Context& x) {
+  llama(x);
+  auto& c = x.c;
+  c.embedding_scale = x.keys.number("embedding_multiplier", 1.0);
+  c.residual_scale = x.keys.number("residual_multiplier", 1.0);
+  c.logits_scale = 1.0 / x.keys.number("logits_scaling", 1.0);
+  c.attention_scale = x.keys.number("attention_multiplier", 1.0);
+}
+
+void granitemoe(Context& x) {
+  granite(x);
+  x.c.mlp_bias = false;
+  all_mixture(x.c);
+  auto& m = x.c.moe;
+  m.experts = x.keys.integer("num_local_experts", 8);
+  m.width = x.c.intermediate;
+  m.router.top_k = x.keys.integer("num_experts_per_tok", 2);
+  m.router.scoring = Scoring::softmax_kept;
+  m.shared_width = x.keys.integer("shared_intermediate_size", 0);
+}
+
+void gpt_oss(Context& x) {
+  auto& c = x.c;
+  c.qkv_bias = c.o_bias = x.keys.flag("attention_bias", true);
+  c.sinks = true;
+  c.norm_eps = x.keys.number("rms_norm_eps", 1e-5);
+  set_ropes(x.keys, c, 150000.0, 1.0, false);
+  set_layers(
+      x.keys, c, x.layers, [](int64_t i) { return i % 2 == 0; }, 128);
+  all_mixture(c);
+  auto& m = c.moe;
+  m.experts = x.keys.integer("num_local_experts", 128);
+  m.width = c.intermediate;
+  m.router.top_k = x.keys.integer("num_experts_per_tok", x.keys.integer("experts_per_token", 4));
+  m.router.scoring = Scoring::softmax_kept;
+  m.router_bias = true;
+  m.clamped = true;
+  m.clamp_alpha = x.keys.number("swiglu_alpha", 1.702);
+  m.clamp_limit = x.keys.number("swiglu_limit", 7.0);
+}
+
+void starcoder2(Context& x) {
+  auto& c = x.c;
+  c.norm = NormKind::layer;
+  c.norm_eps = x.keys.number("norm_epsilon", 1e-5);
+  c.act = x.keys.string("hidden_act", "gelu_pytorch_tanh");
+  c.gated = false;
+  c.qkv_bias = c.o_bias = c.mlp_bias = x.keys.flag("use_bias", true);
+  set_ropes(x.keys, c, 10000.0, 1.0, false);
+  set_layers(x.keys, c, x.layers, kAlways);
+}
+
+void stablelm(Context& x) {
+  auto& c = x.c;
+  c.norm = NormKind::layer;
+  c.norm_eps = x.keys.number("layer_norm_eps", 1e-5);
+  c.qkv_bias = x.keys.flag("use_qkv_bias", false);
+  c.qk_norm = c.qk_norm_per_head_layer = x.keys.flag("qk_layernorm", false);
+  if (x.keys.flag("use_parallel_residual", false)) c.placement = Placement::parallel;
+  set_ropes(x.keys, c, 10000.0, 0.25, false);
+  set_layers(x.keys, c, x.layers, kNever);
+}
+
+void cohere(Context& x) {
+  auto& c = x.c;
+  c.norm = NormKind::layer_without_bias;
+  c.norm_eps = x.keys.number("layer_norm_eps", 1e-5);
+  c.placement = Placement::parallel;
+  c.logits_scale = x.keys.number("logit_scale", 0.0625);
+  c.qkv_bias = c.o_bias = x.keys.flag("attention_bias", false);
+  c.qk_norm = c.qk_norm_per_head_layer = x.keys.flag("use_qk_norm", false);
+  set_ropes(x.keys, c, 500000.0, 1.0, true);
+  set_layers(x.keys, c, x.layers, kNever);
+}
+
+void cohere2(Context& x) {
+  cohere(x);
+  auto& c = x.c;
+  c.layers.clear();
+  c.ropes.clear();
+  set_ropes(x.keys, c, 10000.0, 1.0, true);
+  const int64_t pattern = x.keys.size("sliding_window_pattern", 4, 1, kMany);
+  set_layers(
+      x.keys, c, x.layers, [=](int64_t i) { return (i + 1) % pattern != 0; }, 4096);
+  for (LayerConfig& layer : c.layers)
+    if (layer.window == 0) layer.rope = -1;
+}
+
+void interleaved_llama(Context& x) {
+  llama(x);
+  for (RopeConfig& r : x.c.ropes) r.interleaved = true;
+}
+
+void ernie(Context& x) {
+  interleaved_llama(x);
+  x.c.norm_eps = x.keys.number("rms_norm_eps", 1e-5);
+}
+
+void glm(Context& x) {
+  auto& c = x.c;
+  c.qkv_bias = x.keys.flag("attention_bias", true);
+  c.norm_eps = x.keys.number("rms_norm_eps", 1.5625e-7);
+  set_ropes(x.keys, c, 10000.0, 0.5, true);
+  set_layers(x.keys, c, x.layers, kNever);
+}
+
+void glm4(Context& x) {
+  glm(x);
+  x.c.placement = Placement::sandwich;
+}
+
+void exaone4(Context& x) {
+  auto& c = x.c;
+  c.norm_eps = x.keys.number("rms_norm_eps", 1e-5);
+  c.placement = Placement::post;
+  c.qk_norm = true;
+  set_ropes(x.keys, c, 10000.0, 1.0, false);
+  const bool hybrid = x.keys.has("sliding_window");
+  const int64_t pattern =
+      hybrid && x.keys.has("sliding_window_pattern") && x.keys.at("sliding_window_pattern").is_number_integer()
+          ? x.keys.integer("sliding_window_pattern", 4)
+          : 0;
+  const int64_t layers = x.layers;
+  set_layers(x.keys, c, layers, [=](int64_t i) { return pattern > 0 && (i + 1) % pattern != 0; });
+  // Hybrid models: full-attention layers have no positions.
+  if (hybrid)
+    for (LayerConfig& layer : c.layers)
+      if (layer.window == 0) layer.rope = -1;
+}
+
+void seed_oss(Context& x) {
+  llama(x);
+  x.c.qkv_bias = x.keys.flag("attention_bias", true);
+  x.c.o_bias = x.keys.flag("attention_out_bias", false);
+}
+
+void hunyuan(Context& x) {
+  llama(x);
+  x.c.qk_norm = x.c.qk_norm_after_rope = true;
+}
+
+void ungated_llama(Context& x) {
+  llama(x);
+  x.c.act = x.keys.string("hidden_act", "relu2");
+  x.c.gated = false;
+}
+
+const std::map<std::string, Family>& families() {
+  static const std::map<std::string, Family> table = {
+      {"llama", llama},
+      {"mistral", mistral},
+      {"ministral", mistral},
+      {"qwen2", qwen2},
+      {"qwen3", qwen3},
+      {"qwen2_moe", qwen2_moe},
+      {"qwen3_moe", qwen3_moe},
+      {"gemma", gemma},
+      {"gemma2", gemma2},
+      {"gemma3_text", gemma3},
+      {"gemma3", gemma3},
+      {"phi", phi},
+      {"phi3", phi3},
+      {"smollm3", smollm3},
+      {"mixtral", mixtral},
+      {"phimoe", phimoe},
+      {"olmo", olmo},
+      {"olmo2", olmo2},
+      {"olmo3", olmo3},
+      {"olmoe", olmoe},
+      {"flex_olmo", flex_olmo},
+      {"deepseek", deepseek},
+      {"deepseek_v2", deepseek_v2},
+      {"deepseek_v3", deepseek_v3},
+      {"dots1", dots1},
+      {"glm", glm},
+      {"glm4", glm4},
+      {"glm4_moe", glm4_moe},
+      {"granite", granite},
+      {"granitemoe", granitemoe},
+      {"granitemoeshared", granitemoe},
+      {"gpt_oss", gpt_oss},
+      {"starcoder2", starcoder2},
+      {"stablelm", stablelm},
+      {"cohere", cohere},
+      {"cohere2", cohere2},
+      {"helium", interleaved_llama},
+      {"ernie4_5", ernie},
+      {"exaone4", exaone4},
+      {"seed_oss", seed_oss},
+      {"hunyuan_v1_dense", hunyuan},
+      {"arcee", ungated_llama},
+  };
+  return table;
+}
+
+}  // namespace
+
+const nlohmann::json& text_config(const nlohmann::json& config) {
+  const auto it = config.find("text_config");
+  return it != config.end() && it->is_object() ? *it : config;
+}
+
+std::vector<std::string> decoder_families() {
+  std::vector<std::string> names;
+  for (const auto& [name, unused] : families()) names.push_back(name);
+  return names;
+}
+
+DecoderConfig parse_decoder_config(const nlohmann::json& whole) {
+  check(whole.is_object(), "config.json must be an object");
+  const Json& json = text_config(whole);
+  const Keys keys(json);
+  DecoderConfig c;
+  c.family = keys.string("model_type", Keys(whole).string("model_type", ""));
+  check(!c.family.empty(), "config.json: 'model_type' is missing");
+  const auto family = families().find(c.family);
+  if (family == families().end())
+    fail("config.json: model_type '{}' is not supported{}", c.family, did_you_mean(c.family, decoder_families()));
+  c.vocab = keys.size("vocab_size", -1, 1, kMany);
+  c.hidden = keys.size("hidden_size", -1, 1, kMany);
+  const int64_t layers = keys.size("num_hidden_layers", -1, 1, 100000);
+  c.heads = keys.size("num_attention_heads", -1, 1, kMany);
+  c.kv_heads = keys.size("num_key_value_heads", c.heads, 1, c.heads);
+  check(c.heads % c.kv_heads == 0, "config.json: {} attention heads cannot share {} key/value heads", c.heads,
+        c.kv_heads);
+  const bool gemma_heads = c.family.rfind("gemma", 0) == 0;
+  c.head_dim = keys.size("head_dim", gemma_heads ? 256 : std::max<int64_t>(1, c.hidden / c.heads), 1, kMany);
+  c.intermediate = keys.size("intermediate_size", 4 * c.hidden, 0, kMany);
+  c.context = keys.size("max_position_embeddings", 2048, 1, kMany);
+  c.act = keys.string("hidden_act", "silu");
+  c.norm_eps = keys.number("rms_norm_eps", 1e-6);
+  c.init_std = keys.number("initializer_range", 0.02);
+  const bool tied_by_default = gemma_heads || c.family.rfind("cohere", 0) == 0 || c.family == "smollm3" ||
+                               c.family == "starcoder2" || c.family == "ernie4_5";
+  c.tied = keys.flag("tie_word_embeddings", Keys(whole).flag("tie_word_embeddings", tied_by_default));
+  Context context{keys, c, layers};
+  family->second(context);
+  if (c.attention_scale == 0.0) c.attention_scale = 1.0 / std::sqrt(static_cast<double>(c.head_dim));
+  if (c.moe.experts > 0)
+    check(c.moe.router.top_k >= 1 && c.moe.router.top_k <= c.moe.experts,
+          "config.json: {} of {} experts per token is impossible", c.moe.router.top_k, c.moe.experts);
+  return c;
+}
+
+}  // namespace moiety

@@ -1,0 +1,135 @@
+#include "moiety/models/weights_source.h"
+
+#include <fmt/ranges.h>
+#include <torch/torch.h>
+
+#include <algorithm>
+
+#include "moiety/base/error.h"
+#include "moiety/nn/weights.h"
+
+namespace moiety {
+namespace {
+
+torch::Dtype compute_dtype(const std::string& name, const Checkpoint* checkpoint) {
+  if (name == "f32") return torch::kFloat32;
+  if (name == "bf16") return torch::kBFloat16;
+  check(name == "auto", "unknown dtype '{}'; known are auto, f32, bf16", name);
+  if (!checkpoint) return torch::kFloat32;
+  // As stored: bf16 when most bytes are bf16. Everything else, half included, computes in f32.
+  int64_t bf16 = 0, all = 0;
+  for (const TensorInfo& t : checkpoint->tensors()) {
+    all += t.bytes();
+    if (t.format == Format::BF16) bf16 += t.bytes();
+  }
+  return 2 * bf16 > all ? torch::kBFloat16 : torch::kFloat32;
+}
+
+}  // namespace
+
+WeightsSource::WeightsSource(const Checkpoint& checkpoint, const LoadOptions& options)
+    : checkpoint_(&checkpoint), options_(options), dtype_(compute_dtype(options.dtype, &checkpoint)) {
+  for (const TensorInfo& t : checkpoint.tensors()) {
+    const auto at = t.name.find("embed_tokens.weight");
+    if (at != std::string::npos) {
+      prefix_ = t.name.substr(0, at);
+      return;
+    }
+  }
+  fail("{}: no tensor named '...embed_tokens.weight': this does not look like a decoder", checkpoint.path().string());
+}
+
+WeightsSource::WeightsSource(double std, const LoadOptions& options)
+    : options_(options), std_(std), dtype_(compute_dtype(options.dtype, nullptr)) {}
+
+std::string WeightsSource::full(const std::string& name) const {
+  if (name.rfind("lm_head", 0) != 0) return prefix_ + name;
+  // The head stands beside the inner model, not inside it: "model." falls away, "language_model.model." leaves its
+  // front.
+  std::string outer = prefix_;
+  if (outer.size() >= 6 && outer.compare(outer.size() - 6, 6, "model.") == 0) outer.resize(outer.size() - 6);
+  for (const std::string& candidate : {outer + name, name, prefix_ + name})
+    if (checkpoint_->has(candidate)) return candidate;
+  // transformers 5 moved the head out of "model.language_model.".
+  return name;
+}
+
+bool WeightsSource::has(const std::string& name, bool fallback) const {
+  return random() ? fallback : checkpoint_->has(full(name));
+}
+
+std::string WeightsSource::pick(const std::vector<std::string>& names) const {
+  if (random()) return names.front();
+  for (const std::string& name : names)
+    if (checkpoint_->has(full(name))) return name;
+  fail("{}: the model needs tensor '{}', which is not there", checkpoint_->path().string(), fmt::join(names, "' or '"));
+}
+
+TensorView WeightsSource::view(const std::string& name, const std::vector<int64_t>& shape) {
+  const std::string key = full(name);
+  check(checkpoint_->has(key), "{}: the model needs tensor '{}' {}, which is not there", checkpoint_->path().string(),
+        key, shape);
+  TensorView v = checkpoint_->get(key);
+  check(v.shape == shape, "{}: tensor '{}' has shape {}, the config asks for {}", checkpoint_->path().string(), key,
+        v.shape, shape);
+  check(v.format != Format::F8_E4M3 && v.format != Format::F8_E5M2,
+        "{}: tensor '{}' is stored in 8-bit floats with separate scales, which is not supported; convert the "
+        "checkpoint to bfloat16 first",
+        checkpoint_->path().string(), key);
+  used_.insert(key);
+  return v;
+}
+
+torch::Tensor WeightsSource::place(torch::Tensor t) const {
+  const bool fresh = t.scalar_type() != dtype_ || t.device() != options_.device;
+  t = t.to(options_.device, dtype_);
+  if (options_.trainable) {
+    if (!fresh) t = t.clone();
+    t.requires_grad_(true);
+  }
+  return t;
+}
+
+torch::Tensor WeightsSource::floats(const TensorView& v) {
+  return place(is_block(v.format) ? dequantize(v) : as_tensor(v));
+}
+
+torch::Tensor WeightsSource::random_matrix(std::vector<int64_t> shape) {
+  return place(torch::randn(shape) * std_);
+}
+
+torch::Tensor WeightsSource::tensor(const std::string& name, std::vector<int64_t> shape, double fill) {
+  return random() ? place(torch::full(shape, fill)) : floats(view(name, shape));
+}
+
+Linear WeightsSource::matrix(const TensorView& v) {
+  return is_block(v.format) ? Linear(v) : Linear(floats(v));
+}
+
+Linear WeightsSource::linear(const std::string& name, int64_t in, int64_t out, bool bias) {
+  return rows(name, in, out, 0, out, bias);
+}
+
+Linear WeightsSource::rows(const std::string& name, int64_t in, int64_t total, int64_t begin, int64_t out, bool bias) {
+  torch::Tensor b;
+  if (has(name + ".bias", bias)) b = tensor(name + ".bias", {total}, 0.0);
+  if (b.defined() && out != total) b = b.narrow(0, begin, out);
+  if (random()) return b.defined() ? Linear(random_matrix({out, in}), b) : Linear(random_matrix({out, in}));
+  TensorView v = view(name + ".weight", {total, in});
+  if (out != total) v = slice_rows(v, begin, begin + out);
+  return is_block(v.format) ? Linear(v, b) : Linear(floats(v), b);
+}
+
+void WeightsSource::check_all_used(const std::function<bool(const std::string&)>& ignored) const {
+  if (random()) return;
+  std::vector<std::string> left;
+  for (const TensorInfo& t : checkpoint_->tensors())
+    if (!used_.count(t.name) && !ignored(t.name)) left.push_back(t.name);
+  if (left.empty()) return;
+  const size_t count = left.size();
+  left.resize(std::min<size_t>(count, 5));
+  fail("{}: {} tensor(s) have no place in a model of this config, among them {}; running without them would be wrong",
+       checkpoint_->path().string(), count, fmt::join(left, ", "));
+}
+
+}  // namespace moiety

@@ -1,0 +1,62 @@
+#pragma once
+// Where a model's tensors come from: a checkpoint (any naming and layout of its family), or random initialisation from
+// a seed.
+#include <torch/types.h>
+
+#include <functional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "moiety/io/checkpoint.h"
+#include "moiety/models/model.h"
+#include "moiety/nn/linear.h"
+
+namespace moiety {
+
+class WeightsSource {
+ public:
+  /// From a checkpoint. Float tensors are mapped when their dtype is the compute dtype, else converted; blocks stay
+  /// mapped.
+  WeightsSource(const Checkpoint& checkpoint, const LoadOptions& options);
+  /// Random: matrices N(0, std), vectors 0 (biases) or 1 (norms).
+  WeightsSource(double std, const LoadOptions& options);
+
+  bool random() const { return checkpoint_ == nullptr; }
+  /// True when the checkpoint has the tensor under the model's prefix; `fallback` when random.
+  bool has(const std::string& name, bool fallback) const;
+  /// The first of `names` that the checkpoint has; Error naming all when it has none. The first one when random.
+  std::string pick(const std::vector<std::string>& names) const;
+
+  /// A float tensor of exactly this shape (decoded when it is blocks). `fill`: what random initialisation puts there.
+  torch::Tensor tensor(const std::string& name, std::vector<int64_t> shape, double fill);
+  /// The matrix NAME.weight [out, in] and NAME.bias when there is one (`bias`: when random).
+  Linear linear(const std::string& name, int64_t in, int64_t out, bool bias);
+  /// Rows [begin, begin + out) of a fused matrix NAME.weight with `total` rows.
+  Linear rows(const std::string& name, int64_t in, int64_t total, int64_t begin, int64_t out, bool bias);
+  /// The view of a stored tensor, marked as used; Error unless its shape is `shape`.
+  TensorView view(const std::string& name, const std::vector<int64_t>& shape);
+  /// A stored matrix as a Linear without bias.
+  Linear matrix(const TensorView& view);
+  /// A view as a float tensor in the compute dtype.
+  torch::Tensor floats(const TensorView& view);
+  torch::Tensor random_matrix(std::vector<int64_t> shape);
+  bool trainable() const { return options_.trainable; }
+
+  /// Error naming tensors of the checkpoint that the model has no place for, except those that `ignored` accepts.
+  void check_all_used(const std::function<bool(const std::string&)>& ignored) const;
+  torch::Dtype dtype() const { return dtype_; }
+
+ private:
+  std::string full(const std::string& name) const;
+  torch::Tensor place(torch::Tensor t) const;
+
+  const Checkpoint* checkpoint_ = nullptr;
+  LoadOptions options_;
+  double std_ = 0.02;
+  std::string prefix_;
+  torch::Dtype dtype_;
+  std::set<std::string> used_;
+};
+
+}  // namespace moiety

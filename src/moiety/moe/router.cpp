@@ -1,0 +1,129 @@
+#include "moiety/moe/router.h"
+
+#include <torch/torch.h>
+
+#include <limits>
+
+#include "moiety/base/error.h"
+#include "moiety/moe/topk.h"
+
+namespace moiety {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+torch::Tensor edited_logits(Linear& projection, const torch::Tensor& x, const Site& site, Pass& pass) {
+  auto logits = projection(x.to(torch::kFloat32));
+  for (const auto& edit : pass.edits) edit->logits(site, pass, logits);
+  return logits;
+}
+
+Routing finish(Routing routing, const Site& site, Pass& pass) {
+  for (const auto& edit : pass.edits) edit->choice(site, pass, routing);
+  return routing;
+}
+
+// -inf outside the best groups.
+torch::Tensor inside_groups(const torch::Tensor& scores, const TopKRouterOptions& o) {
+  const int64_t n = scores.size(0), experts = scores.size(1);
+  const auto grouped = scores.detach().view({n, o.groups, experts / o.groups});
+  const auto best = o.group_by_top2 ? top_k(grouped, 2).first.sum(-1) : grouped.amax(-1);
+  const auto keep = torch::zeros_like(best, torch::kBool).scatter_(1, top_k(best, o.top_groups).second, true);
+  return grouped.masked_fill(~keep.unsqueeze(-1), -kInfinity).reshape({n, experts});
+}
+
+// Forward: multiplier * share; backward: the gradient of the softmax over the unmasked logits.
+class HeunMultiplier : public torch::autograd::Function<HeunMultiplier> {
+ public:
+  static torch::Tensor forward(torch::autograd::AutogradContext* context, const torch::Tensor& scores,
+                               const torch::Tensor& multiplier, const torch::Tensor& chosen, const torch::Tensor& gates,
+                               const torch::Tensor& share) {
+    context->save_for_backward({multiplier, chosen, gates});
+    return multiplier * share;
+  }
+  static torch::autograd::tensor_list backward(torch::autograd::AutogradContext* context,
+                                               torch::autograd::tensor_list grads) {
+    const auto saved = context->get_saved_variables();
+    const auto g = grads[0] * saved[0];
+    return {(-saved[2] * g).scatter_add(-1, saved[1], g), torch::Tensor(), torch::Tensor(), torch::Tensor(),
+            torch::Tensor()};
+  }
+};
+
+}  // namespace
+
+TopKRouter::TopKRouter(Linear p, TopKRouterOptions o, torch::Tensor bias) : options(o) {
+  projection = register_module("projection", std::move(p));
+  if (bias.defined()) choice_bias = register_buffer("choice_bias", bias.to(torch::kFloat32));
+  check(o.top_k >= 1 && o.top_k <= experts(), "a router of {} experts cannot choose {}", experts(), o.top_k);
+  check(o.groups <= 1 || (experts() % o.groups == 0 && o.top_groups >= 1 && o.top_groups <= o.groups),
+        "{} experts cannot be routed in the best {} of {} groups", experts(), o.top_groups, o.groups);
+}
+
+Routing TopKRouter::route(const torch::Tensor& x, const Site& site, Pass& pass) {
+  Routing r;
+  r.logits = edited_logits(projection, x, site, pass);
+  r.scores = options.scoring == Scoring::sigmoid ? torch::sigmoid(r.logits) : torch::softmax(r.logits, -1);
+  for (const auto& edit : pass.edits) edit->distribution(site, pass, r.scores);
+  auto by = r.scores;
+  if (choice_bias.defined()) by = by + choice_bias;
+  if (options.groups > 1) by = inside_groups(by, options);
+  r.experts = top_k(by, options.top_k).second;
+  r.gates = r.scores.gather(1, r.experts);
+  if (options.scoring == Scoring::softmax_kept || (options.normalize && options.top_k > 1)) {
+    auto sum = r.gates.sum(-1, true) + options.normalize_eps;
+    if (options.normalize_min > 0.0) sum = sum.clamp_min(options.normalize_min);
+    r.gates = r.gates / sum;
+  }
+  if (options.scale != 1.0) r.gates = r.gates * options.scale;
+  return finish(std::move(r), site, pass);
+}
+
+SparseMixerRouter::SparseMixerRouter(Linear p, int64_t top_k, double jitter) : top_k_(top_k), jitter_(jitter) {
+  projection = register_module("projection", std::move(p));
+  check(top_k >= 1 && top_k <= experts(), "a router of {} experts cannot choose {}", experts(), top_k);
+}
+
+Routing SparseMixerRouter::route(const torch::Tensor& x, const Site& site, Pass& pass) {
+  Routing r;
+  r.logits = edited_logits(projection, x, site, pass);
+  r.scores = torch::softmax(r.logits, -1);
+  for (const auto& edit : pass.edits) edit->distribution(site, pass, r.scores);
+  auto left = r.logits;
+  std::vector<torch::Tensor> chosen, gates;
+  for (int64_t i = 0; i < top_k_; ++i) {
+    torch::Tensor best, far;
+    {
+      torch::NoGradGuard frozen;
+      auto top = top_k(left, 1);
+      best = top.second;
+      // Relative distance to the best expert left, on the scale of the original logits.
+      far = (top.first - left) / torch::maximum(r.logits.abs(), top.first) > 2.0 * jitter_;
+    }
+    const auto masked = left.masked_fill(far, -kInfinity);
+    const auto p = torch::softmax(masked, -1);
+    auto pick = best;
+    if (pass.training) {
+      torch::NoGradGuard frozen;
+      pick = (masked - torch::empty_like(masked).exponential_().log()).argmax(-1, true);
+    }
+    auto gate = p.gather(-1, pick);
+    if (pass.training) {
+      torch::Tensor share;
+      {
+        torch::NoGradGuard frozen;
+        const auto one = (pick == p.argmax(-1, true)) | (torch::rand_like(gate) > 0.75);
+        share = 0.3333 + 0.6667 * one.to(p.scalar_type());
+      }
+      gate = HeunMultiplier::apply(r.logits, gate, pick, p, share);
+    }
+    chosen.push_back(pick);
+    gates.push_back(gate);
+    left = r.logits.scatter(-1, torch::cat(chosen, -1), -kInfinity);
+  }
+  r.experts = torch::cat(chosen, -1);
+  r.gates = torch::cat(gates, -1);
+  return finish(std::move(r), site, pass);
+}
+
+}  // namespace moiety

@@ -1,0 +1,66 @@
+#pragma once
+// Routers: hidden states to Routing. The linear router here covers the pretrained families; routing systems derive from
+// Router.
+#include <torch/nn/module.h>
+#include <torch/types.h>
+
+#include "moiety/nn/linear.h"
+#include "moiety/nn/pass.h"
+
+namespace moiety {
+
+class Router : public torch::nn::Module {
+ public:
+  /// x [N, d] -> Routing, after every edit of the pass. Computes in f32.
+  virtual Routing route(const torch::Tensor& x, const Site& site, Pass& pass) = 0;
+  virtual int64_t experts() const = 0;
+};
+
+enum class Scoring {
+  softmax,       ///< over all experts, then the choice
+  softmax_kept,  ///< gates are a softmax over the kept logits (gpt-oss, GraniteMoE)
+  sigmoid,       ///< DeepSeek-V3
+};
+
+struct TopKRouterOptions {
+  int64_t top_k = 2;
+  Scoring scoring = Scoring::softmax;
+  bool normalize = false;      ///< gates divided by their sum over the chosen
+  double normalize_eps = 0.0;  ///< added to that sum
+  double normalize_min = 0.0;  ///< lower bound of that sum (ERNIE 4.5)
+  double scale = 1.0;          ///< of the gates, after normalization
+  int64_t groups = 0;          ///< experts are chosen only inside the best groups; 0: no groups
+  int64_t top_groups = 0;
+  bool group_by_top2 = false;  ///< group score: sum of its two best (DeepSeek-V3) instead of its best (V2)
+};
+
+/// logits = W x (+ b); scores; choice (by scores + choice bias, inside the best groups); gates from the scores.
+class TopKRouter : public Router {
+ public:
+  /// `choice_bias` [E] or undefined moves the choice only (arXiv 2408.15664).
+  TopKRouter(Linear projection, TopKRouterOptions options, torch::Tensor choice_bias = {});
+  Routing route(const torch::Tensor& x, const Site& site, Pass& pass) override;
+  int64_t experts() const override { return projection->out(); }
+
+  Linear projection{nullptr};
+  TopKRouterOptions options;
+  torch::Tensor choice_bias;
+};
+
+/// SparseMixer-v2 (Phi-3.5-MoE, arXiv 2409.12136): k rounds of a softmax over the experts whose logits are within 2 *
+/// jitter of the best one left. While training it samples the expert and estimates the router's gradient by Heun's
+/// third-order method.
+class SparseMixerRouter : public Router {
+ public:
+  SparseMixerRouter(Linear projection, int64_t top_k, double jitter);
+  Routing route(const torch::Tensor& x, const Site& site, Pass& pass) override;
+  int64_t experts() const override { return projection->out(); }
+
+  Linear projection{nullptr};
+
+ private:
+  int64_t top_k_;
+  double jitter_;
+};
+
+}  // namespace moiety

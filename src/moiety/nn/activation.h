@@ -1,0 +1,14 @@
+#pragma once
+// Pointwise activations by the names that config.json uses.
+#include <torch/types.h>
+
+#include <string>
+
+namespace moiety {
+
+using Activation = torch::Tensor (*)(const torch::Tensor&);
+/// silu/swish, gelu (exact), gelu_new/gelu_pytorch_tanh/gelu_fast (tanh), quick_gelu, relu, relu2, tanh, sigmoid.
+/// Error: unknown name.
+Activation activation(const std::string& name);
+
+}  // namespace moiety

@@ -1,0 +1,154 @@
+#include "moiety/nn/attention.h"
+
+#include <torch/torch.h>
+
+#include <cmath>
+
+#include "moiety/base/error.h"
+
+namespace moiety {
+
+AttentionContext::AttentionContext(torch::Tensor positions, int64_t past, torch::Tensor padding, torch::Tensor segments)
+    : batch_(positions.size(0)),
+      tokens_(positions.size(1)),
+      past_(past),
+      positions_(std::move(positions)),
+      padding_(std::move(padding)),
+      segments_(std::move(segments)) {}
+
+const std::pair<torch::Tensor, torch::Tensor>& AttentionContext::angles(const Rope& rope) const {
+  const auto it = angles_.find(&rope);
+  return it != angles_.end() ? it->second : angles_.emplace(&rope, rope.angles(positions_)).first->second;
+}
+
+const torch::Tensor& AttentionContext::allowed(int64_t window) const {
+  const int64_t total = past_ + tokens_;
+  if (window >= total) window = 0;  // the window holds everything
+  const auto [it, fresh] = allowed_.try_emplace(window);
+  if (!fresh) return it->second;
+  const bool plain = !padding_.defined() && !segments_.defined() && window == 0;
+  if (plain && (past_ == 0 || tokens_ == 1)) return it->second;
+  const auto options = torch::TensorOptions().dtype(torch::kInt64).device(positions_.device());
+  const auto q = torch::arange(past_, total, options).unsqueeze(1), k = torch::arange(total, options).unsqueeze(0);
+  auto allowed = k <= q;
+  if (window > 0) allowed = allowed & (k > q - window);
+  allowed = allowed.view({1, 1, tokens_, total});
+  if (padding_.defined()) allowed = allowed & padding_.view({batch_, 1, 1, total});
+  if (segments_.defined()) {
+    check(past_ == 0, "packed sequences cannot continue a cache: give each sequence a row of its own");
+    allowed = allowed & (segments_.view({batch_, 1, tokens_, 1}) == segments_.view({batch_, 1, 1, tokens_}));
+  }
+  // A padded query sees itself: a row with nothing to look at would be NaN and spread.
+  it->second = allowed | (k == q);
+  return it->second;
+}
+
+torch::Tensor attend(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                     const AttentionContext& context, const AttentionOptions& options) {
+  const int64_t groups = q.size(1) / k.size(1);
+  const auto& allowed = context.allowed(options.window);
+  if (options.softcap == 0.0 && !options.sinks.defined()) {
+    const std::optional<torch::Tensor> m = allowed.defined() ? std::optional<torch::Tensor>(allowed) : std::nullopt;
+    return at::scaled_dot_product_attention(q, k, v, m, 0.0, !allowed.defined() && context.causal(), options.scale,
+                                            groups > 1);
+  }
+  const auto expand = [&](const torch::Tensor& t) { return groups == 1 ? t : t.repeat_interleave(groups, 1); };
+  auto logits = (at::matmul(q, expand(k).transpose(2, 3)) * options.scale).to(torch::kFloat32);
+  if (options.softcap != 0.0) logits = torch::tanh(logits / options.softcap) * options.softcap;
+  if (allowed.defined()) {
+    logits = logits.masked_fill(~allowed, -std::numeric_limits<float>::infinity());
+  } else if (context.causal()) {
+    const auto future = torch::ones({q.size(2), k.size(2)}, logits.options().dtype(torch::kBool)).triu(1);
+    logits = logits.masked_fill(future, -std::numeric_limits<float>::infinity());
+  }
+  if (options.sinks.defined()) {
+    const auto sinks =
+        options.sinks.to(torch::kFloat32).view({1, -1, 1, 1}).expand({q.size(0), q.size(1), q.size(2), 1});
+    const auto p = torch::softmax(torch::cat({logits, sinks}, -1), -1);
+    return at::matmul(p.narrow(-1, 0, logits.size(-1)).to(v.scalar_type()), expand(v));
+  }
+  return at::matmul(torch::softmax(logits, -1).to(v.scalar_type()), expand(v));
+}
+
+Attention::Attention(AttentionParts p) : parts(std::move(p)) {
+  register_module("q_proj", parts.q);
+  register_module("k_proj", parts.k);
+  register_module("v_proj", parts.v);
+  register_module("o_proj", parts.o);
+  if (parts.q_norm) register_module("q_norm", parts.q_norm);
+  if (parts.k_norm) register_module("k_norm", parts.k_norm);
+  if (parts.options.sinks.defined()) parts.options.sinks = register_parameter("sinks", parts.options.sinks, false);
+}
+
+torch::Tensor Attention::forward(const torch::Tensor& x, const AttentionContext& context, Pass& pass) {
+  const int64_t batch = x.size(0), tokens = x.size(1);
+  auto q = parts.q(x), k = parts.k(x), v = parts.v(x);
+  if (parts.norm_all_heads) {
+    if (parts.q_norm) q = parts.q_norm->forward(q);
+    if (parts.k_norm) k = parts.k_norm->forward(k);
+  }
+  if (parts.clip > 0.0) {
+    q = q.clamp(-parts.clip, parts.clip);
+    k = k.clamp(-parts.clip, parts.clip);
+    v = v.clamp(-parts.clip, parts.clip);
+  }
+  q = q.view({batch, tokens, -1, parts.head_dim});
+  k = k.view({batch, tokens, -1, parts.head_dim});
+  const auto norm = [&] {
+    if (parts.norm_all_heads) return;
+    if (parts.q_norm) q = parts.q_norm->forward(q);
+    if (parts.k_norm) k = parts.k_norm->forward(k);
+  };
+  if (!parts.norm_after_rope) norm();
+  q = q.transpose(1, 2);
+  k = k.transpose(1, 2);
+  v = v.view({batch, tokens, -1, parts.head_dim}).transpose(1, 2);
+  if (parts.rope) {
+    const auto& angles = context.angles(*parts.rope);
+    q = parts.rope->rotate(q, angles);
+    k = parts.rope->rotate(k, angles);
+  }
+  if (parts.norm_after_rope) norm();
+  if (pass.cache) std::tie(k, v) = pass.cache->append(pass.slot, k, v);
+  const auto y = attend(q, k, v, context, parts.options);
+  return parts.o(y.transpose(1, 2).reshape({batch, tokens, -1}));
+}
+
+LatentAttention::LatentAttention(LatentAttentionParts p) : parts(std::move(p)) {
+  if (!parts.q.is_empty()) {
+    register_module("q_proj", parts.q);
+  } else {
+    register_module("q_a_proj", parts.q_a);
+    register_module("q_a_layernorm", parts.q_a_norm);
+    register_module("q_b_proj", parts.q_b);
+  }
+  register_module("kv_a_proj_with_mqa", parts.kv_a);
+  register_module("kv_a_layernorm", parts.kv_a_norm);
+  register_module("kv_b_proj", parts.kv_b);
+  register_module("o_proj", parts.o);
+}
+
+torch::Tensor LatentAttention::forward(const torch::Tensor& x, const AttentionContext& context, Pass& pass) {
+  const int64_t batch = x.size(0), tokens = x.size(1), heads = parts.heads;
+  const auto q = (parts.q.is_empty() ? parts.q_b(parts.q_a_norm->forward(parts.q_a(x))) : parts.q(x))
+                     .view({batch, tokens, heads, parts.nope_dim + parts.rope_dim})
+                     .transpose(1, 2);
+  const auto compressed = parts.kv_a(x);
+  auto latent = parts.kv_a_norm->forward(compressed.narrow(-1, 0, parts.rank)).unsqueeze(1);
+  auto k_rope = compressed.narrow(-1, parts.rank, parts.rope_dim).unsqueeze(1);
+  const auto& angles = context.angles(*parts.rope);
+  const auto q_rope = parts.rope->rotate(q.narrow(-1, parts.nope_dim, parts.rope_dim), angles);
+  k_rope = parts.rope->rotate(k_rope, angles);
+  if (pass.cache) std::tie(latent, k_rope) = pass.cache->append(pass.slot, latent, k_rope);
+  const int64_t total = latent.size(2);
+  const auto kv =
+      parts.kv_b(latent.squeeze(1)).view({batch, total, heads, parts.nope_dim + parts.v_dim}).transpose(1, 2);
+  const auto k =
+      torch::cat({kv.narrow(-1, 0, parts.nope_dim), k_rope.expand({batch, heads, total, parts.rope_dim})}, -1);
+  const auto v = kv.narrow(-1, parts.nope_dim, parts.v_dim);
+  const auto y =
+      attend(torch::cat({q.narrow(-1, 0, parts.nope_dim), q_rope}, -1), k, v, context, {.scale = parts.scale});
+  return parts.o(y.transpose(1, 2).reshape({batch, tokens, -1}));
+}
+
+}  // namespace moiety

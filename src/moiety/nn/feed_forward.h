@@ -1,0 +1,30 @@
+#pragma once
+// Feed-forward layers: gated (down(act(gate x) * up x)) or plain (down(act(up x))).
+#include <torch/nn/module.h>
+#include <torch/types.h>
+
+#include "moiety/nn/activation.h"
+#include "moiety/nn/linear.h"
+#include "moiety/nn/pass.h"
+
+namespace moiety {
+
+/// A feed-forward site: x [B, T, d] -> [B, T, d].
+class FeedForwardBase : public torch::nn::Module {
+ public:
+  virtual torch::Tensor forward(const torch::Tensor& x, Pass& pass) = 0;
+};
+
+class FeedForward : public FeedForwardBase {
+ public:
+  /// `gate` may be empty: then the layer is not gated.
+  FeedForward(Linear gate, Linear up, Linear down, Activation act);
+  torch::Tensor forward(const torch::Tensor& x, Pass& pass) override { return apply(x); }
+  torch::Tensor apply(const torch::Tensor& x);
+  Linear gate{nullptr}, up{nullptr}, down{nullptr};
+
+ private:
+  Activation act_;
+};
+
+}  // namespace moiety

@@ -1,0 +1,79 @@
+#include "moiety/nn/kv_cache.h"
+
+#include <torch/torch.h>
+
+#include "moiety/base/error.h"
+
+namespace moiety {
+
+KvCache::KvCache(int64_t slots) : slots_(slots) {}
+
+std::pair<torch::Tensor, torch::Tensor> KvCache::append(int64_t slot, const torch::Tensor& k, const torch::Tensor& v) {
+  if (slot >= static_cast<int64_t>(slots_.size())) slots_.resize(slot + 1);
+  Slot& s = slots_[slot];
+  const int64_t total = s.length + k.size(2);
+  check(!s.k.defined() || s.k.size(0) == k.size(0), "the cache holds {} rows but this pass has {}",
+        s.k.defined() ? s.k.size(0) : 0, k.size(0));
+  if (!s.k.defined() || s.k.size(2) < total) {
+    // Grow by half: appends stay cheap and little is wasted.
+    const int64_t capacity = std::max<int64_t>(total, s.k.defined() ? s.k.size(2) * 3 / 2 : total + 64);
+    const auto grow = [&](torch::Tensor& old, const torch::Tensor& like) {
+      auto fresh = torch::empty({like.size(0), like.size(1), capacity, like.size(3)}, like.options());
+      if (s.length > 0) fresh.narrow(2, 0, s.length).copy_(old.narrow(2, 0, s.length));
+      old = fresh;
+    };
+    grow(s.k, k);
+    grow(s.v, v);
+  }
+  s.k.narrow(2, s.length, k.size(2)).copy_(k);
+  s.v.narrow(2, s.length, v.size(2)).copy_(v);
+  s.length = total;
+  return {s.k.narrow(2, 0, total), s.v.narrow(2, 0, total)};
+}
+
+void KvCache::advance(int64_t tokens, const torch::Tensor& mask, const torch::Tensor& next_position) {
+  length_ += tokens;
+  mask_ = mask;
+  next_ = next_position;
+}
+
+void KvCache::crop(int64_t length) {
+  check(length >= 0 && length <= length_, "the cache holds {} tokens and cannot be cropped to {}", length_, length);
+  if (length == length_) return;
+  for (Slot& s : slots_) s.length = std::min(s.length, length);
+  if (next_.defined()) {
+    const auto gone = mask_.defined() ? mask_.slice(1, length).sum(1) : torch::full_like(next_, length_ - length);
+    next_ = next_ - gone.to(next_.scalar_type());
+  }
+  if (mask_.defined()) mask_ = mask_.slice(1, 0, length).contiguous();
+  length_ = length;
+}
+
+void KvCache::select(const torch::Tensor& rows) {
+  for (Slot& s : slots_)
+    if (s.k.defined()) {
+      s.k = s.k.index_select(0, rows);
+      s.v = s.v.index_select(0, rows);
+    }
+  if (mask_.defined()) mask_ = mask_.index_select(0, rows);
+  if (next_.defined()) next_ = next_.index_select(0, rows);
+}
+
+KvCache KvCache::fork() const {
+  KvCache copy = *this;
+  for (Slot& s : copy.slots_)
+    if (s.k.defined()) {
+      s.k = s.k.clone();
+      s.v = s.v.clone();
+    }
+  return copy;
+}
+
+int64_t KvCache::bytes() const {
+  int64_t total = 0;
+  for (const Slot& s : slots_)
+    if (s.k.defined()) total += static_cast<int64_t>(s.k.nbytes() + s.v.nbytes());
+  return total;
+}
+
+}  // namespace moiety

@@ -1,0 +1,157 @@
+#include "moiety/nn/linear.h"
+
+#include <torch/torch.h>
+
+#include <cmath>
+
+#include "moiety/base/error.h"
+#include "moiety/nn/weights.h"
+
+namespace moiety {
+namespace {
+
+// Elements of W decoded at a time: the f32 copy of a piece stays near the core until the matmul has read it.
+constexpr int64_t kPieceElements = int64_t{1} << 20;
+
+template <class Use>
+void for_pieces(const TensorView& blocks, torch::Device device, Use use) {
+  const int64_t out = blocks.shape[0], piece = std::max<int64_t>(1, kPieceElements / blocks.shape[1]);
+  for (int64_t begin = 0; begin < out; begin += piece) {
+    const int64_t end = std::min(out, begin + piece);
+    use(begin, end, dequantize(slice_rows(blocks, begin, end)).to(device));
+  }
+}
+
+// x [n, in] -> x W^T [n, out], in f32.
+torch::Tensor times_transposed(const torch::Tensor& x, const TensorView& blocks) {
+  auto y = torch::empty({x.size(0), blocks.shape[0]}, x.options());
+  for_pieces(blocks, x.device(), [&](int64_t begin, int64_t end, const torch::Tensor& w) {
+    y.slice(1, begin, end).copy_(at::matmul(x, w.t()));
+  });
+  return y;
+}
+
+// Keeps the blocks alive inside a graph; the matrix is decoded again in the backward pass instead of being kept.
+struct Blocks : torch::CustomClassHolder {
+  explicit Blocks(std::shared_ptr<const TensorView> view) : view(std::move(view)) {}
+  std::shared_ptr<const TensorView> view;
+};
+
+class FrozenMatmul : public torch::autograd::Function<FrozenMatmul> {
+ public:
+  static torch::Tensor forward(torch::autograd::AutogradContext* context, const torch::Tensor& x,
+                               c10::intrusive_ptr<Blocks> blocks) {
+    context->saved_data["blocks"] = c10::IValue::make_capsule(blocks);
+    return times_transposed(x, *blocks->view);
+  }
+  static torch::autograd::tensor_list backward(torch::autograd::AutogradContext* context,
+                                               torch::autograd::tensor_list grads) {
+    const auto blocks = c10::static_intrusive_pointer_cast<Blocks>(context->saved_data["blocks"].toCapsule());
+    auto grad = torch::zeros({grads[0].size(0), blocks->view->shape[1]}, grads[0].options());
+    for_pieces(*blocks->view, grad.device(), [&](int64_t begin, int64_t end, const torch::Tensor& w) {
+      grad.addmm_(grads[0].slice(1, begin, end), w);
+    });
+    return {grad, torch::Tensor()};
+  }
+};
+
+torch::Tensor cast(const torch::Tensor& t, torch::Dtype dtype) {
+  return t.scalar_type() == dtype ? t : t.to(dtype);
+}
+
+torch::Tensor initial(torch::IntArrayRef shape, int64_t in) {
+  const double bound = 1.0 / std::sqrt(static_cast<double>(in));
+  return torch::empty(shape).uniform_(-bound, bound);
+}
+
+}  // namespace
+
+LinearImpl::LinearImpl(int64_t in, int64_t out, bool with_bias) : in_(in), out_(out) {
+  weight = register_parameter("weight", initial({out, in}, in));
+  if (with_bias) bias = register_parameter("bias", initial({out}, in));
+}
+
+LinearImpl::LinearImpl(torch::Tensor w, torch::Tensor b) : in_(w.size(1)), out_(w.size(0)) {
+  weight = register_parameter("weight", std::move(w), false);
+  if (b.defined()) bias = register_parameter("bias", std::move(b), false);
+}
+
+LinearImpl::LinearImpl(const TensorView& blocks, torch::Tensor b)
+    : in_(blocks.shape.at(1)), out_(blocks.shape.at(0)), blocks_(std::make_shared<const TensorView>(blocks)) {
+  if (b.defined()) bias = register_parameter("bias", std::move(b), false);
+}
+
+torch::Tensor LinearImpl::forward(const torch::Tensor& x) {
+  check(x.size(-1) == in_, "a matrix [{}, {}] cannot be applied to {} features", out_, in_, x.size(-1));
+  if (!blocks_)
+    return at::linear(x, cast(weight, x.scalar_type()), bias.defined() ? cast(bias, x.scalar_type()) : bias);
+  auto shape = x.sizes().vec();
+  shape.back() = out_;
+  const auto flat = cast(x.reshape({-1, in_}), torch::kFloat32);
+  const bool graph = torch::GradMode::is_enabled() && x.requires_grad();
+  auto y = graph ? FrozenMatmul::apply(flat, c10::make_intrusive<Blocks>(blocks_)) : times_transposed(flat, *blocks_);
+  if (bias.defined()) y = y + cast(bias, torch::kFloat32);
+  return cast(y.view(shape), x.scalar_type());
+}
+
+torch::Tensor LinearImpl::rows(const torch::Tensor& ids, torch::Dtype dtype) {
+  if (!blocks_) return cast(at::embedding(weight, ids), dtype);
+  const auto flat = ids.reshape({-1}).to(torch::kCPU).contiguous();
+  auto out = torch::empty({flat.numel(), in_}, torch::kFloat32);
+  const int64_t bytes = row_bytes(blocks_->format, in_);
+  for (int64_t i = 0; i < flat.numel(); ++i) {
+    const int64_t row = flat.const_data_ptr<int64_t>()[i];
+    check(row >= 0 && row < out_, "row {} of '{}' does not exist: it has {}", row, blocks_->name, out_);
+    dequantize_row(blocks_->format, blocks_->data.data() + row * bytes, out.data_ptr<float>() + i * in_, in_);
+  }
+  auto shape = ids.sizes().vec();
+  shape.push_back(in_);
+  return out.view(shape).to(ids.device()).to(dtype);
+}
+
+torch::Tensor LinearImpl::dense(torch::Dtype dtype) const {
+  return cast(blocks_ ? dequantize(*blocks_) : weight, dtype);
+}
+
+LinearStackImpl::LinearStackImpl(int64_t count, int64_t in, int64_t out, bool with_bias)
+    : count_(count), in_(in), out_(out) {
+  weight = register_parameter("weight", initial({count, out, in}, in));
+  if (with_bias) bias = register_parameter("bias", initial({count, out}, in));
+}
+
+LinearStackImpl::LinearStackImpl(torch::Tensor w, torch::Tensor b)
+    : count_(w.size(0)), in_(w.size(2)), out_(w.size(1)) {
+  weight = register_parameter("weight", std::move(w), false);
+  if (b.defined()) bias = register_parameter("bias", std::move(b), false);
+}
+
+LinearStackImpl::LinearStackImpl(std::vector<Linear> matrices, torch::Tensor b)
+    : count_(static_cast<int64_t>(matrices.size())), matrices_(std::move(matrices)) {
+  check(!matrices_.empty(), "a stack of matrices needs at least one");
+  in_ = matrices_[0]->in();
+  out_ = matrices_[0]->out();
+  for (size_t e = 0; e < matrices_.size(); ++e) {
+    check(matrices_[e]->in() == in_ && matrices_[e]->out() == out_,
+          "expert {} is [{}, {}] but expert 0 is [{}, {}]: all experts of a stack have one shape", e,
+          matrices_[e]->out(), matrices_[e]->in(), out_, in_);
+    register_module(std::to_string(e), matrices_[e]);
+  }
+  if (b.defined()) bias = register_parameter("bias", std::move(b), false);
+}
+
+torch::Tensor LinearStackImpl::forward(int64_t index, const torch::Tensor& x) {
+  check(index >= 0 && index < count_, "expert {} does not exist: the stack has {}", index, count_);
+  if (matrices_.empty()) {
+    const auto dtype = x.scalar_type();
+    return at::linear(x, cast(weight.select(0, index), dtype),
+                      bias.defined() ? std::optional<torch::Tensor>(cast(bias.select(0, index), dtype)) : std::nullopt);
+  }
+  auto y = matrices_[index]->forward(x);
+  return bias.defined() ? y + cast(bias.select(0, index), x.scalar_type()) : y;
+}
+
+torch::Tensor LinearStackImpl::dense(int64_t index, torch::Dtype dtype) const {
+  return matrices_.empty() ? cast(weight.select(0, index), dtype) : matrices_[index]->dense(dtype);
+}
+
+}  // namespace moiety

@@ -1,0 +1,20 @@
+#include "moiety/nn/pass.h"
+
+#include <torch/torch.h>
+
+namespace moiety {
+
+void Trace::add(Record record) {
+  const auto detach = [](torch::Tensor& t) {
+    if (t.defined()) t = t.detach();
+  };
+  for (torch::Tensor* t : {&record.routing.experts, &record.routing.gates, &record.routing.scores,
+                           &record.routing.logits, &record.input, &record.output, &record.real})
+    detach(*t);
+  if (on_record)
+    on_record(record);
+  else
+    records.push_back(std::move(record));
+}
+
+}  // namespace moiety

@@ -1,0 +1,158 @@
+#include "moiety/nn/rope.h"
+
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
+#include "moiety/base/error.h"
+
+namespace moiety {
+namespace {
+
+double number(const nlohmann::json& p, const char* key, double fallback) {
+  const auto it = p.find(key);
+  return it == p.end() || it->is_null() ? fallback : it->get<double>();
+}
+
+double need(const nlohmann::json& p, const char* key, const std::string& type) {
+  const auto it = p.find(key);
+  check(it != p.end() && it->is_number(), "rope scaling of type '{}' needs the number '{}'", type, key);
+  return it->get<double>();
+}
+
+double yarn_mscale(double scale, double mscale) {
+  return scale <= 1.0 ? 1.0 : 0.1 * mscale * std::log(scale) + 1.0;
+}
+
+}  // namespace
+
+Rope::Rope(const RopeConfig& config) : config_(config) {
+  if (config_.type == "su") config_.type = "longrope";
+  dim_ = static_cast<int64_t>(static_cast<double>(config_.head_dim) * config_.partial);
+  check(dim_ > 0 && dim_ % 2 == 0,
+        "rotary dimension must be even and positive, not {} (head size {}, partial factor {})", dim_, config_.head_dim,
+        config_.partial);
+  const auto& p = config_.parameters;
+  if (config_.type == "yarn") {
+    const double original = number(p, "original_max_position_embeddings", static_cast<double>(config_.max_positions));
+    const double factor = number(p, "factor", static_cast<double>(config_.max_positions) / original);
+    const double mscale = number(p, "mscale", 0.0), all = number(p, "mscale_all_dim", 0.0);
+    const double fallback =
+        mscale != 0.0 && all != 0.0 ? yarn_mscale(factor, mscale) / yarn_mscale(factor, all) : yarn_mscale(factor, 1.0);
+    attention_factor_ = number(p, "attention_factor", fallback);
+  } else if (config_.type == "longrope") {
+    const double original = number(p, "original_max_position_embeddings", static_cast<double>(config_.max_positions));
+    const double factor = number(p, "factor", static_cast<double>(config_.max_positions) / original);
+    attention_factor_ =
+        number(p, "attention_factor", factor <= 1.0 ? 1.0 : std::sqrt(1.0 + std::log(factor) / std::log(original)));
+  }
+  frequencies(1);  // reports a bad configuration now
+}
+
+std::vector<float> Rope::frequencies(int64_t length) const {
+  const auto& p = config_.parameters;
+  const int64_t n = dim_ / 2;
+  const double d = static_cast<double>(dim_);
+  double theta = config_.theta;
+  if (config_.type == "dynamic") {
+    const double factor = need(p, "factor", config_.type), max = static_cast<double>(config_.max_positions);
+    const double length_now = std::max(max, static_cast<double>(length));
+    theta *= std::pow(factor * length_now / max - (factor - 1.0), d / (d - 2.0));
+  }
+  std::vector<float> f(n);
+  for (int64_t i = 0; i < n; ++i)
+    f[i] = 1.0f / std::pow(static_cast<float>(theta), static_cast<float>(2 * i) / static_cast<float>(dim_));
+  if (!config_.frequency_divisors.empty()) {
+    check(static_cast<int64_t>(config_.frequency_divisors.size()) == n, "rope divisors: {} given, {} needed",
+          config_.frequency_divisors.size(), n);
+    for (int64_t i = 0; i < n; ++i) f[i] /= config_.frequency_divisors[i];
+    return f;
+  }
+  if (config_.type == "default" || config_.type == "dynamic") return f;
+  if (config_.type == "linear") {
+    const auto factor = static_cast<float>(need(p, "factor", config_.type));
+    for (float& x : f) x /= factor;
+  } else if (config_.type == "llama3") {
+    const double factor = need(p, "factor", config_.type), low = need(p, "low_freq_factor", config_.type),
+                 high = need(p, "high_freq_factor", config_.type),
+                 old = need(p, "original_max_position_embeddings", config_.type);
+    for (float& x : f) {
+      const double wavelength = 2.0 * std::numbers::pi / x;
+      if (wavelength > old / low) {
+        x = static_cast<float>(x / factor);
+      } else if (wavelength >= old / high) {
+        const double smooth = (old / wavelength - low) / (high - low);
+        x = static_cast<float>((1.0 - smooth) * x / factor + smooth * x);
+      }
+    }
+  } else if (config_.type == "yarn") {
+    const double old = number(p, "original_max_position_embeddings", static_cast<double>(config_.max_positions));
+    const double factor = number(p, "factor", static_cast<double>(config_.max_positions) / old);
+    const double beta_fast = number(p, "beta_fast", 32.0), beta_slow = number(p, "beta_slow", 1.0);
+    const auto correction = [&](double rotations) {
+      return d * std::log(old / (rotations * 2.0 * std::numbers::pi)) / (2.0 * std::log(config_.theta));
+    };
+    double low = correction(beta_fast), high = correction(beta_slow);
+    if (p.value("truncate", true)) {
+      low = std::floor(low);
+      high = std::ceil(high);
+    }
+    low = std::max(low, 0.0);
+    high = std::min(high, d - 1.0);
+    if (low == high) high += 0.001;
+    for (int64_t i = 0; i < n; ++i) {
+      const double ramp = std::clamp((static_cast<double>(i) - low) / (high - low), 0.0, 1.0);
+      f[i] = static_cast<float>(f[i] / factor * ramp + f[i] * (1.0 - ramp));
+    }
+  } else if (config_.type == "longrope") {
+    const double old = number(p, "original_max_position_embeddings", static_cast<double>(config_.max_positions));
+    const char* key = static_cast<double>(length) > old && !config_.scale_by_length ? "long_factor" : "short_factor";
+    const auto it = p.find(key);
+    check(it != p.end() && it->is_array() && static_cast<int64_t>(it->size()) == n,
+          "rope scaling of type 'longrope' needs '{}' with {} numbers", key, n);
+    for (int64_t i = 0; i < n; ++i) f[i] /= it->at(i).get<float>();
+  } else {
+    fail("unknown rope type '{}'; known are default, linear, dynamic, yarn, longrope, llama3", config_.type);
+  }
+  return f;
+}
+
+std::pair<torch::Tensor, torch::Tensor> Rope::angles(const torch::Tensor& positions) const {
+  double factor = attention_factor_;
+  int64_t length = 0;
+  if (config_.type == "dynamic" || config_.type == "longrope" || config_.scale_by_length)
+    length = positions.numel() == 0 ? 0 : positions.max().item<int64_t>() + 1;
+  if (config_.scale_by_length && config_.type != "default") {
+    const double old =
+        number(config_.parameters, "original_max_position_embeddings", static_cast<double>(config_.max_positions));
+    factor = need(config_.parameters, static_cast<double>(length) > old ? "long_mscale" : "short_mscale", config_.type);
+  }
+  const auto f = frequencies(length);
+  const auto frequency = torch::tensor(f, torch::kFloat32).to(positions.device());
+  const auto angle = positions.to(torch::kFloat32).unsqueeze(1).unsqueeze(-1) * frequency;
+  auto c = angle.cos(), s = angle.sin();
+  if (factor != 1.0) {
+    c = c * factor;
+    s = s * factor;
+  }
+  return {c, s};
+}
+
+torch::Tensor Rope::rotate(const torch::Tensor& x, const std::pair<torch::Tensor, torch::Tensor>& angles) const {
+  const auto c = angles.first.to(x.scalar_type()), s = angles.second.to(x.scalar_type());
+  const auto turned = x.size(-1) == dim_ ? x : x.narrow(-1, 0, dim_);
+  torch::Tensor out;
+  if (config_.interleaved) {
+    const auto pairs = turned.unflatten(-1, {dim_ / 2, 2});
+    const auto a = pairs.select(-1, 0), b = pairs.select(-1, 1);
+    out = torch::stack({a * c - b * s, b * c + a * s}, -1).flatten(-2);
+  } else {
+    const auto a = turned.narrow(-1, 0, dim_ / 2), b = turned.narrow(-1, dim_ / 2, dim_ / 2);
+    out = torch::cat({a * c - b * s, b * c + a * s}, -1);
+  }
+  return x.size(-1) == dim_ ? out : torch::cat({out, x.narrow(-1, dim_, x.size(-1) - dim_)}, -1);
+}
+
+}  // namespace moiety
