@@ -146,8 +146,8 @@ torch::Tensor LatentAttention::forward(const torch::Tensor& x, const AttentionCo
   const auto k =
       torch::cat({kv.narrow(-1, 0, parts.nope_dim), k_rope.expand({batch, heads, total, parts.rope_dim})}, -1);
   const auto v = kv.narrow(-1, parts.nope_dim, parts.v_dim);
-  const auto y =
-      attend(torch::cat({q.narrow(-1, 0, parts.nope_dim), q_rope}, -1), k, v, context, {.scale = parts.scale});
+  const auto y = attend(torch::cat({q.narrow(-1, 0, parts.nope_dim), q_rope}, -1), k, v, context,
+                        {.scale = parts.scale, .window = 0, .softcap = 0.0, .sinks = {}});
   return parts.o(y.transpose(1, 2).reshape({batch, tokens, -1}));
 }
 
