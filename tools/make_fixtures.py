@@ -9,7 +9,7 @@ enough that logits have unit scale, routers choose freely, and no bias, norm wei
 
 Mixtures are written in both tensor layouts: `<name>` has one tensor an expert, as older transformers releases wrote and hubs hold,
 `<name>-fused` has the stacked tensors of current releases. `<name>-old` has config.json's keys of releases before 5
-(rope_theta, rope_scaling, torch_dtype).
+(rope_theta, rope_scaling, torch_dtype), `<name>-sparse` has only the keys that differ from the family's defaults.
 """
 
 import argparse
@@ -38,7 +38,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 CACHE = Path(os.environ.get("MOIETY_CACHE") or Path.home() / ".cache/moiety")
 FIXTURES = CACHE / "fixtures"
-RECIPE = 4  # raise when the way weights are drawn changes
+RECIPE = 5  # raise when the way weights are drawn changes
 
 
 class Fixture:
@@ -62,7 +62,7 @@ class Fixture:
     def key(self):
         import transformers
 
-        text = json.dumps([RECIPE, transformers.__version__, {k: v for k, v in vars(self).items()}], sort_keys=True, default=str)
+        text = json.dumps([RECIPE, transformers.__version__, vars(self), self.name in SPARSE], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -87,6 +87,11 @@ def long_factors(n):
 MLA = dict(BASE, num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=32, q_lora_rank=48, qk_nope_head_dim=16,
            qk_rope_head_dim=8, v_head_dim=12, n_routed_experts=8, n_shared_experts=2, num_experts_per_tok=3,
            moe_intermediate_size=40, first_k_dense_replace=1, num_hidden_layers=3)
+
+
+# One of each promised family also with a sparse config.json.
+SPARSE = {"llama-mha", "llama-gqa", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3-pattern6", "phi3", "smollm3", "mixtral", "qwen2_moe",
+          "qwen3_moe-raw", "olmoe", "deepseek_v2", "deepseek_v3", "phimoe", "granitemoe", "gpt_oss"}
 
 
 def fixtures():
@@ -442,6 +447,25 @@ def old_config(config):
     return c
 
 
+def sparse_config(config):
+    """config.json without what the family's class would fill in anyway, in the keys of releases before 5."""
+    import transformers
+
+    defaults = transformers.AutoConfig.for_model(config["model_type"]).to_dict()
+    kept = {k: v for k, v in config.items() if k in ("model_type", "architectures", "rope_parameters") or v != defaults.get(k)}
+    if config.get("num_key_value_heads") == config["num_attention_heads"] and config["model_type"] in ("llama", "olmoe"):
+        kept.pop("num_key_value_heads", None)
+    if config.get("head_dim") in (config["hidden_size"] // config["num_attention_heads"], config.get("qk_rope_head_dim")):
+        kept.pop("head_dim", None)
+    kept.pop("qk_head_dim", None)
+    old = old_config({**config, **kept})
+    out = {k: v for k, v in old.items() if k in kept or (k not in config and v is not None)}
+    theta = getattr(transformers.AutoConfig.for_model(config["model_type"]), "default_theta", None)
+    if out.get("rope_theta") == theta:
+        del out["rope_theta"]
+    return out
+
+
 FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
@@ -494,7 +518,7 @@ def build(fixture):
     key = f.key()
     if stamp.exists() and json.loads(stamp.read_text()).get("key") == key:
         return False
-    for variant in ("", "-fused", "-old", "-reference"):
+    for variant in ("", "-fused", "-old", "-sparse", "-reference"):
         shutil.rmtree(FIXTURES / (f.name + variant), ignore_errors=True)
     work = FIXTURES / f".{f.name}.{os.getpid()}"
     work.mkdir(parents=True)
@@ -555,6 +579,11 @@ def build(fixture):
             shutil.copytree(main, old)
             write_json(old / "config.json", old_config(json.loads((main / "config.json").read_text())))
             finish(old, suffix="-old", config_style="old", name=f.name + "-old", gguf=None)
+        if f.name in SPARSE:
+            sparse = work / "sparse"
+            shutil.copytree(main, sparse)
+            write_json(sparse / "config.json", sparse_config(json.loads((main / "config.json").read_text())))
+            finish(sparse, suffix="-sparse", config_style="sparse", name=f.name + "-sparse", gguf=None)
         # The stamp of the plain fixture says that all variants are there: it moves last.
         for name, directory in reversed(list(written.items())):
             shutil.rmtree(FIXTURES / name, ignore_errors=True)
@@ -586,7 +615,7 @@ def make(only=None, force=False, quiet=False):
             print(f"cannot make {f.name}: {type(error).__name__}: {error}", file=sys.stderr)
     found = []
     for f in chosen:
-        for suffix in ("", "-fused", "-old"):
+        for suffix in ("", "-fused", "-old", "-sparse"):
             stamp = FIXTURES / (f.name + suffix) / "fixture.json"
             if stamp.exists():
                 found.append({**json.loads(stamp.read_text()), "path": str(stamp.parent)})
