@@ -145,7 +145,7 @@ class Prepend : public Normalizer {
   explicit Prepend(std::string text) : text_(std::move(text)) {}
   void apply(Chunk& chunk) const override {
     if (chunk.text.empty()) return;
-    chunk.text.insert(0, text_);
+    chunk.text = text_ + chunk.text;
     if (chunk.zero > 0) chunk.zero += text_.size();
   }
 

@@ -145,7 +145,7 @@ class Sequence : public PreTokenizer {
 
 void prepend(Chunk& chunk, std::string_view text) {
   if (chunk.text.empty()) return;
-  chunk.text.insert(0, text);
+  chunk.text = std::string(text) + chunk.text;
   if (chunk.zero > 0) chunk.zero += text.size();
 }
 
