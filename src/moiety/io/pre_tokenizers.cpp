@@ -19,11 +19,23 @@ constexpr const char* kTekken =
     R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
 constexpr const char* kDeepSeek3 =
     R"([!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
+constexpr const char* kGpt2 = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
+constexpr const char* kQwen35 =
+    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
+constexpr const char* kBloom = " ?[^(\\s|.,!?…。，、।۔،)]+";
+constexpr const char* kBailing =
+    R"('(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+)";
+constexpr const char* kSeedCoder =
+    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+)";
+constexpr const char* kKimi =
+    R"([\p{Han}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
 constexpr const char* kDeepSeekLetters =
-    "\\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-"
+    "\\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-"
+    "ὅὈ-"
     "Ὅὐ-"
     "ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-"
-    "ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-"
+    "ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-"
+    "𐓻𐲀-"
     "𐲲𐳀-"
     "𐳲𑢠-𑣟𞤀-𞥃]+";
 
@@ -63,12 +75,12 @@ const std::vector<Named>& table() {
     return std::vector<Named>{
         {"gpt-2", {gpt2}},
         {"smollm", {single_digits}},
-        {"llama-bpe", {llama3, true}},
+        {"llama-bpe", {llama3, true, false, true}},
         {"dbrx", {llama3}},
         {"qwen2", {qwen2, false, true}},
         {"stablelm2", {qwen2}},
         {"gpt-4o", {o200k}},
-        {"tekken", {sequence({split(kTekken), byte_level(false)}), true}},
+        {"tekken", {sequence({split(kTekken), byte_level(false)}), true, false, true}},
         {"deepseek-llm", {deepseek_llm}},
         {"deepseek-coder", {deepseek_coder}},
         {"deepseek-v3", {deepseek3}},
@@ -78,15 +90,26 @@ const std::vector<Named>& table() {
         {"codeshell", {single_digits}},
         {"exaone", {single_digits}},
         {"minerva-7b", {single_digits}},
-        {"llama3", {llama3, true}},
-        {"llama-v3", {llama3, true}},
-        {"falcon3", {llama3, true}},
-        {"pixtral", {llama3, true}},
+        {"llama3", {llama3, true, false, true}},
+        {"llama-v3", {llama3, true, false, true}},
+        {"falcon3", {llama3, true, false, true}},
+        {"pixtral", {llama3, true, false, true}},
         {"smaug-bpe", {llama3}},
+        {"falcon-h1", {llama3, true, false, true}},
+        {"midm-2.0", {llama3, true, false, true}},
+        {"lfm2", {llama3, true, false, true}},
         {"chatglm-bpe", {llama3}},
+        {"glm4", {llama3}},
 
         {"deepseek-r1-qwen", {qwen2}},
         {"megrez", {qwen2}},
+        {"hunyuan", {qwen2}},
+        {"solar-open", {qwen2}},
+        {"grok-2", {qwen2}},
+        {"qwen35", {sequence({split(kQwen35), byte_level(false)}), false, true}},
+        {"seed-coder", {sequence({split(kSeedCoder), byte_level(false)})}},
+        {"bailingmoe", {sequence({split(kBailing), byte_level(false)})}},
+        {"llada-moe", {sequence({split(kBailing), byte_level(false)})}},
 
         {"olmo", {gpt2}},
         {"jais", {gpt2}},
@@ -96,8 +119,26 @@ const std::vector<Named>& table() {
         {"roberta-bpe", {gpt2}},
         {"exaone4", {gpt2}},
         {"gigachat", {gpt2}},
+        {"trillion", {gpt2}},
+        {"granite-docling", {gpt2}},
+        {"modern-bert", {gpt2}},
+        {"jina-v2-code", {gpt2}},
         {"llama4", {o200k}},
-        {"default", {gpt2}},
+        {"minimax-m2", {o200k}},
+        {"kimi-k2", {sequence({split(kKimi), byte_level(false)})}},
+        {"tiny_aya", {sequence({split(R"(\d{1,3}(?=(?:\d{3})*\b))"), split(kO200k), byte_level(false)})}},
+        {"mellum2", {single_digits}},
+        {"hunyuan-dense", {deepseek3}},
+        {"falcon",
+         {sequence({split(R"([\p{P}\$\+<=>\^~\|`]+)"), split(kGpt2), split("[0-9][0-9][0-9]"), byte_level(false)})}},
+        {"bloom", {sequence({split(kBloom), byte_level(false)})}},
+        {"gpt3-finnish", {sequence({split(kBloom), byte_level(false)})}},
+        {"poro-chat", {sequence({split(kBloom), byte_level(false)})}},
+        {"viking", {sequence({split(kBloom), split("\\p{N}"), byte_level(false)})}},
+        {"superbpe", {sequence({split("\\p{N}+"), split(R"((?=(\d{3})+(?!\d)))"), byte_level(false)})}},
+        {"default",
+         {sequence({split(R"([\p{P}\$\+<=>\^~\|]+)"), split(kGpt2), split("\\p{N}+"), split("[0-9][0-9][0-9]"),
+                    byte_level(false)})}},
     };
   }();
   return all;

@@ -11,6 +11,7 @@ struct PreTokenizer {
   nlohmann::json rules;        ///< what tokenizer.json has under `pre_tokenizer`
   bool ignore_merges = false;  ///< a word that is in the vocabulary is taken whole
   bool nfc = false;            ///< text is normalized to NFC first
+  bool bos = false;            ///< BOS is added unless the file says otherwise
 };
 
 /// The rules of a name; nullopt when moiety does not know it.
