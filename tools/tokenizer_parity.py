@@ -396,7 +396,7 @@ def run_moiety(binary, model, texts, *options):
     r = subprocess.run([binary, "tokenize", str(model), "--json", "-0", *options], input=b"\0".join(texts) + b"\0", capture_output=True)
     if r.returncode != 0:
         sys.exit(f"moiety tokenize {model} failed: {r.stderr.decode()}")
-    return [json.loads(line) for line in r.stdout.decode().splitlines()]
+    return [json.loads(line) for line in r.stdout.split(b"\n") if line]
 
 
 def differences(binary, model, tokenizer, texts):

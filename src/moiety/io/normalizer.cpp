@@ -246,6 +246,8 @@ class Precompiled : public Normalizer {
       }
       at = end;
     }
+    // Where characters at the start vanish, the tokenizers package lets what follows stem from the first of them.
+    if (zero == 0 && chunk.zero > 0 && !out.empty()) zero = unicode::char_length(static_cast<unsigned char>(out[0]));
     chunk.text = std::move(out);
     chunk.zero = zero;
   }
