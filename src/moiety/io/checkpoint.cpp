@@ -519,7 +519,8 @@ std::optional<fs::path> model_in(const Package& package, const std::vector<Packa
   // NAME.partNN, in this package or in companions called PACKAGE_part1, PACKAGE_part2, ...
   static const std::regex part_form("^(.+\\.gguf)\\.part(\\d+)$");
   const auto sums = stated_sums(files);
-  for (const auto& [name, sum] : sums) {
+  for (const auto& [model, sum] : sums) {
+    const std::string& name = model;  // a name that the lambda may capture
     std::map<int64_t, fs::path> parts;
     auto collect = [&](const std::vector<fs::path>& candidates) {
       for (const auto& file : candidates) {
