@@ -402,8 +402,9 @@ void SafetensorsWriter::write(const std::string& name, std::span<const std::byte
 void SafetensorsWriter::finish() {
   Impl& w = *impl_;
   if (w.finished) return;
-  check(w.current == w.tensors.size(), "{}: tensor {} is not complete: {} of {} bytes are written", w.where,
-        shown(w.tensors[w.current].name), w.written, w.sizes[w.current]);
+  if (w.current < w.tensors.size())
+    fail("{}: tensor {} is not complete: {} of {} bytes are written", w.where, shown(w.tensors[w.current].name),
+         w.written, w.sizes[w.current]);
   for (size_t i : w.layout)
     if (w.hold[i]) w.file.write(w.held[i]);
   w.file.commit();
