@@ -19,6 +19,7 @@
 
 #include "moiety/base/atomic_file.h"
 #include "moiety/base/error.h"
+#include "moiety/base/files.h"
 #include "moiety/base/text.h"
 #include "moiety/io/gguf_names.h"
 #include "moiety/io/sha256.h"
@@ -31,15 +32,10 @@ namespace {
 
 // ---- Reading small files ----
 
-std::string read_text(const fs::path& path) {
-  const auto file = MappedFile::open(path);
-  return std::string(reinterpret_cast<const char*>(file->bytes().data()), file->bytes().size());
-}
-
 json read_json(const fs::path& path) {
   json out;
   try {
-    out = json::parse(read_text(path));
+    out = json::parse(read_text(path, int64_t{1} << 30));
   } catch (const json::parse_error& e) {
     fail("{}: not JSON, at byte {}: {}", path.string(), e.byte, shown(e.what(), 160));
   }

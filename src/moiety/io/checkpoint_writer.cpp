@@ -11,11 +11,12 @@
 #include <set>
 #include <thread>
 
-#include "moiety/base/atomic_file.h"
 #include "moiety/base/error.h"
+#include "moiety/base/files.h"
 #include "moiety/base/text.h"
 #include "moiety/io/gguf_names.h"
 #include "moiety/io/gguf_tokenizer.h"
+#include "moiety/io/hf_defaults.h"
 
 namespace fs = std::filesystem;
 using nlohmann::json;
@@ -417,11 +418,11 @@ Plan plan_gguf(const Checkpoint& ckpt, const json& config) {
   Plan plan;
   const std::string type = config.value("model_type", ""), arch = gguf_arch_of(config);
   const GgufArch& facts = *find_gguf_arch(arch);
-  const json& c = text_config(config);
+  const json c = with_defaults(config);
   const int64_t heads = config_int(c, "num_attention_heads", config_int(c, "n_heads", 1));
   const int64_t kv_heads = config_int(c, "num_key_value_heads", heads);
   const int64_t layers = config_int(c, "num_hidden_layers", config_int(c, "n_layers", 0));
-  const bool tied = c.value("tie_word_embeddings", json(type.starts_with("gemma"))) == true;
+  const bool tied = c.value("tie_word_embeddings", json(false)) == true;
 
   std::map<std::string, std::map<int64_t, TensorView>> per_expert;  // target name -> expert -> tensor
   static const std::regex layer_form("^(?:model\\.layers|encoder\\.layers?|transformer\\.layer)\\.(\\d{1,6})\\.(.+)$");
@@ -572,6 +573,14 @@ Plan plan_gguf(const Checkpoint& ckpt, const json& config) {
     t.slab = [x = std::move(x)](int64_t, float* out) { std::copy(x.begin(), x.end(), out); };
     plan.targets.push_back(std::move(t));
   };
+  if ((arch == "gemma2" || arch == "gemma3") && layers != (arch == "gemma2" ? 46 : 62) &&
+      config_int(c, "query_pre_attn_scalar", 0) != config_int(c, "head_dim", 0))
+    plan.warnings.push_back(
+        "query_pre_attn_scalar differs from head_dim, which GGUF has no key for: other readers will scale queries "
+        "differently");
+  if (type == "deepseek_v3" && c.value("rope_interleave", json(true)) == false)
+    plan.warnings.push_back(
+        "rope_interleave is false, which GGUF has no key for: other readers will rotate neighbours");
   if (arch != "bert" && arch != "nomic-bert") {
     if (auto freqs = llama3_rope_freqs(config); !freqs.empty()) values("rope_freqs.weight", std::move(freqs));
     const json rope = rope_parameters(c);
@@ -604,17 +613,14 @@ std::optional<HfTokenizer> tokenizer_files(const Checkpoint& ckpt) {
   const fs::path folder = fs::is_directory(ckpt.path()) ? ckpt.path() : ckpt.path().parent_path();
   auto load = [&](const char* name) {
     if (!fs::exists(folder / name)) return json(json::object());
-    const auto file = MappedFile::open(folder / name);
-    json out = json::parse(reinterpret_cast<const char*>(file->bytes().data()),
-                           reinterpret_cast<const char*>(file->bytes().data()) + file->bytes().size(), nullptr, false);
+    json out = json::parse(read_text(folder / name, int64_t{1} << 30), nullptr, false);
     check(!out.is_discarded(), "{}: not JSON", (folder / name).string());
     return out;
   };
   if (!fs::exists(folder / "tokenizer.json")) return std::nullopt;
   HfTokenizer out{load("tokenizer.json"), load("tokenizer_config.json"), "", load("special_tokens_map.json")};
   if (fs::exists(folder / "chat_template.jinja")) {
-    const auto file = MappedFile::open(folder / "chat_template.jinja");
-    out.chat_template.assign(reinterpret_cast<const char*>(file->bytes().data()), file->bytes().size());
+    out.chat_template = read_text(folder / "chat_template.jinja");
   } else if (out.config.is_object() && out.config.contains("chat_template")) {
     const json& t = out.config["chat_template"];
     if (t.is_string()) out.chat_template = t.get<std::string>();
@@ -671,7 +677,7 @@ WriteReport write_gguf_checked(const Checkpoint& ckpt, const fs::path& file, con
     plan = plan_gguf(ckpt, config);
   }
   check(!plan.targets.empty(), "{}: there are no tensors to write", ckpt.path().string());
-  const json& c = text_config(config);
+  const json c = with_defaults(config);
   int64_t experts = 0;
   for (const char* key : {"num_local_experts", "num_experts", "n_routed_experts"})
     experts = std::max(experts, config_int(c, key, 0));
@@ -710,11 +716,16 @@ WriteReport write_gguf_checked(const Checkpoint& ckpt, const fs::path& file, con
     std::string name = named.filename().empty() ? named.parent_path().filename().string() : named.filename().string();
     writer.set("general.name", name.empty() ? config.value("model_type", "model") : name);
     write_gguf_config(writer, config);
-    json kept = config;
-    for (const char* flag :
-         {"moiety_rope_interleaved", "moiety_norm_offset_folded", "moiety_rope_freqs", "quantization_config"})
-      kept.erase(flag);
-    writer.set("moiety.config", kept.dump(-1, ' ', false, json::error_handler_t::replace));
+    // The config itself, for a lossless way back. Not of RoBERTa, whose file is a BERT (its first position rows are
+    // dropped).
+    if (const std::string type = config.value("model_type", ""); type != "roberta") {
+      json kept = text_config(config);
+      if (type == "gemma3") kept["model_type"] = "gemma3_text", kept["architectures"] = {"Gemma3ForCausalLM"};
+      for (const char* flag :
+           {"moiety_rope_interleaved", "moiety_norm_offset_folded", "moiety_rope_freqs", "quantization_config"})
+        kept.erase(flag);
+      writer.set("moiety.config", kept.dump(-1, ' ', false, json::error_handler_t::replace));
+    }
     if (!ckpt.generation_config().empty())
       writer.set("moiety.generation_config",
                  ckpt.generation_config().dump(-1, ' ', false, json::error_handler_t::replace));
@@ -902,12 +913,6 @@ Plan plan_hf(const Checkpoint& ckpt, json& config, Format dtype) {
   return plan;
 }
 
-void write_text(const fs::path& path, std::string_view text) {
-  AtomicFile file(path);
-  file.write(text);
-  file.commit();
-}
-
 /// Small files that belong to a model beside its weights and config.
 void copy_companions(const fs::path& from, const fs::path& to) {
   for (const auto& entry : fs::directory_iterator(from)) {
@@ -1000,19 +1005,19 @@ WriteReport write_hf_checked(const Checkpoint& ckpt, const fs::path& folder, con
     if (ckpt.gguf()->find("tokenizer.ggml.tokens")) {
       const HfTokenizer t = hf_tokenizer(*ckpt.gguf());
       auto dump = [](const json& j) { return j.dump(2, ' ', false, json::error_handler_t::replace) + "\n"; };
-      write_text(folder / "tokenizer.json", dump(t.tokenizer));
-      write_text(folder / "tokenizer_config.json", dump(t.config));
-      write_text(folder / "special_tokens_map.json", dump(t.special_tokens));
+      write_file(folder / "tokenizer.json", dump(t.tokenizer));
+      write_file(folder / "tokenizer_config.json", dump(t.config));
+      write_file(folder / "special_tokens_map.json", dump(t.special_tokens));
     } else {
       out.warnings.push_back("the file has no tokenizer");
     }
     if (!ckpt.generation_config().empty())
-      write_text(folder / "generation_config.json", ckpt.generation_config().dump(2) + "\n");
+      write_file(folder / "generation_config.json", ckpt.generation_config().dump(2) + "\n");
   } else {
     copy_companions(fs::is_directory(ckpt.path()) ? ckpt.path() : ckpt.path().parent_path(), folder);
   }
   // Last: a folder without config.json is not a model.
-  write_text(folder / "config.json", config.dump(2, ' ', false, json::error_handler_t::replace) + "\n");
+  write_file(folder / "config.json", config.dump(2, ' ', false, json::error_handler_t::replace) + "\n");
   return out;
 }
 

@@ -10,6 +10,7 @@
 #include <unordered_map>
 
 #include "moiety/base/error.h"
+#include "moiety/io/hf_defaults.h"
 
 using nlohmann::json;
 
@@ -77,6 +78,8 @@ struct Names {
 
   void add(const std::string& gguf, const std::string& hf) { to_hf[gguf] = hf, to_gguf[hf] = gguf; }
   void add_layer(const std::string& gguf, const std::string& hf) { layer_to_hf[gguf] = hf, layer_to_gguf[hf] = gguf; }
+  /// Another HF name of the same tensor, only read.
+  void alias(const std::string& gguf, const std::string& hf) { layer_to_gguf[hf] = gguf; }
   void stem(const std::string& gguf, const std::string& hf) {
     add(gguf + ".weight", hf + ".weight");
     add(gguf + ".bias", hf + ".bias");
@@ -170,9 +173,11 @@ Names build(std::string_view type) {
   n.expert_names("mlp.experts.", "gate_proj", "up_proj", "down_proj");
   if (type == "mixtral" || type == "phimoe") {
     n.layer_stem("ffn_gate_inp", "block_sparse_moe.gate");
+    n.alias("ffn_gate_inp.weight", type == "mixtral" ? "mlp.gate.weight" : "mlp.router.weight");
     n.expert_names("block_sparse_moe.experts.", "w1", "w3", "w2");
   } else if (type == "granitemoe" || type == "granitemoeshared") {
     n.layer_stem("ffn_gate_inp", "block_sparse_moe.router.layer");
+    n.alias("ffn_gate_inp.weight", "block_sparse_moe.router.weight");
     n.layer_stem("ffn_gate_shexp", "shared_mlp.gate_proj");
     n.layer_stem("ffn_up_shexp", "shared_mlp.up_proj");
     n.layer_stem("ffn_down_shexp", "shared_mlp.output_linear");
@@ -642,6 +647,8 @@ json hf_config(const GgufFile& file, bool derive) {
         c["moe_intermediate_size"] = expert_ff > 0 ? expert_ff : stacked;
         c["decoder_sparse_step"] = 1;
         c["mlp_only_layers"] = json::array();
+        for (int64_t i = 0; i < layers; ++i)
+          if (file.has(fmt::format("blk.{}.ffn_gate.weight", i))) c["mlp_only_layers"].push_back(i);
         if (c["intermediate_size"] == 0) c["intermediate_size"] = c["moe_intermediate_size"];
       }
       if (type == "qwen2_moe")
@@ -658,6 +665,7 @@ json hf_config(const GgufFile& file, bool derive) {
       c["first_k_dense_replace"] = layers;
     }
     if (mla) {
+      c["attention_bias"] = has_layer_tensor(file, "attn_kv_a_mqa.bias", layers);
       const auto q_rank = meta.integer("attention.q_lora_rank");
       const int64_t kv_rank = meta.get("attention.kv_lora_rank", 512);
       // Newer files describe the absorbed form in key_length and the real heads in *_mla.
@@ -717,6 +725,8 @@ json hf_config(const GgufFile& file, bool derive) {
              {{"rope_type", "default"}, {"rope_theta", meta.number("rope.freq_base_swa").value_or(10000.0)}}}};
       }
     }
+    if (type == "olmoe")
+      if (const auto clip = meta.number("attention.clamp_kqv")) c["clip_qkv"] = *clip;
     if (type == "olmo3") {
       c["sliding_window"] = window;
       c["layer_types"] = sliding_pattern(meta, layers, 4);
@@ -780,7 +790,7 @@ json hf_generation_config(const GgufFile& file) {
 namespace moiety {
 
 std::vector<float> llama3_rope_freqs(const json& config) {
-  const json& c = text_config(config);
+  const json c = with_defaults(config);
   const json rope = rope_parameters(c);
   if (rope["rope_type"] != "llama3") return {};
   const int64_t heads = c.value("num_attention_heads", int64_t{1});
@@ -830,7 +840,7 @@ struct Config {
 }  // namespace
 
 void write_gguf_config(GgufWriter& writer, const json& config) {
-  const json& c = text_config(config);
+  const json c = with_defaults(config);
   const std::string arch = gguf_arch_of(config), type = config.value("model_type", "");
   const Config get{c};
   auto u32 = [&](const char* key, int64_t v) {
@@ -947,13 +957,22 @@ void write_gguf_config(GgufWriter& writer, const json& config) {
     u32("attention.sliding_window", windowed ? get.integer("sliding_window") : 0);
   else if (windowed)
     u32("attention.sliding_window", get.integer("sliding_window"));
-  if (windowed && type == "olmo3") {
-    json types = get.has("layer_types") ? c["layer_types"] : json::array();
+  // Which layers have the window: always said for Olmo 3, and where the layers differ from what the architecture
+  // implies.
+  if (windowed && (type == "olmo3" || arch == "gemma3" || arch == "gpt-oss" || arch == "gemma2")) {
+    const int64_t period = type == "olmo3" ? 4 : arch == "gemma3" ? get.integer("sliding_window_pattern", 6) : 2;
+    const int64_t implied = type == "olmo3" ? 4 : arch == "gemma3" ? 6 : 2;
+    const json types = get.has("layer_types") && c["layer_types"].is_array() ? c["layer_types"] : json::array();
     std::vector<int32_t> flags;
-    for (int64_t i = 0; i < layers; ++i)
-      flags.push_back(i < static_cast<int64_t>(types.size()) ? types[static_cast<size_t>(i)] == "sliding_attention"
-                                                             : (i + 1) % 4 != 0);
-    writer.set_array_i32(fmt::format("{}.attention.sliding_window_pattern", arch), flags);
+    bool usual = true;
+    for (int64_t i = 0; i < layers; ++i) {
+      const bool sliding = i < static_cast<int64_t>(types.size()) ? types[static_cast<size_t>(i)] == "sliding_attention"
+                                                                  : period > 0 && (i + 1) % period != 0;
+      flags.push_back(sliding);
+      usual = usual && sliding == ((i + 1) % implied != 0);
+    }
+    if (type == "olmo3" || !usual)
+      writer.set_array_i32(fmt::format("{}.attention.sliding_window_pattern", arch), flags);
   }
 
   // Mixtures.
@@ -992,6 +1011,7 @@ void write_gguf_config(GgufWriter& writer, const json& config) {
     f32("residual_scale", get.number("residual_multiplier", 1.0));
     f32("logit_scale", get.number("logits_scaling", 1.0));
   }
+  if (get.has("clip_qkv")) f32("attention.clamp_kqv", get.number("clip_qkv", 0));
   if (arch == "gemma2" || arch == "gemma3") {
     if (get.has("attn_logit_softcapping")) f32("attn_logit_softcapping", get.number("attn_logit_softcapping", 0));
     if (get.has("final_logit_softcapping")) f32("final_logit_softcapping", get.number("final_logit_softcapping", 0));
