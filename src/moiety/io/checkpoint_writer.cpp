@@ -265,16 +265,16 @@ class Chooser {
   Format choose(const Target& t) const {
     const std::string& name = t.info.name;
     const int64_t cols = t.info.cols();
+    if (t.info.shape.size() < 2) return Format::F32;
     for (const auto& [pattern, format] : patterns_)
       if (std::regex_search(name, pattern) || std::regex_search(t.hf_name, pattern)) {
         check(cols % info(format).block == 0, "tensor '{}': rows of {} elements are not whole blocks of {} ({})", name,
               cols, info(format).block, info(format).name);
         return format;
       }
-    const bool small = t.info.shape.size() < 2 || !name.ends_with(".weight") ||
-                       name.find("norm") != std::string::npos || name.find("ffn_gate_inp") != std::string::npos ||
-                       name.starts_with("position_embd") || name.starts_with("token_types") ||
-                       name.starts_with("rope_");
+    const bool small = !name.ends_with(".weight") || name.find("norm") != std::string::npos ||
+                       name.find("ffn_gate_inp") != std::string::npos || name.starts_with("position_embd") ||
+                       name.starts_with("token_types") || name.starts_with("rope_");
     if (small) return Format::F32;
     const Format own = t.info.format;
     const bool keeps = info(own).gguf_id >= 0 && (is_float(own) || is_block(own)) && own != Format::F64;

@@ -19,8 +19,7 @@ struct WriteOptions {
   /// format that fits.
   std::string type;
   /// GGUF: regular expressions (searched in the GGUF and the HF name, case counts) and the format of the tensors they
-  /// match; the first that matches counts. They do not touch tensors that stay F32 unless the whole expression is meant
-  /// for them.
+  /// match; the first that matches counts. Vectors stay F32 all the same.
   std::vector<std::pair<std::string, std::string>> tensor_types;
   /// HF: "f32", "f16", "bf16", or "" to keep floating tensors as they are (block formats become bf16).
   std::string dtype;
