@@ -150,9 +150,9 @@ void print(const json& f) {
   line("container", text("container"));
   line("architecture", fmt::format("{} ({})", text("architecture"), text("family")));
   const auto total = f["parameters"].get<int64_t>(), active = f["active_parameters"].get<int64_t>();
-  line("parameters", active == total ? fmt::format("{} ({})", short_count(total), grouped(total))
-                                     : fmt::format("{} ({}), {} active for a token", short_count(total), grouped(total),
-                                                   short_count(active)));
+  const std::string exact =
+      total >= 1000000 ? fmt::format("{} ({})", short_count(total), grouped(total)) : grouped(total);
+  line("parameters", active == total ? exact : fmt::format("{}, {} active for a token", exact, short_count(active)));
   line("layers", number("layers"));
   line("hidden size", number("hidden_size"));
   line("heads", f["heads"] == f["key_value_heads"]
