@@ -4,6 +4,7 @@
 #include <array>
 #include <charconv>
 #include <cmath>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <numbers>
@@ -330,6 +331,7 @@ namespace {
 
 /// The double with the fewest digits that is this float32 (1e-6 and not 9.99999997e-07).
 double shortest(double value) {
+  if (!(std::abs(value) <= std::numeric_limits<float>::max())) return value;
   const float f = static_cast<float>(value);
   if (static_cast<double>(f) != value || !std::isfinite(f)) return value;
   std::array<char, 32> text;
@@ -392,6 +394,7 @@ std::optional<json> llama3_from_freqs(const std::vector<float>& divisors, double
     const double wavelength =
         2 * std::numbers::pi * std::pow(theta, 2.0 * static_cast<double>(i) / static_cast<double>(dims));
     original = std::round((smooth * (high - low) + low) * wavelength);
+    if (!(original >= 1 && original <= 1e9)) return std::nullopt;
     break;
   }
   json out = {{"rope_type", "llama3"},    {"rope_theta", theta},
@@ -642,8 +645,10 @@ json hf_config(const GgufFile& file, bool derive) {
       if (type == "qwen2_moe" || type == "olmoe") c["norm_topk_prob"] = norm.value_or(false);
       if (type == "qwen3_moe") c["norm_topk_prob"] = norm.value_or(true);  // the architecture always renormalises
       if (type == "qwen2_moe" || type == "qwen3_moe") {
-        const int64_t stacked =
-            file.has("blk.0.ffn_gate_exps.weight") ? file.get("blk.0.ffn_gate_exps.weight").shape.at(1) : 0;
+        // [E, f, d]
+        const auto stack = file.has("blk.0.ffn_gate_exps.weight") ? file.get("blk.0.ffn_gate_exps.weight").shape
+                                                                  : std::vector<int64_t>{};
+        const int64_t stacked = stack.size() == 3 ? stack[1] : 0;
         c["moe_intermediate_size"] = expert_ff > 0 ? expert_ff : stacked;
         c["decoder_sparse_step"] = 1;
         c["mlp_only_layers"] = json::array();

@@ -359,8 +359,9 @@ std::string base64(const std::vector<double>& bytes) {
     uint32_t group = 0;
     const size_t n = std::min<size_t>(3, bytes.size() - i);
     for (size_t k = 0; k < 3; ++k)
-      group =
-          group << 8 | (k < n ? static_cast<uint32_t>(static_cast<uint8_t>(static_cast<int64_t>(bytes[i + k]))) : 0u);
+      group = group << 8 | (k < n ? static_cast<uint32_t>(static_cast<uint8_t>(
+                                        static_cast<int64_t>(std::clamp(bytes[i + k], -128.0, 255.0))))
+                                  : 0u);
     for (size_t k = 0; k < 4; ++k) out += k <= n ? digits[group >> (18 - 6 * k) & 63] : '=';
   }
   return out;
@@ -379,7 +380,9 @@ HfTokenizer hf_tokenizer(const GgufFile& file) {
   const std::vector<double> types = file.numbers("tokenizer.ggml.token_type"),
                             scores = file.numbers("tokenizer.ggml.scores");
   const std::string pre_name = file.string("tokenizer.ggml.pre").value_or("default");
-  auto type_of = [&](size_t i) { return i < types.size() ? static_cast<int32_t>(types[i]) : int32_t{kNormal}; };
+  auto type_of = [&](size_t i) {
+    return i < types.size() && types[i] >= 1 && types[i] <= 6 ? static_cast<int32_t>(types[i]) : int32_t{kNormal};
+  };
   using Named = std::pair<int64_t, std::string>;
   auto special = [&](const char* key) -> std::optional<Named> {
     const auto id = file.integer(fmt::format("tokenizer.ggml.{}_token_id", key));
