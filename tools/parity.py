@@ -7,7 +7,8 @@
     python3 tools/parity.py --json FILE              also write the numbers
 
 Columns: one sequence; a batch of unequal rows padded on the left, and on the right; the left-padded batch fed to the key/value cache
-one token at a time, the right-padded one three at a time (transformers is fed the same pieces). A number is the largest absolute
+one token at a time, the right-padded one three at a time (transformers is fed the same pieces). Other layouts and config spellings of
+a checkpoint are checked with the left-padded batch only. A number is the largest absolute
 difference over all real positions, divided by the standard deviation of transformers' logits: logits of unit scale.
 
 Tolerance: 1e-4 in f32, in whatever type the checkpoint is stored. Checkpoints in bf16 are compared once more with both sides
@@ -143,7 +144,10 @@ def check_causal(binary, fixture, gguf):
     model = load_reference(fixture, "float32")
     rows = rows_of(fixture, model.config.get_text_config().vocab_size)
     references = {}
-    for mode in MODES:
+    # Another layout or spelling of one checkpoint changes what is loaded, not what is computed: one mode tells.
+    variant = fixture["layout"] == "fused" or fixture["config_style"] != "current"
+    modes = ("left",) if variant else MODES
+    for mode in modes:
         references[mode] = reference_logits(model, mode, rows)
         try:
             got = moiety_logits(binary, fixture["path"], mode, rows, "f32")
@@ -151,7 +155,7 @@ def check_causal(binary, fixture, gguf):
         except Exception as error:
             result[mode] = None
             result["errors"][mode] = str(error)
-    passed = all(result[m] is not None and result[m] <= F32_TOLERANCE for m in MODES)
+    passed = all(result[m] is not None and result[m] <= F32_TOLERANCE for m in modes)
     if fixture["dtype"] == "bfloat16":
         low = load_reference(fixture, "bfloat16")
         expected, mask = references["left"]

@@ -14,12 +14,14 @@ import sys
 import time
 
 
+THREADS = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+
+
 def load(path, context):
     import llama_cpp
 
-    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda level, text, data: None), None)
     return llama_cpp.Llama(model_path=path, n_ctx=context, n_batch=context, n_ubatch=context, logits_all=True, verbose=False,
-                           n_threads=os.cpu_count(), n_threads_batch=os.cpu_count())
+                           n_threads=THREADS, n_threads_batch=THREADS)
 
 
 def perplexity(path, text, context):
