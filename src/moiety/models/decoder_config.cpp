@@ -640,11 +640,6 @@ const std::map<std::string, Family>& families() {
 
 }  // namespace
 
-const nlohmann::json& text_config(const nlohmann::json& config) {
-  const auto it = config.find("text_config");
-  return it != config.end() && it->is_object() ? *it : config;
-}
-
 std::vector<std::string> decoder_families() {
   std::vector<std::string> names;
   for (const auto& [name, unused] : families()) names.push_back(name);

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "moiety/io/gguf_names.h"
 #include "moiety/moe/router.h"
 #include "moiety/nn/rope.h"
 
@@ -69,7 +70,5 @@ struct DecoderConfig {
 DecoderConfig parse_decoder_config(const nlohmann::json& config);
 /// model_type values that parse_decoder_config knows.
 std::vector<std::string> decoder_families();
-/// The part of config.json that describes the text model.
-const nlohmann::json& text_config(const nlohmann::json& config);
 
 }  // namespace moiety
