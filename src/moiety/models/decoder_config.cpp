@@ -7,6 +7,7 @@
 
 #include "moiety/base/error.h"
 #include "moiety/base/text.h"
+#include "moiety/io/gguf_names.h"
 
 namespace moiety {
 namespace {
