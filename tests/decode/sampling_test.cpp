@@ -102,7 +102,7 @@ TEST(Sampling, MinPIsAShareOfTheLargest) {
 
 TEST(Sampling, TypicalCanDropTheMostProbable) {
   auto config = sampling();
-  config.typical_p = 0.2;
+  config.typical_p = 0.15;
   const auto ids = kept(processed(config, log_of({0.5f, 0.2f, 0.1f, 0.1f, 0.1f})));
   EXPECT_EQ(ids, (std::vector<int>{1}));
 }

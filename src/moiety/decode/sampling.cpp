@@ -17,6 +17,8 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 float kth_largest(std::span<const float> values, size_t k) {
   if (k > values.size() / 16) {
     std::vector<float> copy(values.begin(), values.end());
+    std::replace_if(
+        copy.begin(), copy.end(), [](float x) { return std::isnan(x); }, kMinusInfinity);
     std::nth_element(copy.begin(), copy.begin() + static_cast<int64_t>(k) - 1, copy.end(), std::greater<>());
     return copy[k - 1];
   }
@@ -165,14 +167,19 @@ void Sampler::truncate(std::span<float> logits) const {
   // must still come after top-p, whose mass counts what min-p would have cut.
   kept_.clear();
   double total = 0.0;
-  for (size_t i = 0; i < logits.size(); ++i)
+  for (size_t i = 0; i < logits.size(); ++i) {
+    check(!std::isnan(logits[i]), "the logit of token {} is not a number", i);
     if (logits[i] >= limit && logits[i] > kMinusInfinity) {
       const float p = std::exp(logits[i] - largest);
       total += p;
-      kept_.push_back({static_cast<int64_t>(i), logits[i], p});
+      kept_.push_back({static_cast<int64_t>(i), logits[i], p, 0.0f});
     }
+  }
   bool ordered = true;
   if (config_.top_p < 1.0) {
+    // Tokens that hold less than 1 - p together, whichever they are, cannot belong to the head: no need to sort them.
+    const double least = (1.0 - config_.top_p) * total / static_cast<double>(kept_.size()) * 0.999;
+    std::erase_if(kept_, [&](const Candidate& c) { return c.probability < least; });
     // Seen from the largest down, a token stays while the mass before it is below p; one always stays.
     double mass = 0.0;
     const auto larger = [](const Candidate& a, const Candidate& b) {
@@ -195,21 +202,19 @@ void Sampler::truncate(std::span<float> logits) const {
     double entropy = 0.0;
     for (const Candidate& c : kept_)
       entropy -= c.probability / total * (static_cast<double>(c.score - largest) - log_total);
-    const auto distance = [&](const Candidate& c) {
-      return static_cast<float>(std::abs(-(static_cast<double>(c.score - largest) - log_total) - entropy));
-    };
+    for (Candidate& c : kept_)
+      c.distance = static_cast<float>(std::abs(-(static_cast<double>(c.score - largest) - log_total) - entropy));
     double mass = 0.0;
-    const auto nearer = [&](const Candidate& a, const Candidate& b) {
-      const float x = distance(a), y = distance(b);
-      return x != y ? x < y : a.id < b.id;
+    const auto nearer = [](const Candidate& a, const Candidate& b) {
+      return a.distance != b.distance ? a.distance < b.distance : a.id < b.id;
     };
     const size_t head = sort_until(
         kept_, nearer, [&](const Candidate& c) { return (mass += c.probability) >= config_.typical_p * total; });
     // Tokens as far from the entropy as the last one stay too.
-    const float farthest = distance(kept_[head - 1]);
+    const float farthest = kept_[head - 1].distance;
     size_t end = head;
     for (size_t i = head; i < kept_.size(); ++i)
-      if (distance(kept_[i]) <= farthest) std::swap(kept_[end++], kept_[i]);
+      if (kept_[i].distance <= farthest) std::swap(kept_[end++], kept_[i]);
     kept_.resize(end);
     ordered = false;
   }

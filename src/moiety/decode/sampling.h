@@ -60,7 +60,8 @@ class Sampler {
   struct Candidate {
     int64_t id;
     float score;
-    float probability;
+    float probability;  ///< relative to the largest
+    float distance;     ///< from the expected surprise (typical)
   };
   void penalize(std::span<float> logits) const;
   /// Fills kept_ in index order.
