@@ -9,7 +9,10 @@
 namespace moiety {
 
 Session::Session(std::shared_ptr<CausalModel> model, int64_t chunk)
-    : model_(std::move(model)), chunk_(chunk), cache_(model_->make_cache()) {
+    : model_(std::move(model)),
+      device_(model_->parameters().empty() ? torch::Device(torch::kCPU) : model_->parameters()[0].device()),
+      chunk_(chunk),
+      cache_(model_->make_cache()) {
   check(chunk_ > 0, "prompts are read in chunks of at least 1 token, not {}", chunk_);
 }
 
@@ -52,9 +55,8 @@ torch::Tensor Session::run(const std::vector<std::vector<int64_t>>& pieces, bool
     std::copy(piece.begin(), piece.end(), ids.data_ptr<int64_t>() + static_cast<int64_t>(row) * tokens + gap);
     if (padded) mask[static_cast<int64_t>(row)].slice(0, gap).fill_(true);
   }
-  const auto device = model_->parameters().empty() ? torch::Device(torch::kCPU) : model_->parameters()[0].device();
-  ids = ids.to(device);
-  if (padded) mask = mask.to(device);
+  ids = ids.to(device_);
+  if (padded) mask = mask.to(device_);
 
   const torch::AutoGradMode grad(gradients);
   std::vector<torch::Tensor> logits;
@@ -116,8 +118,7 @@ void Session::select(const std::vector<int64_t>& rows) {
     columns.push_back(columns_[static_cast<size_t>(row)]);
     real.push_back(real_[static_cast<size_t>(row)]);
   }
-  const auto device = model_->parameters().empty() ? torch::Device(torch::kCPU) : model_->parameters()[0].device();
-  cache_.select(torch::tensor(rows, torch::kInt64).to(device));
+  cache_.select(torch::tensor(rows, torch::kInt64).to(device_));
   columns_ = std::move(columns);
   real_ = std::move(real);
 }

@@ -63,6 +63,7 @@ class Session : public Steps {
   torch::Tensor run(const std::vector<std::vector<int64_t>>& pieces, bool all);
 
   std::shared_ptr<CausalModel> model_;
+  torch::Device device_;
   int64_t chunk_;
   KvCache cache_;
   std::vector<std::vector<int64_t>> columns_;
