@@ -331,7 +331,11 @@ class Expressions:
         if pick == 6:
             return f"({sub()} if {sub()} else {sub()})"
         if pick == 7:
-            return f"({sub()})[{self.r.choice(['0', '-1', '1', ':2', '1:', '::-1', '-2:', ':-1', '::2', '1:3', repr('a'), '5'])}]"
+            if self.r.randrange(2):
+                return f"({sub()})[{self.r.choice(['0', '-1', '1', repr('a'), '5'])}]"
+            # Constants that have no slices are an error for Python, but undefined where Jinja2 folds them.
+            sliced = self.r.choice([self.name(), "'ab c'", "[1, 2, 3]", "('a', 'b', 'é')", f"[{sub()}, {sub()}]", f"({sub()} ~ {sub()})"])
+            return f"{sliced}[{self.r.choice([':2', '1:', '::-1', '-2:', ':-1', '::2', '1:3', '-1::-2', ':-9:-1'])}]"
         if pick == 8:
             return f"({sub()} is {self.r.choice(['', 'not '])}{self.r.choice(['defined', 'none', 'string', 'number', 'mapping', 'iterable', 'sequence', 'true', 'odd', 'even', 'integer', 'float', 'boolean', 'lower', 'upper', 'eq 1', 'in [1, 2]', 'divisibleby 2', 'gt 1', 'undefined', 'callable'])})"
         if pick < 12:

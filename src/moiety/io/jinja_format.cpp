@@ -361,7 +361,11 @@ std::string percent_format(Run& run, const std::string& format, const Value& val
     }
     out += pad(std::move(piece), spec, '>');
   }
-  check(mapped || values.is(Kind::dict) || used >= (is_tuple ? values.list().items.size() : 1),
+  // As in Python, whatever can be subscripted, but tuples and strings, may be left unused.
+  const bool subscripted =
+      values.is_undefined() || values.is(Kind::dict) ||
+      (values.is(Kind::list) && (values.list().shape == Shape::list || values.list().shape == Shape::range));
+  check(mapped || subscripted || used >= (is_tuple ? values.list().items.size() : 1),
         "not all arguments converted during string formatting");
   return out;
 }

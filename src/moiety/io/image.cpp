@@ -1,0 +1,170 @@
+#include "moiety/io/image.h"
+
+#include <zlib.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "moiety/base/error.h"
+#include "moiety/io/mapped_file.h"
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-function"
+#pragma GCC diagnostic ignored "-Wsign-compare"
+#pragma GCC diagnostic ignored "-Wunused-but-set-variable"
+#define STB_IMAGE_IMPLEMENTATION
+#define STB_IMAGE_STATIC
+#define STBI_NO_STDIO
+#define STBI_ONLY_PNG
+#define STBI_ONLY_JPEG
+#define STBI_MAX_DIMENSIONS 16384
+#include <stb/stb_image.h>
+#pragma GCC diagnostic pop
+
+namespace moiety {
+
+namespace {
+
+// The most that deflate packs into a byte; a byte holds up to eight pixels.
+constexpr uint64_t deflate_ratio = 1032;
+
+bool starts(std::span<const std::byte> bytes, std::initializer_list<int> magic) {
+  if (bytes.size() < magic.size()) return false;
+  return std::equal(magic.begin(), magic.end(), bytes.begin(),
+                    [](int a, std::byte b) { return a == static_cast<int>(b); });
+}
+
+uint32_t big_endian(std::span<const std::byte> bytes, size_t at) {
+  uint32_t value = 0;
+  for (size_t i = 0; i < 4; ++i) value = value << 8 | static_cast<uint32_t>(bytes[at + i]);
+  return value;
+}
+
+// stb fills the rest of a cut JPEG with grey and takes a cut PNG in places: look for the end marker ourselves.
+bool complete(std::span<const std::byte> bytes, bool png) {
+  if (png) {
+    for (size_t at = 8; bytes.size() >= 12 && at <= bytes.size() - 12;) {
+      const uint64_t length = big_endian(bytes, at);
+      if (std::memcmp(bytes.data() + at + 4, "IEND", 4) == 0) return true;
+      if (length > bytes.size() - at - 12) return false;
+      at += length + 12;
+    }
+    return false;
+  }
+  for (size_t at = bytes.size() - 1; at > 2; --at)
+    if (bytes[at] == std::byte{0xD9} && bytes[at - 1] == std::byte{0xFF}) return true;
+  return false;
+}
+
+}  // namespace
+
+Image decode_image(std::span<const std::byte> bytes, const std::string& where, int channels) {
+  check(channels == 0 || channels == 1 || channels == 3 || channels == 4, "an image has 1, 3 or 4 channels, not {}",
+        channels);
+  const bool png = starts(bytes, {0x89, 'P', 'N', 'G', 0x0D, 0x0A, 0x1A, 0x0A});
+  check(png || starts(bytes, {0xFF, 0xD8, 0xFF}), "{} is neither a PNG nor a JPEG image", where);
+  check(bytes.size() <= (uint64_t{1} << 30), "{} is larger than 1 GiB", where);
+  check(complete(bytes, png), "{} is truncated: the image's end is missing", where);
+  const auto* data = reinterpret_cast<const stbi_uc*>(bytes.data());
+  const int size = static_cast<int>(bytes.size());
+  int width = 0, height = 0, found = 0;
+  const auto reason = [] { return stbi_failure_reason() ? stbi_failure_reason() : "damaged"; };
+  check(stbi_info_from_memory(data, size, &width, &height, &found) != 0, "{} cannot be read: {}", where, reason());
+  check(width > 0 && height > 0 && width <= STBI_MAX_DIMENSIONS && height <= STBI_MAX_DIMENSIONS,
+        "{} says it has {} x {} pixels: sides from 1 to {} are read", where, width, height, STBI_MAX_DIMENSIONS);
+  check(static_cast<uint64_t>(width) * static_cast<uint64_t>(height) <= bytes.size() * deflate_ratio * 8,
+        "{} says it has {} x {} pixels, which its {} bytes cannot hold", where, width, height, bytes.size());
+  // Grey with opacity becomes grey.
+  const int wanted = channels ? channels : found == 2 ? 1 : found;
+  struct Free {
+    void operator()(stbi_uc* p) const { stbi_image_free(p); }
+  };
+  const std::unique_ptr<stbi_uc, Free> pixels(stbi_load_from_memory(data, size, &width, &height, &found, wanted));
+  check(pixels != nullptr, "{} cannot be read: {}", where, reason());
+  Image image;
+  image.height = height;
+  image.width = width;
+  image.channels = wanted;
+  image.pixels.assign(pixels.get(), pixels.get() + static_cast<size_t>(height) * static_cast<size_t>(width) *
+                                                       static_cast<size_t>(wanted));
+  return image;
+}
+
+Image read_image(const std::filesystem::path& path, int channels) {
+  return decode_image(MappedFile::open(path)->bytes(), path.string(), channels);
+}
+
+std::vector<std::byte> gunzip(std::span<const std::byte> bytes, const std::string& where, uint64_t limit) {
+  z_stream stream{};
+  check(inflateInit2(&stream, 15 + 16) == Z_OK, "{}: zlib cannot start", where);
+  struct End {
+    ~End() { inflateEnd(&stream); }
+    z_stream& stream;
+  } end{stream};
+  std::vector<std::byte> out;
+  std::vector<std::byte> piece(1 << 16);
+  size_t given = 0;
+  int state = Z_OK;
+  while (true) {
+    if (stream.avail_in == 0 && given < bytes.size()) {
+      const size_t take = std::min<size_t>(bytes.size() - given, 1 << 30);
+      stream.next_in = const_cast<Bytef*>(reinterpret_cast<const Bytef*>(bytes.data() + given));
+      stream.avail_in = static_cast<uInt>(take);
+      given += take;
+    }
+    stream.next_out = reinterpret_cast<Bytef*>(piece.data());
+    stream.avail_out = static_cast<uInt>(piece.size());
+    state = inflate(&stream, Z_NO_FLUSH);
+    const size_t made = piece.size() - stream.avail_out;
+    check(out.size() + made <= limit, "{} unpacks to more than {} bytes", where, limit);
+    out.insert(out.end(), piece.begin(), piece.begin() + static_cast<std::ptrdiff_t>(made));
+    if (state == Z_STREAM_END) {
+      // More members may follow; what is no gzip behind the last one is ignored, as gzip does.
+      const bool more = stream.avail_in >= 2 && stream.next_in[0] == 0x1F && stream.next_in[1] == 0x8B;
+      if (!more) return out;
+      check(inflateReset(&stream) == Z_OK, "{}: zlib cannot go on", where);
+      continue;
+    }
+    check(state == Z_OK || state == Z_BUF_ERROR, "{} is a damaged gzip file: {}", where,
+          stream.msg ? stream.msg : "bad data");
+    check(made > 0 || stream.avail_in > 0 || given < bytes.size(), "{} is a truncated gzip file", where);
+    check(!(state == Z_BUF_ERROR && made == 0), "{} is a truncated gzip file", where);
+  }
+}
+
+IdxArray parse_idx(std::span<const std::byte> bytes, const std::string& where, std::shared_ptr<const void> owner) {
+  check(bytes.size() >= 4, "{} is truncated: an IDX file has at least 4 bytes", where);
+  check(bytes[0] == std::byte{0} && bytes[1] == std::byte{0},
+        "{} is no IDX file: it does not begin with two zero bytes", where);
+  const int type = static_cast<int>(bytes[2]);
+  const auto dimensions = static_cast<size_t>(bytes[3]);
+  check(type == 8, "{}: IDX element type 0x{:02x} is not supported: only unsigned bytes (0x08) are", where, type);
+  check(dimensions >= 1 && dimensions <= 4, "{}: {} dimensions, but 1 to 4 are read", where, dimensions);
+  const size_t header = 4 + 4 * dimensions;
+  check(bytes.size() >= header, "{} is truncated: its header needs {} bytes, it has {}", where, header, bytes.size());
+  IdxArray array;
+  uint64_t count = 1;
+  for (size_t i = 0; i < dimensions; ++i) {
+    const uint32_t side = big_endian(bytes, 4 + 4 * i);
+    array.shape.push_back(side);
+    check(!__builtin_mul_overflow(count, uint64_t{side}, &count), "{}: the shape's product exceeds 64 bits", where);
+  }
+  check(bytes.size() - header == count, "{}: its shape needs {} bytes of data, the file has {}", where, count,
+        bytes.size() - header);
+  array.data = {reinterpret_cast<const uint8_t*>(bytes.data()) + header, static_cast<size_t>(count)};
+  array.owner = std::move(owner);
+  return array;
+}
+
+IdxArray read_idx(const std::filesystem::path& path) {
+  const auto file = MappedFile::open(path);
+  const auto bytes = file->bytes();
+  if (!starts(bytes, {0x1F, 0x8B})) return parse_idx(bytes, path.string(), file);
+  auto unpacked =
+      std::make_shared<std::vector<std::byte>>(gunzip(bytes, path.string(), bytes.size() * deflate_ratio + 64));
+  const std::span<const std::byte> view = *unpacked;
+  return parse_idx(view, path.string(), std::move(unpacked));
+}
+
+}  // namespace moiety
