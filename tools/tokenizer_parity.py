@@ -88,7 +88,9 @@ def corpus(lines, texts, seed=1):
     out += PIECES + SPECIALS + [unicodedata.normalize(f, p) for p in PIECES for f in ("NFD", "NFKC")]
     out += [a + b for a in SPECIALS for b in (" x", "x", "  " + a, "\n")] + [b + a for a in SPECIALS for b in ("x ", "x", "\u00a0", "_")]
     # Every assigned code point once, in context.
-    points = [chr(c) for c in range(1, 0x110000) if unicodedata.category(chr(c)) not in ("Cs", "Co", "Cn") and not 0xAC00 <= c < 0xD7A4
+    every = "".join(chr(c) for c in range(1, 0x110000) if not 0xD800 <= c < 0xE000)
+    known = pre_tokenizers.Split(Regex(r"[^\p{Cn}\p{Co}]+"), "removed", invert=True).pre_tokenize_str(every)
+    points = [chr(c) for piece, _ in known for c in map(ord, piece) if not 0xAC00 <= c < 0xD7A4
               and not 0x3400 <= c < 0x9FFF and not 0x17000 <= c < 0x18D00 and not 0x20000 <= c < 0x2F800]
     points += [chr(rng.choice([rng.randrange(0x3400, 0xD7A4), rng.randrange(0x17000, 0x18D00), rng.randrange(0x20000, 0x32000)]))
                for _ in range(3000)]

@@ -370,6 +370,7 @@ TEST(Regex, MeansWhatOnigurumaMeans) {
   EXPECT_EQ(first("\\s", "\xE1\xA0\x8E"), "none");                       // U+180E is no space
   EXPECT_EQ(first("\\p{L}+", "1\xF0\x90\xB5\x90"), "\xF0\x90\xB5\x90");  // U+10D50, a letter since Unicode 16
   EXPECT_EQ(first("\\P{L}", "\xF0\x90\xB5\x90"), "none");
+  EXPECT_EQ(first("\\p{Han}+", "\xE3\x80\x82\xE4\xB8\xAD"), "\xE4\xB8\xAD");  // U+3002 is shared by scripts
   EXPECT_EQ(first("a{,2}b", "aaab"), "aab");
   EXPECT_EQ(first("(?m:a.b)", "a\nb"), "a\nb");
   EXPECT_EQ(first("(?i:'s)", "'\xC5\xBF"), "'\xC5\xBF");  // the long s folds to s

@@ -85,6 +85,15 @@ constexpr LongName kLongNames[] = {
     {"cntrl", "Cc"},
 };
 
+bool compiles(const std::string& pattern) {
+  int error = 0;
+  PCRE2_SIZE offset = 0;
+  pcre2_code* code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(), PCRE2_UTF | PCRE2_UCP,
+                                   &error, &offset, nullptr);
+  pcre2_code_free(code);
+  return code != nullptr;
+}
+
 /// Class items of \p{name}.
 std::string property_items(std::string_view name) {
   std::string key;
@@ -109,7 +118,9 @@ std::string property_items(std::string_view name) {
     category[0] = static_cast<char>(category[0] - 32);
   }
   if (!category.empty()) return fmt::format("\\p{{{}}}", category) + young({category});
-  std::string items = fmt::format("\\p{{{}}}", name);
+  // A bare script name means the script's extensions too in newer PCRE2, the script alone in Oniguruma.
+  std::string items = fmt::format("\\p{{sc:{}}}", name);
+  if (!compiles(items)) items = fmt::format("\\p{{{}}}", name);
   if (key == "han")
     for (const auto& r : unicode::new_han()) items += range_text(r.first, r.last);
   return items;
