@@ -488,7 +488,7 @@ namespace {
   if (value.type == Array && value.element_type >= 0 && value.element_type < TypeCount)
     kind = fmt::format("array of {}", kTypeNames[value.element_type]);
   fail("{}: key {} is {} {}; it must be {}", where, shown(key),
-       std::string_view("aeiou").find(kind[0]) == std::string_view::npos ? "a" : "an", kind, wanted);
+       std::string_view("ai").find(kind[0]) == std::string_view::npos ? "a" : "an", kind, wanted);
 }
 
 }  // namespace
