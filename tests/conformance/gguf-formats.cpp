@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <vector>
 
 #include "conform.h"
 #include "moiety/base/error.h"
@@ -30,12 +31,19 @@ int64_t columns(Format format, int64_t bytes) {
   return bytes / f.bytes * f.block;
 }
 
+// The sizes of `t` with another last one.
+std::vector<int64_t> with_last(const torch::Tensor& t, int64_t last) {
+  std::vector<int64_t> sizes = t.sizes().vec();
+  sizes.back() = last;
+  return sizes;
+}
+
 Outputs dequantize(const Case& c) {
   const Format format = format_of(c);
   const torch::Tensor blocks = c.in("blocks").to(torch::kUInt8);
   const int64_t stride = blocks.size(-1), rows = blocks.numel() / std::max<int64_t>(stride, 1);
   const int64_t cols = columns(format, stride);
-  torch::Tensor values = torch::empty({rows, cols});
+  torch::Tensor values = torch::empty(with_last(blocks, cols));
   for (int64_t r = 0; r < rows; ++r)
     dequantize_row(format, bytes_of(blocks) + r * stride, values.data_ptr<float>() + r * cols, cols);
   return {{"values", values}};
@@ -46,7 +54,7 @@ Outputs quantize(const Case& c) {
   const torch::Tensor values = c.in("values").to(torch::kFloat32);
   const int64_t cols = values.size(-1), rows = values.numel() / std::max<int64_t>(cols, 1);
   const int64_t stride = row_bytes(format, cols);
-  torch::Tensor blocks = torch::empty({rows, stride}, torch::kUInt8);
+  torch::Tensor blocks = torch::empty(with_last(values, stride), torch::kUInt8);
   for (int64_t r = 0; r < rows; ++r)
     quantize_row(format, values.data_ptr<float>() + r * cols, static_cast<std::byte*>(blocks.data_ptr()) + r * stride,
                  cols);
