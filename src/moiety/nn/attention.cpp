@@ -77,7 +77,8 @@ Attention::Attention(AttentionParts p) : parts(std::move(p)) {
   register_module("o_proj", parts.o);
   if (parts.q_norm) register_module("q_norm", parts.q_norm);
   if (parts.k_norm) register_module("k_norm", parts.k_norm);
-  if (parts.options.sinks.defined()) parts.options.sinks = register_parameter("sinks", parts.options.sinks, false);
+  if (parts.options.sinks.defined())
+    parts.options.sinks = register_parameter("sinks", parts.options.sinks, parts.options.sinks.requires_grad());
 }
 
 torch::Tensor Attention::forward(const torch::Tensor& x, const AttentionContext& context, Pass& pass) {

@@ -72,13 +72,13 @@ LinearImpl::LinearImpl(int64_t in, int64_t out, bool with_bias) : in_(in), out_(
 }
 
 LinearImpl::LinearImpl(torch::Tensor w, torch::Tensor b) : in_(w.size(1)), out_(w.size(0)) {
-  weight = register_parameter("weight", std::move(w), false);
-  if (b.defined()) bias = register_parameter("bias", std::move(b), false);
+  weight = register_parameter("weight", w, w.requires_grad());
+  if (b.defined()) bias = register_parameter("bias", b, b.requires_grad());
 }
 
 LinearImpl::LinearImpl(const TensorView& blocks, torch::Tensor b)
     : in_(blocks.shape.at(1)), out_(blocks.shape.at(0)), blocks_(std::make_shared<const TensorView>(blocks)) {
-  if (b.defined()) bias = register_parameter("bias", std::move(b), false);
+  if (b.defined()) bias = register_parameter("bias", b, b.requires_grad());
 }
 
 torch::Tensor LinearImpl::forward(const torch::Tensor& x) {
@@ -121,8 +121,8 @@ LinearStackImpl::LinearStackImpl(int64_t count, int64_t in, int64_t out, bool wi
 
 LinearStackImpl::LinearStackImpl(torch::Tensor w, torch::Tensor b)
     : count_(w.size(0)), in_(w.size(2)), out_(w.size(1)) {
-  weight = register_parameter("weight", std::move(w), false);
-  if (b.defined()) bias = register_parameter("bias", std::move(b), false);
+  weight = register_parameter("weight", w, w.requires_grad());
+  if (b.defined()) bias = register_parameter("bias", b, b.requires_grad());
 }
 
 LinearStackImpl::LinearStackImpl(std::vector<Linear> matrices, torch::Tensor b)
@@ -136,7 +136,7 @@ LinearStackImpl::LinearStackImpl(std::vector<Linear> matrices, torch::Tensor b)
           matrices_[e]->out(), matrices_[e]->in(), out_, in_);
     register_module(std::to_string(e), matrices_[e]);
   }
-  if (b.defined()) bias = register_parameter("bias", std::move(b), false);
+  if (b.defined()) bias = register_parameter("bias", b, b.requires_grad());
 }
 
 torch::Tensor LinearStackImpl::forward(int64_t index, const torch::Tensor& x) {

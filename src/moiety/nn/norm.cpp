@@ -5,7 +5,7 @@
 namespace moiety {
 
 RmsNorm::RmsNorm(torch::Tensor w, double eps, double offset) : eps_(eps), offset_(offset) {
-  weight = register_parameter("weight", std::move(w), false);
+  weight = register_parameter("weight", w, w.requires_grad());
 }
 
 torch::Tensor RmsNorm::forward(const torch::Tensor& x) {
@@ -17,8 +17,8 @@ torch::Tensor RmsNorm::forward(const torch::Tensor& x) {
 }
 
 LayerNorm::LayerNorm(torch::Tensor w, torch::Tensor b, double eps) : eps_(eps) {
-  if (w.defined()) weight = register_parameter("weight", std::move(w), false);
-  if (b.defined()) bias = register_parameter("bias", std::move(b), false);
+  if (w.defined()) weight = register_parameter("weight", w, w.requires_grad());
+  if (b.defined()) bias = register_parameter("bias", b, b.requires_grad());
 }
 
 torch::Tensor LayerNorm::forward(const torch::Tensor& x) {
