@@ -45,6 +45,9 @@ class EncoderModel : public torch::nn::Module {
   /// Sentence embeddings [B, d] with the checkpoint's own pooling and normalization (sentence-transformers' modules;
   /// mean and L2-normalized when it has none).
   virtual torch::Tensor embed(const torch::Tensor& ids, const torch::Tensor& mask) = 0;
+  /// hidden [B, T, d] -> [B, d] f32: the pooler that BERT was trained with (tanh of a dense layer over the first token).
+  /// Error when the checkpoint has none.
+  virtual torch::Tensor pooled(const torch::Tensor& hidden) = 0;
   virtual int64_t max_length() const = 0;
   virtual const nlohmann::json& config() const = 0;
 };

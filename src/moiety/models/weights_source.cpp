@@ -39,6 +39,12 @@ WeightsSource::WeightsSource(const Checkpoint& checkpoint, const LoadOptions& op
   fail("{}: no tensor named '...embed_tokens.weight': this does not look like a decoder", checkpoint.path().string());
 }
 
+WeightsSource::WeightsSource(const Checkpoint& checkpoint, const LoadOptions& options, std::string prefix)
+    : checkpoint_(&checkpoint),
+      options_(options),
+      prefix_(std::move(prefix)),
+      dtype_(compute_dtype(options.dtype, &checkpoint)) {}
+
 WeightsSource::WeightsSource(double std, const LoadOptions& options)
     : options_(options), std_(std), dtype_(compute_dtype(options.dtype, nullptr)) {}
 

@@ -19,6 +19,8 @@ class WeightsSource {
   /// From a checkpoint. Float tensors are mapped when their dtype is the compute dtype, else converted; blocks stay
   /// mapped.
   WeightsSource(const Checkpoint& checkpoint, const LoadOptions& options);
+  /// The same of a model whose tensor names begin with `prefix`.
+  WeightsSource(const Checkpoint& checkpoint, const LoadOptions& options, std::string prefix);
   /// Random: matrices N(0, std), vectors 0 (biases) or 1 (norms).
   WeightsSource(double std, const LoadOptions& options);
 
