@@ -90,7 +90,7 @@ void QuantizedRow::assign(ActivationKind kind, const float* x, int64_t cols) {
   const int64_t padded = (cols + 255) / 256 * 256;
   const int64_t scales = (padded / block + 15) / 16 * 16;  // in whole vectors
   const int64_t sums = kind == ActivationKind::Blocks256 ? (padded / 16 + padded / 32 + 31) / 32 * 32 : 0;
-  const auto bytes = static_cast<size_t>(padded + 3 * scales * 4 + sums * 2);
+  const auto bytes = static_cast<size_t>(padded + 5 * scales * 4 + sums * 2);
   if (bytes > capacity_) {
     memory_.reset(static_cast<std::byte*>(::operator new[](bytes, std::align_val_t{64})));
     capacity_ = bytes;
@@ -102,7 +102,8 @@ void QuantizedRow::assign(ActivationKind kind, const float* x, int64_t cols) {
   scale_ = reinterpret_cast<float*>(p + padded);
   sum_ = scale_ + scales;
   scaled_sum_ = sum_ + scales;
-  sums16_ = reinterpret_cast<int16_t*>(scaled_sum_ + scales);
+  scale_pairs_ = scaled_sum_ + scales;
+  sums16_ = reinterpret_cast<int16_t*>(scale_pairs_ + 2 * scales);
   sums32_ = sums16_ + padded / 16;
   if (bytes > 0 && cols != padded) std::memset(p + cols, 0, static_cast<size_t>(padded - cols));
 
@@ -127,8 +128,11 @@ void QuantizedRow::assign(ActivationKind kind, const float* x, int64_t cols) {
     }
     sum_[b] = static_cast<float>(sum);
     scaled_sum_[b] = scale_[b] * sum_[b];
+    scale_pairs_[2 * b] = scale_[b];
+    scale_pairs_[2 * b + 1] = scaled_sum_[b];
   }
-  for (int64_t b = blocks; b < scales; ++b) scale_[b] = sum_[b] = scaled_sum_[b] = 0.f;
+  for (int64_t b = blocks; b < scales; ++b)
+    scale_[b] = sum_[b] = scaled_sum_[b] = scale_pairs_[2 * b] = scale_pairs_[2 * b + 1] = 0.f;
 }
 
 void dot_rows(Format format, const std::byte* blocks, int64_t rows, int64_t cols, std::span<const QuantizedRow> x,
@@ -143,7 +147,7 @@ void dot_rows(Format format, const std::byte* blocks, int64_t rows, int64_t cols
           "{} activations, quantized for {}, do not fit {} rows of {} columns", row.cols(),
           row.kind() == kind ? "this format" : "another format", info(format).name, cols);
   const auto view = [](const QuantizedRow& r) {
-    return ActivationView{r.q(), r.scale(), r.sum(), r.scaled_sum(), r.sums16(), r.sums32()};
+    return ActivationView{r.q(), r.scale(), r.sum(), r.scaled_sum(), r.scale_pairs(), r.sums16(), r.sums32()};
   };
   if (x.size() == 1) return kernel(w, rows, count, view(x[0]), y);
   // A few rows at a time stay in the first-level cache while all activations pass over them.

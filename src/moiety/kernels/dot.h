@@ -35,12 +35,13 @@ class QuantizedRow {
 
   ActivationKind kind() const { return kind_; }
   int64_t cols() const { return cols_; }
-  const int8_t* q() const { return q_; }                   ///< [cols]
-  const float* scale() const { return scale_; }            ///< [cols / block]
-  const float* sum() const { return sum_; }                ///< [cols / block] sum of q of the block
-  const float* scaled_sum() const { return scaled_sum_; }  ///< [cols / block] scale * sum
-  const int16_t* sums16() const { return sums16_; }        ///< [cols / 16] sums of q, Blocks256 only
-  const int16_t* sums32() const { return sums32_; }        ///< [cols / 32] sums of q, Blocks256 only
+  const int8_t* q() const { return q_; }                     ///< [cols]
+  const float* scale() const { return scale_; }              ///< [cols / block]
+  const float* sum() const { return sum_; }                  ///< [cols / block] sum of q of the block
+  const float* scaled_sum() const { return scaled_sum_; }    ///< [cols / block] scale * sum
+  const float* scale_pairs() const { return scale_pairs_; }  ///< [cols / block][2] scale and scaled sum side by side
+  const int16_t* sums16() const { return sums16_; }          ///< [cols / 16] sums of q, Blocks256 only
+  const int16_t* sums32() const { return sums32_; }          ///< [cols / 32] sums of q, Blocks256 only
 
  private:
   struct Free {
@@ -51,7 +52,7 @@ class QuantizedRow {
   ActivationKind kind_ = ActivationKind::Float;
   int64_t cols_ = 0;
   int8_t* q_ = nullptr;
-  float *scale_ = nullptr, *sum_ = nullptr, *scaled_sum_ = nullptr;
+  float *scale_ = nullptr, *sum_ = nullptr, *scaled_sum_ = nullptr, *scale_pairs_ = nullptr;
   int16_t *sums16_ = nullptr, *sums32_ = nullptr;
 };
 

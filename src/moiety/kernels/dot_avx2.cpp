@@ -1,38 +1,16 @@
 // Products with AVX2: unsigned weights times signed activations by maddubs. Its sums of two fit 16 bits for weights of
 // up to seven bits; Q8_0 multiplies magnitudes and moves the sign to the activations.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #include "moiety/kernels/dot_loops.h"
+#include "moiety/kernels/vectors_avx2.h"
 
 namespace moiety {
 namespace {
-
-[[gnu::always_inline]] inline __m128i load128(const void* p) {
-  return _mm_loadu_si128(static_cast<const __m128i*>(p));
-}
-[[gnu::always_inline]] inline __m256i load256(const void* p) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
-}
 
 [[gnu::always_inline]] inline float sum_of(__m256 v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
-
-// Nibbles of one block, in element order.
-[[gnu::always_inline]] inline __m256i nibbles(const uint8_t* p) {
-  const __m128i v = load128(p);
-  return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(v, 4), v), _mm256_set1_epi8(15));
-}
-// 16 where bit i of the word is set, element i.
-[[gnu::always_inline]] inline __m256i fifth(const uint8_t* p) {
-  const __m256i bytes =
-      _mm256_shuffle_epi8(_mm256_set1_epi32(load<int32_t>(p)),
-                          _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
-  const __m256i bits = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ull));
-  return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(bytes, bits), bits), _mm256_set1_epi8(16));
 }
 
 // Eight int32 sums of unsigned times signed bytes.
@@ -50,22 +28,22 @@ struct Q80Sums : Q80 {
 };
 struct Q40Sums : Q40 {
   static constexpr int kOffset = 8;
-  [[gnu::always_inline]] static __m256i sums(const uint8_t* p, __m256i q) { return multiply(nibbles(p + 2), q); }
+  [[gnu::always_inline]] static __m256i sums(const uint8_t* p, __m256i q) { return multiply(nibbles32(p + 2), q); }
 };
 struct Q41Sums : Q41 {
   static constexpr int kOffset = 0;
-  [[gnu::always_inline]] static __m256i sums(const uint8_t* p, __m256i q) { return multiply(nibbles(p + 4), q); }
+  [[gnu::always_inline]] static __m256i sums(const uint8_t* p, __m256i q) { return multiply(nibbles32(p + 4), q); }
 };
 struct Q50Sums : Q50 {
   static constexpr int kOffset = 16;
   [[gnu::always_inline]] static __m256i sums(const uint8_t* p, __m256i q) {
-    return multiply(_mm256_or_si256(nibbles(p + 6), fifth(p + 2)), q);
+    return multiply(_mm256_or_si256(nibbles32(p + 6), fifth_bits(p + 2)), q);
   }
 };
 struct Q51Sums : Q51 {
   static constexpr int kOffset = 0;
   [[gnu::always_inline]] static __m256i sums(const uint8_t* p, __m256i q) {
-    return multiply(_mm256_or_si256(nibbles(p + 8), fifth(p + 4)), q);
+    return multiply(_mm256_or_si256(nibbles32(p + 8), fifth_bits(p + 4)), q);
   }
 };
 struct Mxfp4Sums : Mxfp4 {
@@ -73,7 +51,7 @@ struct Mxfp4Sums : Mxfp4 {
   [[gnu::always_inline]] static __m256i sums(const uint8_t* p, __m256i q) {
     const __m256i table =
         _mm256_broadcastsi128_si256(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
-    return multiply(_mm256_shuffle_epi8(table, nibbles(p + 1)), q);
+    return multiply(_mm256_shuffle_epi8(table, nibbles32(p + 1)), q);
   }
 };
 
@@ -98,13 +76,6 @@ float dot_32_avx2(const uint8_t* w, int64_t blocks, const ActivationView& a) {
 
 // ---- 256-element formats --------------------------------------------------------------------------------------------
 
-// The six-bit scales as eight bytes, then the eight minimums.
-[[gnu::always_inline]] inline __m128i k_scales(const uint8_t* s) {
-  const uint32_t a = load<uint32_t>(s), b = load<uint32_t>(s + 4), c = load<uint32_t>(s + 8);
-  constexpr uint32_t six = 0x3f3f3f3f, four = 0x0f0f0f0f, top = 0x30303030;
-  return _mm_setr_epi32(static_cast<int>(a & six), static_cast<int>((c & four) | (a >> 2 & top)),
-                        static_cast<int>(b & six), static_cast<int>((c >> 4 & four) | (b >> 2 & top)));
-}
 // The 16-bit value number i of both lanes' eight, everywhere.
 [[gnu::always_inline]] inline __m256i spread16(__m128i values, int i) {
   return _mm256_broadcastsi128_si256(_mm_shuffle_epi8(values, _mm_set1_epi16(static_cast<short>(0x0100 + 0x0202 * i))));
@@ -114,7 +85,6 @@ template <int kBytes, int kQuants, int kHigh>
 float dot_scale_min_avx2(const uint8_t* w, int64_t blocks, const ActivationView& a) {
   __m256 products = _mm256_setzero_ps();
   __m128 mins = _mm_setzero_ps();
-  const __m256i nibble = _mm256_set1_epi8(15);
   for (int64_t b = 0; b < blocks; ++b, w += kBytes) {
     const __m128i both = k_scales(w + 4);
     const __m128i scales = _mm_cvtepu8_epi16(both);
@@ -122,13 +92,8 @@ float dot_scale_min_avx2(const uint8_t* w, int64_t blocks, const ActivationView&
     if constexpr (kHigh != 0) high = load256(w + kHigh);
     __m256i total = _mm256_setzero_si256();
     for (int g = 0; g < 8; ++g) {
-      const __m256i packed = load256(w + kQuants + 32 * (g / 2));
-      __m256i v = _mm256_and_si256(g % 2 == 0 ? packed : _mm256_srli_epi16(packed, 4), nibble);
-      if constexpr (kHigh != 0) {
-        const __m256i bit = _mm256_set1_epi8(static_cast<char>(1 << g));
-        v = _mm256_or_si256(
-            v, _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(high, bit), bit), _mm256_set1_epi8(16)));
-      }
+      __m256i v = k_nibbles(w + kQuants, g);
+      if constexpr (kHigh != 0) v = _mm256_or_si256(v, k_fifth_bits(high, g));
       const __m256i pairs = _mm256_maddubs_epi16(v, load256(a.q + 256 * b + 32 * g));
       total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, spread16(scales, g)));
     }
@@ -142,17 +107,12 @@ float dot_scale_min_avx2(const uint8_t* w, int64_t blocks, const ActivationView&
 
 float dot_q6_k_avx2(const uint8_t* w, int64_t blocks, const ActivationView& a) {
   __m256 products = _mm256_setzero_ps();
-  const __m256i nibble = _mm256_set1_epi8(15), two_bits = _mm256_set1_epi8(3);
   for (int64_t b = 0; b < blocks; ++b, w += Q6K::kBytes) {
     const __m256i scales = _mm256_cvtepi8_epi16(load128(w + 192));
     __m256i total = _mm256_setzero_si256();
     for (int g = 0; g < 8; ++g) {  // 32 elements, two scales
       const int half = g / 4, part = g % 4;
-      const __m256i low = load256(w + 64 * half + 32 * (part & 1)), high = load256(w + 128 + 32 * half);
-      const __m256i v =
-          _mm256_or_si256(_mm256_and_si256(part < 2 ? low : _mm256_srli_epi16(low, 4), nibble),
-                          _mm256_slli_epi16(_mm256_and_si256(_mm256_srli_epi16(high, 2 * part), two_bits), 4));
-      const __m256i pairs = _mm256_maddubs_epi16(v, load256(a.q + 256 * b + 32 * g));
+      const __m256i pairs = _mm256_maddubs_epi16(q6_k_quants(w, g), load256(a.q + 256 * b + 32 * g));
       // The first 16 elements lie in the lower lane, the next in the upper.
       const __m128i eight = half == 0 ? _mm256_castsi256_si128(scales) : _mm256_extracti128_si256(scales, 1);
       const __m256i scale =

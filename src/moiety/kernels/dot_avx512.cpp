@@ -1,19 +1,11 @@
 // Products with AVX-512 and VNNI: unsigned weights times signed activations, 64 to an instruction, into int32. The
 // offset of the signed formats is taken out with the activation sums.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #include "moiety/kernels/dot_loops.h"
+#include "moiety/kernels/vectors_avx2.h"
 
 namespace moiety {
 namespace {
-
-[[gnu::always_inline]] inline __m128i load128(const void* p) {
-  return _mm_loadu_si128(static_cast<const __m128i*>(p));
-}
-[[gnu::always_inline]] inline __m256i load256(const void* p) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
-}
 
 // The 16 bytes at a twice, then the 16 bytes at b twice.
 [[gnu::always_inline]] inline __m512i twice(const uint8_t* a, const uint8_t* b) {
@@ -28,123 +20,120 @@ namespace {
   return _mm512_and_si512(_mm512_srlv_epi16(twice(a, b), lanes16(0, 4, 0, 4)), _mm512_set1_epi8(15));
 }
 
-// Halves at eight blocks kBytes apart, as floats.
+// pair: the unsigned quants of the blocks at p and p + kBytes; one: of the block at p. kOffset: what they are too large
+// by. The halves at p and p + kBytes, as floats.
 template <int kBytes>
-[[gnu::always_inline]] inline __m256 halves(const uint8_t* p) {
-  const auto at = [p](int i) { return load<int16_t>(p + i * kBytes); };
-  return _mm256_cvtph_ps(_mm_setr_epi16(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)));
-}
-// Pairs of halves (scale, minimum) at eight blocks.
-struct Pairs {
-  __m256 scale, min;
-};
-template <int kBytes>
-[[gnu::always_inline]] inline Pairs half_pairs(const uint8_t* p) {
-  const auto at = [p](int i) { return load<int32_t>(p + i * kBytes); };
-  const __m256i both = _mm256_setr_epi32(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7));
-  return {_mm256_cvtph_ps(_mm256_cvtepi32_epi16(both)),
-          _mm256_cvtph_ps(_mm256_cvtepi32_epi16(_mm256_srli_epi32(both, 16)))};
+[[gnu::always_inline]] inline __m128 two_halves(const uint8_t* p) {
+  return _mm_cvtph_ps(_mm_insert_epi16(_mm_cvtsi32_si128(load<uint16_t>(p)), load<int16_t>(p + kBytes), 1));
 }
 
-// pair: the unsigned quants of the blocks at p and p + kBytes. kOffset: what they are too large by.
 struct Q80Pair : Q80 {
+  [[gnu::always_inline]] static __m128 two_scales(const uint8_t* p) { return two_halves<kBytes>(p); }
   static constexpr int kOffset = 128;
   [[gnu::always_inline]] static __m512i pair(const uint8_t* p) {
     const __m512i v = _mm512_inserti64x4(_mm512_castsi256_si512(load256(p + 2)), load256(p + kBytes + 2), 1);
     return _mm512_xor_si512(v, _mm512_set1_epi8(static_cast<char>(0x80)));
   }
-  [[gnu::always_inline]] static __m256 scales(const uint8_t* p) { return halves<kBytes>(p); }
+  [[gnu::always_inline]] static __m256i one(const uint8_t* p) {
+    return _mm256_xor_si256(load256(p + 2), _mm256_set1_epi8(static_cast<char>(0x80)));
+  }
 };
 struct Q40Pair : Q40 {
+  [[gnu::always_inline]] static __m128 two_scales(const uint8_t* p) { return two_halves<kBytes>(p); }
   static constexpr int kOffset = 8;
   [[gnu::always_inline]] static __m512i pair(const uint8_t* p) { return nibbles(p + 2, p + kBytes + 2); }
-  [[gnu::always_inline]] static __m256 scales(const uint8_t* p) { return halves<kBytes>(p); }
+  [[gnu::always_inline]] static __m256i one(const uint8_t* p) { return nibbles32(p + 2); }
 };
 struct Q41Pair : Q41 {
+  static constexpr int kOffset = 0;
   [[gnu::always_inline]] static __m512i pair(const uint8_t* p) { return nibbles(p + 4, p + kBytes + 4); }
+  [[gnu::always_inline]] static __m256i one(const uint8_t* p) { return nibbles32(p + 4); }
 };
 [[gnu::always_inline]] inline __m512i fifth(__m512i low, const uint8_t* a, const uint8_t* b) {
   const __mmask64 high = load<uint32_t>(a) | static_cast<uint64_t>(load<uint32_t>(b)) << 32;
   return _mm512_mask_add_epi8(low, high, low, _mm512_set1_epi8(16));
 }
 struct Q50Pair : Q50 {
+  [[gnu::always_inline]] static __m128 two_scales(const uint8_t* p) { return two_halves<kBytes>(p); }
   static constexpr int kOffset = 16;
   [[gnu::always_inline]] static __m512i pair(const uint8_t* p) {
     return fifth(nibbles(p + 6, p + kBytes + 6), p + 2, p + kBytes + 2);
   }
-  [[gnu::always_inline]] static __m256 scales(const uint8_t* p) { return halves<kBytes>(p); }
+  [[gnu::always_inline]] static __m256i one(const uint8_t* p) {
+    return _mm256_or_si256(nibbles32(p + 6), fifth_bits(p + 2));
+  }
 };
 struct Q51Pair : Q51 {
+  static constexpr int kOffset = 0;
   [[gnu::always_inline]] static __m512i pair(const uint8_t* p) {
     return fifth(nibbles(p + 8, p + kBytes + 8), p + 4, p + kBytes + 4);
   }
+  [[gnu::always_inline]] static __m256i one(const uint8_t* p) {
+    return _mm256_or_si256(nibbles32(p + 8), fifth_bits(p + 4));
+  }
 };
 struct Mxfp4Pair : Mxfp4 {
-  static constexpr int kOffset = 12;
-  [[gnu::always_inline]] static __m512i pair(const uint8_t* p) {
-    const __m512i table =
-        _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
-    return _mm512_shuffle_epi8(table, nibbles(p + 1, p + kBytes + 1));
+  [[gnu::always_inline]] static __m128 two_scales(const uint8_t* p) {
+    return _mm_setr_ps(scale(p), scale(p + kBytes), 0.f, 0.f);
   }
-  [[gnu::always_inline]] static __m256 scales(const uint8_t* p) {
-    return _mm256_setr_ps(scale(p), scale(p + 17), scale(p + 34), scale(p + 51), scale(p + 68), scale(p + 85),
-                          scale(p + 102), scale(p + 119));
+  static constexpr int kOffset = 12;
+  [[gnu::always_inline]] static __m128i table() {
+    return _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+  }
+  [[gnu::always_inline]] static __m512i pair(const uint8_t* p) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table()), nibbles(p + 1, p + kBytes + 1));
+  }
+  [[gnu::always_inline]] static __m256i one(const uint8_t* p) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table()), nibbles32(p + 1));
   }
 };
 
-// Adds up to eight blocks (`pairs` pairs) to `products`, and to `rest` what the offset or the minimums need.
-template <class F>
-[[gnu::always_inline]] inline void add_blocks(const uint8_t* w, int pairs, const ActivationView& a, int64_t b,
-                                              __m512* products, __m256& rest) {
-  __m256 scale;
-  if constexpr (F::kMin) {
-    const Pairs both = half_pairs<F::kBytes>(w);
-    scale = _mm256_mul_ps(both.scale, _mm256_loadu_ps(a.scale + b));
-    rest = _mm256_fmadd_ps(both.min, _mm256_loadu_ps(a.scaled_sum + b), rest);
-  } else {
-    scale = _mm256_mul_ps(F::scales(w), _mm256_loadu_ps(a.scale + b));
-    rest = _mm256_fmadd_ps(scale, _mm256_loadu_ps(a.sum + b), rest);
-  }
-  const __m512 scales = _mm512_castps256_ps512(scale);
-  __m512i which = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-  for (int k = 0; k < pairs; ++k) {
-    const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), F::pair(w + 2 * k * F::kBytes),
-                                             _mm512_loadu_si512(a.q + 32 * (b + 2 * k)));
-    products[k & 1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), _mm512_permutexvar_ps(which, scales), products[k & 1]);
-    which = _mm512_add_epi32(which, _mm512_set1_epi32(2));
-  }
-}
-
+// Two blocks a step. With minimums, (scale, minimum) of both blocks are converted together and multiplied by the
+// activations' (scale, scaled sum).
 template <class F>
 float dot_pairs(const uint8_t* w, int64_t blocks, const ActivationView& a) {
   __m512 products[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  __m256 rest = _mm256_setzero_ps();
+  __m128 rest = _mm_setzero_ps();
+  const __m512i spread = F::kMin ? _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2)
+                                 : _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  const auto step = [&](int64_t b, int k) {
+    const uint8_t* p = w + b * F::kBytes;
+    const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), F::pair(p), _mm512_loadu_si512(a.q + 32 * b));
+    __m128 scales;
+    if constexpr (F::kMin) {
+      const __m128i halves = _mm_insert_epi32(_mm_cvtsi32_si128(load<int32_t>(p)), load<int32_t>(p + F::kBytes), 1);
+      scales = _mm_mul_ps(_mm_cvtph_ps(halves), _mm_loadu_ps(a.scale_pairs + 2 * b));
+      rest = _mm_add_ps(rest, scales);
+    } else {
+      scales = _mm_mul_ps(F::two_scales(p),
+                          _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a.scale + b))));
+      rest = _mm_fmadd_ps(scales, _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a.sum + b))), rest);
+    }
+    products[k] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums),
+                                  _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(scales)), products[k]);
+  };
   int64_t b = 0;
-  for (; b + 8 <= blocks; b += 8, w += 8 * F::kBytes) add_blocks<F>(w, 4, a, b, products, rest);
+  for (; b + 4 <= blocks; b += 4) step(b, 0), step(b + 2, 1);
+  if (b + 2 <= blocks) step(b, 0), b += 2;
+  __m512 total = _mm512_add_ps(products[0], products[1]);
+  float last = 0;
   if (b < blocks) {
-    // Blocks of zeros fill the group; the activations are padded with zeros.
-    const auto left = static_cast<int>(blocks - b);
-    alignas(64) uint8_t group[8 * F::kBytes] = {};
-    __builtin_memcpy(group, w, static_cast<size_t>(left) * F::kBytes);
-    add_blocks<F>(group, (left + 1) / 2, a, b, products, rest);
+    const uint8_t* p = w + b * F::kBytes;
+    const __m256i sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), F::one(p), load256(a.q + 32 * b));
+    const float scale = F::scale(p) * a.scale[b];
+    const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), _mm256_set1_ps(scale));
+    total = _mm512_add_ps(total, _mm512_zextps256_ps512(product));
+    last = F::kMin ? load_half(p + 2) * a.scaled_sum[b] : -static_cast<float>(F::kOffset) * (scale * a.sum[b]);
   }
-  const float total = _mm512_reduce_add_ps(_mm512_add_ps(products[0], products[1]));
-  const float other = _mm512_reduce_add_ps(_mm512_zextps256_ps512(rest));
-  if constexpr (F::kMin)
-    return total + other;
+  const __m512 others = _mm512_zextps128_ps512(rest);
+  if constexpr (F::kMin)  // the minimums' products lie in the odd elements
+    total = _mm512_mask_add_ps(total, 0x000a, total, others);
   else
-    return total - static_cast<float>(F::kOffset) * other;
+    total = _mm512_fnmadd_ps(others, _mm512_set1_ps(static_cast<float>(F::kOffset)), total);
+  return _mm512_reduce_add_ps(total) + last;
 }
 
 // ---- 256-element formats --------------------------------------------------------------------------------------------
-
-// The six-bit scales as eight bytes, then the eight minimums.
-[[gnu::always_inline]] inline __m128i k_scales(const uint8_t* s) {
-  const uint32_t a = load<uint32_t>(s), b = load<uint32_t>(s + 4), c = load<uint32_t>(s + 8);
-  constexpr uint32_t six = 0x3f3f3f3f, four = 0x0f0f0f0f, top = 0x30303030;
-  return _mm_setr_epi32(static_cast<int>(a & six), static_cast<int>((c & four) | (a >> 2 & top)),
-                        static_cast<int>(b & six), static_cast<int>((c >> 4 & four) | (b >> 2 & top)));
-}
 
 [[gnu::always_inline]] inline __m512i both_nibbles(const uint8_t* q) {  // 32 low nibbles, then the 32 high ones
   const __m512i v = _mm512_broadcast_i64x4(load256(q));

@@ -10,6 +10,7 @@ struct ActivationView {
   const float* scale;
   const float* sum;
   const float* scaled_sum;
+  const float* scale_pairs;
   const int16_t* sums16;
   const int16_t* sums32;
 };

@@ -1,9 +1,9 @@
 #if defined(__x86_64__)
-#include "moiety/kernels/format_loops.h"
+#include "moiety/kernels/format_vectors.h"
 
 namespace moiety {
 const Decoder* decoders_avx2() {
-  return kDecoders;
+  return kVectorDecoders.each;
 }
 }  // namespace moiety
 #endif
