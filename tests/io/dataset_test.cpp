@@ -263,6 +263,7 @@ class Bytes : public Tokenizer {
   std::optional<int64_t> pad() const override { return std::nullopt; }
   std::optional<int64_t> unk() const override { return std::nullopt; }
   std::string chat_template() const override { return ""; }
+  std::unique_ptr<Decoding> decoding(bool) const override { fail("these tests decode no streams"); }
 };
 
 const Bytes tokenizer;
