@@ -31,7 +31,7 @@ std::string chunk(const std::string& type, const std::string& data) {
 std::string png(uint32_t width, uint32_t height, int type, const std::string& pixels) {
   const size_t channels = type == 0 ? 1 : type == 2 ? 3 : 4;
   std::string raw;
-  for (uint32_t y = 0; y < height; ++y)
+  for (uint32_t y = 0; y < height && !pixels.empty(); ++y)
     raw += std::string(1, '\0') + pixels.substr(y * width * channels, width * channels);
   uLongf size = compressBound(raw.size());
   std::string packed(size, '\0');

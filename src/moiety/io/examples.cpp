@@ -84,17 +84,19 @@ Example encode_chat(const Sample& sample, const Tokenizer& tokenizer, const Chat
     if (sample.messages[i]["role"] != "assistant" || (options.last_answer_only && i != last)) continue;
     size_t begin = common(encode(chat_template->render(context(i, true))), e.ids);
     size_t end = i + 1 == count ? e.ids.size() : common(encode(chat_template->render(context(i + 1, false))), e.ids);
-    if (end <= begin) {
+    const Json& content = sample.messages[i].value("content", Json());
+    std::string answer = content.is_string() ? content.get<std::string>() : "";
+    if (const size_t think = answer.rfind("</think>"); think != std::string::npos) answer = answer.substr(think + 8);
+    answer = trimmed(answer);
+    const auto between = std::span<const int64_t>(e.ids).subspan(begin, end > begin ? end - begin : 0);
+    if (end <= begin || tokenizer.decode(between).find(answer) == std::string::npos) {
       // Some templates drop the reasoning of earlier answers: find the answer's own text instead.
-      const Json& content = sample.messages[i].value("content", Json());
-      std::string answer = content.is_string() ? content.get<std::string>() : "";
-      if (const size_t think = answer.rfind("</think>"); think != std::string::npos) answer = answer.substr(think + 8);
-      answer = trimmed(answer);
       const size_t found = answer.empty() ? std::string::npos : text.find(answer, searched);
-      check(found != std::string::npos,
-            "{}: the chat template writes message {} differently when others follow, so what is to be learned cannot "
-            "be found: learn the last answer only, or use a template with generation blocks",
-            sample.where, i + 1);
+      check(
+          found != std::string::npos,
+          "{}: the chat template writes message {} differently when others follow, so what is to be learned cannot be "
+          "found: learn the last answer only, or use a template with generation blocks",
+          sample.where, i + 1);
       begin = std::max(begin, common(encode(std::string_view(text).substr(0, found)), e.ids));
       end = common(encode(std::string_view(text).substr(0, found + answer.size())), e.ids);
       if (end < e.ids.size() && tokenizer.is_special(e.ids[end])) ++end;
