@@ -179,7 +179,7 @@ FEATURES = r"""
 {{ '%d' % 'x' }}
 {{ s|upper }} {{ s|lower }} {{ 'hELLO wORLD-foo (bar)'|title }} {{ 'hELLO'|capitalize }} {{ sp|trim }} {{ 'xax'|trim('x') }} {{ n|string }} {{ s|length }} {{ l|count }} {{ u|length }}
 {{ l|join }} {{ l|join(', ') }} {{ people|join(', ', attribute='name') }} {{ 'abc'|join('-') }} {{ mix|join('|') }} {{ l|join(1) }}
-{{ missing|default('x') }} {{ missing|d(1) }} {{ e|default('x') }} {{ e|default('x', true) }} {{ e|d('y', boolean=true) }} {{ nil|default('z') }}! {{ nil|default('z', true) }} {{ missing|default }}
+{{ missing|last }}|{{ missing|default('x') }} {{ missing|d(1) }} {{ e|default('x') }} {{ e|default('x', true) }} {{ e|d('y', boolean=true) }} {{ nil|default('z') }}! {{ nil|default('z', true) }} {{ missing|default }}
 {{ l|first }} {{ l|last }} {{ s|first }} {{ s|last }} {{ el|first }}| {{ d|first }} {{ d|last }}
 {{ s|list }} {{ d|list }} {{ (1, 2)|list }} {{ '42'|int }} {{ '42.9'|int }} {{ 'x'|int }} {{ 'x'|int(5) }} {{ '0x1f'|int(0, 16) }} {{ '1f'|int(base=16) }} {{ f|int }} {{ -2.7|int }} {{ nil|int }} {{ ' 12 '|int }} {{ '1_000'|int }} {{ t|int }}
 {{ '2.5'|float }} {{ 'x'|float }} {{ 'x'|float(1.5) }} {{ n|float }} {{ '1e3'|float }} {{ 'inf'|float }} {{ nil|float }} {{ neg|abs }} {{ -2.5|abs }}

@@ -341,8 +341,10 @@ TEST(Encode, ChatWhoseTemplateDropsEarlierThoughts) {
   const ChatTemplate t(
       "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ "
       "m.content.split('</think>')[-1] }}<e>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}");
-  const Sample s = chat({{"user", "1"}, {"assistant", "<think>hm</think>one"}, {"user", "2"}, {"assistant", "two"}});
-  EXPECT_EQ(learned(encode_example(s, tokenizer, &t)), "one<e>|<think></think>two<e>");
+  const Sample s = chat({{"user", "one"}, {"assistant", "<think>hm</think>one"}, {"user", "2"}, {"assistant", "two"}});
+  const Example e = encode_example(s, tokenizer, &t);
+  EXPECT_EQ(learned(e), "one<e>|<think></think>two<e>");
+  EXPECT_EQ(e.loss[std::string("[user]").size()], 0);  // the same word in the question is not learned
   const ChatTemplate none("{% for m in messages %}{{ m.role if loop.last else '' }}{% endfor %}");
   EXPECT_TRUE(has(message_of([&] { encode_example(s, tokenizer, &none); }), "cannot be found"));
 }

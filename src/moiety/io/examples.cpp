@@ -82,7 +82,8 @@ Example encode_chat(const Sample& sample, const Tokenizer& tokenizer, const Chat
   size_t searched = 0;
   for (size_t i = 0; i < count; ++i) {
     if (sample.messages[i]["role"] != "assistant" || (options.last_answer_only && i != last)) continue;
-    size_t begin = common(encode(chat_template->render(context(i, true))), e.ids);
+    const std::string before = chat_template->render(context(i, true));
+    size_t begin = common(encode(before), e.ids);
     size_t end = i + 1 == count ? e.ids.size() : common(encode(chat_template->render(context(i + 1, false))), e.ids);
     const Json& content = sample.messages[i].value("content", Json());
     std::string answer = content.is_string() ? content.get<std::string>() : "";
@@ -90,7 +91,9 @@ Example encode_chat(const Sample& sample, const Tokenizer& tokenizer, const Chat
     answer = trimmed(answer);
     const auto between = std::span<const int64_t>(e.ids).subspan(begin, end > begin ? end - begin : 0);
     if (end <= begin || tokenizer.decode(between).find(answer) == std::string::npos) {
-      // Some templates drop the reasoning of earlier answers: find the answer's own text instead.
+      // Some templates drop the reasoning of earlier answers: find the answer's own text instead, behind all before it.
+      const auto same = std::mismatch(before.begin(), before.end(), text.begin(), text.end()).first - before.begin();
+      searched = std::max(searched, static_cast<size_t>(same));
       const size_t found = answer.empty() ? std::string::npos : text.find(answer, searched);
       check(
           found != std::string::npos,

@@ -1259,7 +1259,7 @@ const std::unordered_map<std::string, Filter>& filters() {
       {"last",
        [](Run& r, const Value& v, const Arguments& a) {
          Bound("last", a, {});
-         if (v.is_undefined() || (v.is(Kind::list) && v.list().shape == Shape::iterator))
+         if (v.is(Kind::list) && v.list().shape == Shape::iterator)
            fail("'{}' object is not reversible", type_name(v));
          const auto items = iterate(r, v);
          return items.empty() ? Value::undefined("No last item, sequence was empty.") : items.back();
