@@ -91,7 +91,8 @@ MLA = dict(BASE, num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=32, 
 
 # One of each promised family also with a sparse config.json.
 SPARSE = {"llama-mha", "llama-gqa", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3-pattern6", "phi3", "smollm3", "mixtral", "qwen2_moe",
-          "qwen3_moe-raw", "olmoe", "deepseek_v2", "deepseek_v3", "phimoe", "granitemoe", "gpt_oss"}
+          "qwen3_moe-raw", "olmoe", "smollm3-tied", "gemma3", "helium", "ernie4_5", "cohere", "cohere2", "glm", "stablelm", "starcoder2",
+          "seed_oss", "exaone4", "hunyuan_v1_dense", "deepseek_v2", "deepseek_v3", "phimoe", "granitemoe", "gpt_oss"}
 
 
 def fixtures():
@@ -583,7 +584,7 @@ def build(fixture):
             sparse = work / "sparse"
             shutil.copytree(main, sparse)
             write_json(sparse / "config.json", sparse_config(json.loads((main / "config.json").read_text())))
-            finish(sparse, suffix="-sparse", config_style="sparse", name=f.name + "-sparse", gguf=None)
+            finish(sparse, suffix="-sparse", config_style="sparse", name=f.name + "-sparse")
         # The stamp of the plain fixture says that all variants are there: it moves last.
         for name, directory in reversed(list(written.items())):
             shutil.rmtree(FIXTURES / name, ignore_errors=True)

@@ -25,6 +25,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -37,6 +38,7 @@ F32_TOLERANCE = 1e-4
 EMBED_TOLERANCE = 1e-5
 BF16_FACTOR, BF16_FLOOR = 1.5, 0.002
 LENGTHS = (40, 17, 29, 1, 33)
+LOADING = threading.Lock()  # transformers patches torch while it loads: two threads at once leave tied weights undefined
 MODES = ("single", "left", "right", "cache1", "cache3")
 
 
@@ -100,7 +102,8 @@ def load_reference(fixture, dtype):
 
     path = Path(fixture["path"]).parent / (fixture["reference"] if fixture["layout"] == "mxfp4" else fixture["name"])
     cls = getattr(transformers, fixture["cls"]) if fixture["cls"] else transformers.AutoModelForCausalLM
-    return cls.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
+    with LOADING:
+        return cls.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
 
 
 def run(command):

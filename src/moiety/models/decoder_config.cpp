@@ -286,6 +286,7 @@ void smollm3(Context& x) {
 }
 
 void mixtral(Context& x) {
+  x.c.norm_eps = x.keys.number("rms_norm_eps", 1e-5);
   set_ropes(x.keys, x.c, 1000000.0, 1.0, false);
   set_layers(x.keys, x.c, x.layers, kAlways);
   all_mixture(x.c);
@@ -325,6 +326,9 @@ void olmoe(Context& x) {
 
 void flex_olmo(Context& x) {
   olmoe(x);
+  x.c.norm_eps = x.keys.number("rms_norm_eps", 1e-6);
+  x.c.ropes.clear();
+  set_ropes(x.keys, x.c, 500000.0, 1.0, false);
   x.c.placement = Placement::post;
 }
 
@@ -353,14 +357,16 @@ void olmo3(Context& x) {
       x.keys, x.c, x.layers, [](int64_t i) { return (i + 1) % 4 != 0; }, 4096);
 }
 
-void deepseek_mixture(Context& x) {
+void deepseek_mixture(Context& x, int64_t shared_by_default = 0, int64_t dense_by_default = 0,
+                      double scale_by_default = 1.0) {
   auto& m = x.c.moe;
   m.experts = x.keys.integer("n_routed_experts", x.keys.integer("num_experts", x.keys.integer("num_local_experts", 0)));
   m.width = x.keys.integer("moe_intermediate_size", 0);
   m.router.top_k = x.keys.integer("num_experts_per_tok", 1);
-  m.router.scale = x.keys.number("routed_scaling_factor", 1.0);
-  m.shared_width = x.keys.integer("n_shared_experts", 0) * m.width;
-  const int64_t dense = x.keys.integer("first_k_dense_replace", 0), every = x.keys.size("moe_layer_freq", 1, 1, kMany);
+  m.router.scale = x.keys.number("routed_scaling_factor", scale_by_default);
+  m.shared_width = x.keys.integer("n_shared_experts", shared_by_default) * m.width;
+  const int64_t dense = x.keys.integer("first_k_dense_replace", dense_by_default),
+                every = x.keys.size("moe_layer_freq", 1, 1, kMany);
   for (int64_t i = 0; i < x.layers; ++i) x.c.layers[i].mixture = m.experts > 0 && i >= dense && i % every == 0;
 }
 
@@ -400,7 +406,7 @@ void latent(Context& x) {
 
 void deepseek_v2(Context& x) {
   latent(x);
-  deepseek_mixture(x);
+  deepseek_mixture(x, 2);
   if (x.keys.string("topk_method", "greedy") == "group_limited_greedy") {
     x.c.moe.router.groups = x.keys.integer("n_group", 1);
     x.c.moe.router.top_groups = x.keys.integer("topk_group", 1);
@@ -409,8 +415,11 @@ void deepseek_v2(Context& x) {
 
 void deepseek_v3(Context& x) {
   latent(x);
-  deepseek_mixture(x);
+  deepseek_mixture(x, 1, 3, 2.5);
   sigmoid_routing(x);
+  x.c.moe.router.top_k = x.keys.integer("num_experts_per_tok", 8);
+  x.c.moe.router.groups = x.keys.integer("n_group", 8);
+  x.c.moe.router.top_groups = x.keys.integer("topk_group", 4);
 }
 
 // DeepSeekMoE 16B: Llama attention, softmax routing.
@@ -532,14 +541,18 @@ void cohere2(Context& x) {
     if (layer.window == 0) layer.rope = -1;
 }
 
-void interleaved_llama(Context& x) {
+void helium(Context& x) {
   llama(x);
-  for (RopeConfig& r : x.c.ropes) r.interleaved = true;
+  x.c.norm_eps = x.keys.number("rms_norm_eps", 1e-8);
+  x.c.ropes.clear();
+  set_ropes(x.keys, x.c, 100000.0, 1.0, true);
 }
 
 void ernie(Context& x) {
-  interleaved_llama(x);
+  llama(x);
   x.c.norm_eps = x.keys.number("rms_norm_eps", 1e-5);
+  x.c.ropes.clear();
+  set_ropes(x.keys, x.c, 500000.0, 1.0, true);
 }
 
 void glm(Context& x) {
@@ -582,11 +595,13 @@ void seed_oss(Context& x) {
 
 void hunyuan(Context& x) {
   llama(x);
+  x.c.norm_eps = x.keys.number("rms_norm_eps", 1e-5);
   x.c.qk_norm = x.c.qk_norm_after_rope = true;
 }
 
 void ungated_llama(Context& x) {
   llama(x);
+  x.c.norm_eps = x.keys.number("rms_norm_eps", 1e-5);
   x.c.act = x.keys.string("hidden_act", "relu2");
   x.c.gated = false;
 }
@@ -629,7 +644,7 @@ const std::map<std::string, Family>& families() {
       {"stablelm", stablelm},
       {"cohere", cohere},
       {"cohere2", cohere2},
-      {"helium", interleaved_llama},
+      {"helium", helium},
       {"ernie4_5", ernie},
       {"exaone4", exaone4},
       {"seed_oss", seed_oss},
@@ -665,7 +680,13 @@ DecoderConfig parse_decoder_config(const nlohmann::json& whole) {
   check(c.heads % c.kv_heads == 0, "config.json: {} attention heads cannot share {} key/value heads", c.heads,
         c.kv_heads);
   const bool gemma_heads = c.family.rfind("gemma", 0) == 0;
-  c.head_dim = keys.size("head_dim", gemma_heads ? 256 : std::max<int64_t>(1, c.hidden / c.heads), 1, kMany);
+  // Families whose head size does not follow from the hidden size when config.json leaves it out.
+  static const std::map<std::string, int64_t> head_sizes = {{"qwen3", 128},    {"glm", 128},     {"glm4", 128},
+                                                            {"helium", 128},   {"cohere2", 128}, {"ernie4_5", 128},
+                                                            {"seed_oss", 128}, {"gpt_oss", 64}};
+  int64_t head_dim = gemma_heads ? 256 : std::max<int64_t>(1, c.hidden / c.heads);
+  if (const auto it = head_sizes.find(c.family); it != head_sizes.end()) head_dim = it->second;
+  c.head_dim = keys.size("head_dim", head_dim, 1, kMany);
   c.intermediate = keys.size("intermediate_size", 4 * c.hidden, 0, kMany);
   c.context = keys.size("max_position_embeddings", 2048, 1, kMany);
   c.act = keys.string("hidden_act", "silu");

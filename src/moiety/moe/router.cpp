@@ -70,7 +70,7 @@ Routing TopKRouter::route(const torch::Tensor& x, const Site& site, Pass& pass) 
   if (options.groups > 1) by = inside_groups(by, options);
   r.experts = top_k(by, options.top_k).second;
   r.gates = r.scores.gather(1, r.experts);
-  if (options.scoring == Scoring::softmax_kept || (options.normalize && options.top_k > 1)) {
+  if (options.scoring == Scoring::softmax_kept || options.normalize) {
     auto sum = r.gates.sum(-1, true) + options.normalize_eps;
     if (options.normalize_min > 0.0) sum = sum.clamp_min(options.normalize_min);
     r.gates = r.gates / sum;
