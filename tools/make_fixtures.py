@@ -38,7 +38,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 CACHE = Path(os.environ.get("MOIETY_CACHE") or Path.home() / ".cache/moiety")
 FIXTURES = CACHE / "fixtures"
-RECIPE = 5  # raise when the way weights are drawn changes
+RECIPE = 6  # raise when the way weights are drawn changes
 
 
 class Fixture:
@@ -305,7 +305,8 @@ def randomize(model, name):
 
     g = torch.Generator().manual_seed(seed_of(name))
     zero_centred = {"gemma", "gemma2", "gemma3", "gemma3_text"}
-    centred = model.config.model_type in zero_centred or model.config.model_type == "nemotron"
+    zero = model.config.model_type in zero_centred
+    centred = zero or model.config.model_type == "nemotron"
     transposed = model.config.model_type in ("gpt_oss", "gpt2")  # [in, out] instead of [out, in]
     saved = dict(model.named_parameters())
     saved.update({k: b for k, b in model.named_buffers() if k in model.state_dict() and b.is_floating_point()})
@@ -319,7 +320,9 @@ def randomize(model, name):
             elif leaf == "sinks":
                 value = noise
             elif id(p) in embeddings or p.dim() == 2 and "embed" in key:
-                value = 0.7 * noise
+                # Families multiply embeddings: without this the residual stream would hold little else.
+                text = model.config.get_text_config()
+                value = 0.7 * noise / (math.sqrt(text.hidden_size) if zero else getattr(text, "embedding_multiplier", 1.0))
             elif "bias" in leaf:
                 value = 0.25 * noise
             elif p.dim() == 1 or "norm" in key.split(".")[-2]:
