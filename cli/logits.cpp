@@ -1,5 +1,4 @@
 // moiety logits: what a model predicts behind every token, as a file for comparisons or as a table for people.
-#include <spdlog/spdlog.h>
 #include <torch/torch.h>
 
 #include <algorithm>
@@ -108,9 +107,8 @@ int run(Options o) {
   const auto batch = static_cast<int64_t>(rows.size());
   int64_t tokens = 0;
   for (const Ids& row : rows) tokens = std::max(tokens, static_cast<int64_t>(row.size()));
-  // No error: rotary scalings that grow with the length exist for this.
-  if (tokens > model.context_length())
-    spdlog::warn("a row has {} tokens; the model was made for {}", tokens, model.context_length());
+  check(tokens <= model.context_length(), "a row has {} tokens but the model's context is {}", tokens,
+        model.context_length());
   auto ids = torch::zeros({batch, tokens}, torch::kInt64);
   auto mask = torch::zeros({batch, tokens}, torch::kBool);
   std::vector<int64_t> last;

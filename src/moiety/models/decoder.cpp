@@ -455,15 +455,7 @@ torch::Tensor Decoder::hidden(const torch::Tensor& ids, Pass& pass) {
     }
   }
   pass.round = 0;
-  if (pass.cache) {
-    auto next = positions + 1;
-    if (pass.mask.defined()) {
-      // A row whose piece is all padding stays where it was.
-      next = next.masked_fill(pass.mask.to(torch::kBool).logical_not(), 0);
-      if (pass.cache->next_position().defined()) next = torch::maximum(next, pass.cache->next_position().unsqueeze(1));
-    }
-    pass.cache->advance(tokens, padding, std::get<0>(next.max(1)));
-  }
+  if (pass.cache) pass.cache->advance(tokens, padding, std::get<0>(positions.max(1)) + 1);
   return norm->forward(x);
 }
 
