@@ -24,6 +24,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <vector>
 
@@ -46,8 +47,8 @@ struct YamlText {
 /// with line and column, also for duplicate keys, keys that are not scalars, more than one document, nesting beyond 64,
 /// and aliases that would blow the document up.
 YamlText parse_yaml(const std::string& text, const std::string& where);
-/// Parses JSON; throws Error with the byte offset; nesting beyond 64 is refused.
-nlohmann::json parse_json(const std::string& text, const std::string& where);
+/// Parses JSON of any origin. Throws Error with line and column; nesting beyond 64 is refused.
+nlohmann::json parse_json(std::string_view text, const std::string& where);
 
 /// What one declared field is: for help, docs and JSON.
 struct FieldInfo {

@@ -210,25 +210,30 @@ YamlText parse_yaml(const std::string& text, const std::string& where) {
   return {std::move(builder.value), std::move(builder.lines)};
 }
 
-nlohmann::json parse_json(const std::string& text, const std::string& where) {
+nlohmann::json parse_json(std::string_view text, const std::string& where) {
+  // Depth first: a JSON value is copied and printed by recursion.
   size_t depth = 0;
-  bool too_deep = false;
-  auto watch = [&](int level, nlohmann::json::parse_event_t event, nlohmann::json&) {
-    using Event = nlohmann::json::parse_event_t;
-    if (event == Event::object_start || event == Event::array_start) depth = static_cast<size_t>(level) + 1;
-    if (depth > max_depth) too_deep = true;
-    return !too_deep;
-  };
-  nlohmann::json value;
+  bool in_text = false;
+  for (size_t i = 0; i < text.size(); ++i) {
+    char c = text[i];
+    if (in_text) {
+      if (c == '\\') ++i;
+      if (c == '"') in_text = false;
+    } else if (c == '"') {
+      in_text = true;
+    } else if (c == '[' || c == '{') {
+      check(++depth <= max_depth, "{}: nested more than {} deep at byte {}", where, max_depth, i);
+    } else if ((c == ']' || c == '}') && depth > 0) {
+      --depth;
+    }
+  }
   try {
-    value = nlohmann::json::parse(text, watch);
+    return nlohmann::json::parse(text);
   } catch (const nlohmann::json::exception& error) {
     std::string reason = error.what();
     size_t bracket = reason.find("] ");  // "[json.exception.parse_error.101] parse error at line 1, column 2: ..."
     fail("{}: not JSON: {}", where, shown(bracket == std::string::npos ? reason : reason.substr(bracket + 2), 300));
   }
-  check(!too_deep, "{}: nested more than {} deep", where, max_depth);
-  return value;
 }
 
 }  // namespace moiety

@@ -18,6 +18,7 @@
 #include <unordered_map>
 
 #include "moiety/base/atomic_file.h"
+#include "moiety/base/config.h"
 #include "moiety/base/error.h"
 #include "moiety/base/files.h"
 #include "moiety/base/text.h"
@@ -33,12 +34,7 @@ namespace {
 // ---- Reading small files ----
 
 json read_json(const fs::path& path) {
-  json out;
-  try {
-    out = json::parse(read_text(path, int64_t{1} << 30));
-  } catch (const json::parse_error& e) {
-    fail("{}: not JSON, at byte {}: {}", path.string(), e.byte, shown(e.what(), 160));
-  }
+  json out = parse_json(read_text(path, int64_t{1} << 30), path.string());
   check(out.is_object(), "{}: a JSON object was expected", path.string());
   return out;
 }

@@ -11,6 +11,7 @@
 #include <set>
 #include <thread>
 
+#include "moiety/base/config.h"
 #include "moiety/base/error.h"
 #include "moiety/base/files.h"
 #include "moiety/base/text.h"
@@ -613,9 +614,7 @@ std::optional<HfTokenizer> tokenizer_files(const Checkpoint& ckpt) {
   const fs::path folder = fs::is_directory(ckpt.path()) ? ckpt.path() : ckpt.path().parent_path();
   auto load = [&](const char* name) {
     if (!fs::exists(folder / name)) return json(json::object());
-    json out = json::parse(read_text(folder / name, int64_t{1} << 30), nullptr, false);
-    check(!out.is_discarded(), "{}: not JSON", (folder / name).string());
-    return out;
+    return parse_json(read_text(folder / name, int64_t{1} << 30), (folder / name).string());
   };
   if (!fs::exists(folder / "tokenizer.json")) return std::nullopt;
   HfTokenizer out{load("tokenizer.json"), load("tokenizer_config.json"), "", load("special_tokens_map.json")};

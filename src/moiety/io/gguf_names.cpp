@@ -10,6 +10,7 @@
 #include <numbers>
 #include <unordered_map>
 
+#include "moiety/base/config.h"
 #include "moiety/base/error.h"
 #include "moiety/io/hf_defaults.h"
 
@@ -555,7 +556,7 @@ json hf_config(const GgufFile& file, bool derive) {
   bool freqs_flag = false;
 
   if (const auto embedded = file.string("moiety.config"); embedded && !derive) {
-    c = json::parse(*embedded, nullptr, false);
+    c = parse_json(*embedded, file.where() + ": key 'moiety.config'");
     check(c.is_object() && c.contains("model_type") && c["model_type"].is_string(),
           "{}: key 'moiety.config' does not hold a config.json with a model_type", file.where());
   } else if (type == "bert" || type == "distilbert" || type == "nomic_bert") {
@@ -764,7 +765,7 @@ json hf_config(const GgufFile& file, bool derive) {
 
 json hf_generation_config(const GgufFile& file) {
   if (const auto embedded = file.string("moiety.generation_config")) {
-    json c = json::parse(*embedded, nullptr, false);
+    json c = parse_json(*embedded, file.where() + ": key 'moiety.generation_config'");
     check(c.is_object(), "{}: key 'moiety.generation_config' is not a JSON object", file.where());
     return c;
   }

@@ -4,6 +4,7 @@
 #include <optional>
 #include <unordered_map>
 
+#include "moiety/base/config.h"
 #include "moiety/base/error.h"
 #include "moiety/base/text.h"
 #include "moiety/io/pre_tokenizers.h"
@@ -528,7 +529,7 @@ HfTokenizer hf_tokenizer(const GgufFile& file) {
     t["post_processor"] = template_processing(add_bos ? bos : std::nullopt, add_eos ? eos : std::nullopt, false);
   }
   if (const auto kept = file.string("tokenizer.huggingface.json")) {
-    json original = json::parse(*kept, nullptr, false);
+    json original = parse_json(*kept, file.where() + ": key 'tokenizer.huggingface.json'");
     if (original.is_object() && original.contains("model")) t = std::move(original);
   }
   out.tokenizer = std::move(t);

@@ -1,9 +1,9 @@
 #include "moiety/io/tokenizer.h"
 
 #include <algorithm>
-#include <fstream>
-#include <sstream>
 
+#include "moiety/base/config.h"
+#include "moiety/base/files.h"
 #include "moiety/io/tokenizer_pipeline.h"
 #include "moiety/io/unicode.h"
 
@@ -615,23 +615,7 @@ std::shared_ptr<const Tokenizer> build(const nlohmann::json& tokenizer, const nl
   return p;
 }
 
-std::string read_file(const std::filesystem::path& path) {
-  std::ifstream in(path, std::ios::binary);
-  check(in.good(), "{}: cannot be opened for reading.", path.string());
-  std::ostringstream out;
-  out << in.rdbuf();
-  check(in.good() || in.eof(), "{}: cannot be read.", path.string());
-  return std::move(out).str();
-}
-
-nlohmann::json read_json(const std::filesystem::path& path) {
-  const std::string text = read_file(path);
-  try {
-    return nlohmann::json::parse(text);
-  } catch (const nlohmann::json::exception& e) {
-    fail("{}: not valid JSON: {}.", path.string(), e.what());
-  }
-}
+nlohmann::json read_json(const std::filesystem::path& path) { return parse_json(read_text(path), path.string()); }
 
 bool is_file(const std::filesystem::path& path) {
   std::error_code error;
@@ -644,7 +628,7 @@ std::shared_ptr<const Tokenizer> from_files(const std::filesystem::path& json) {
   nlohmann::json config = nlohmann::json::object();
   if (const auto path = folder / "tokenizer_config.json"; is_file(path)) config = read_json(path);
   std::string chat;
-  if (const auto path = folder / "chat_template.jinja"; is_file(path)) chat = read_file(path);
+  if (const auto path = folder / "chat_template.jinja"; is_file(path)) chat = read_text(path);
   return build(read_json(json), config, json.string(), chat);
 }
 
