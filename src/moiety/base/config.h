@@ -50,6 +50,19 @@ YamlText parse_yaml(const std::string& text, const std::string& where);
 /// Parses JSON of any origin. Throws Error with line and column; nesting beyond 64 is refused.
 nlohmann::json parse_json(std::string_view text, const std::string& where);
 
+/// Runs `body`, which reads JSON of any shape: a value of another type than it asks for becomes an Error naming
+/// `where`.
+template <class Body>
+auto reading_json(const std::string& where, const Body& body) {
+  try {
+    return body();
+  } catch (const nlohmann::json::exception& error) {
+    std::string reason = error.what();
+    size_t bracket = reason.find("] ");  // "[json.exception.type_error.302] type must be number, but is string"
+    fail("{}: {}", where, bracket == std::string::npos ? reason : reason.substr(bracket + 2));
+  }
+}
+
 /// What one declared field is: for help, docs and JSON.
 struct FieldInfo {
   std::string name;

@@ -227,13 +227,7 @@ nlohmann::json parse_json(std::string_view text, const std::string& where) {
       --depth;
     }
   }
-  try {
-    return nlohmann::json::parse(text);
-  } catch (const nlohmann::json::exception& error) {
-    std::string reason = error.what();
-    size_t bracket = reason.find("] ");  // "[json.exception.parse_error.101] parse error at line 1, column 2: ..."
-    fail("{}: not JSON: {}", where, shown(bracket == std::string::npos ? reason : reason.substr(bracket + 2), 300));
-  }
+  return reading_json(where + ": not JSON", [&] { return nlohmann::json::parse(text); });
 }
 
 }  // namespace moiety

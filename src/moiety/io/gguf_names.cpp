@@ -12,6 +12,7 @@
 
 #include "moiety/base/config.h"
 #include "moiety/base/error.h"
+#include "moiety/base/text.h"
 #include "moiety/io/hf_defaults.h"
 
 using nlohmann::json;
@@ -245,7 +246,9 @@ std::vector<std::string_view> gguf_arch_names() {
 }
 
 std::string gguf_arch_of(const json& config) {
-  const std::string type = config.value("model_type", "");
+  const auto found = config.find("model_type");
+  check(found != config.end() && found->is_string(), "config.json: 'model_type' is missing or no text");
+  const std::string type = *found;
   const TypeToArch* t = find_type(type);
   if (!t) {
     std::vector<std::string_view> known;
@@ -316,11 +319,14 @@ json rope_parameters(const json& config, const std::string& layer_type, double d
       out = *scaling;
   }
   if (!out.contains("rope_type")) out["rope_type"] = out.contains("type") ? out["type"] : json("default");
+  check(out["rope_type"].is_string(), "config.json: the rope type is {}, not text", shown(out["rope_type"].dump()));
   if (out["rope_type"] == "su") out["rope_type"] = "longrope";
   if (!out.contains("rope_theta")) {
     const char* key = layer_type == "sliding_attention" ? "rope_local_base_freq" : "rope_theta";
     out["rope_theta"] = config.contains(key) && config[key].is_number() ? config[key] : json(default_theta);
   }
+  check(out["rope_theta"].is_number(), "config.json: 'rope_theta' is {}, not a number",
+        shown(out["rope_theta"].dump()));
   for (const char* key : {"original_max_position_embeddings", "partial_rotary_factor"})
     if (!out.contains(key) && config.contains(key) && config[key].is_number() &&
         (out["rope_type"] != "default" || std::string_view(key) == "partial_rotary_factor"))
@@ -547,7 +553,9 @@ std::string hf_model_type(const GgufFile& file) {
   fail("{}: architecture '{}' has no Hugging Face counterpart", file.where(), arch);
 }
 
-json hf_config(const GgufFile& file, bool derive) {
+namespace {
+
+json config_of_gguf(const GgufFile& file, bool derive) {
   const std::string arch = arch_of(file);
   const std::string type = hf_model_type(file);
   const GgufArch& facts = *find_gguf_arch(arch);
@@ -763,6 +771,8 @@ json hf_config(const GgufFile& file, bool derive) {
   return c;
 }
 
+}  // namespace
+
 json hf_generation_config(const GgufFile& file) {
   if (const auto embedded = file.string("moiety.generation_config")) {
     json c = parse_json(*embedded, file.where() + ": key 'moiety.generation_config'");
@@ -795,7 +805,9 @@ json hf_generation_config(const GgufFile& file) {
 
 namespace moiety {
 
-std::vector<float> llama3_rope_freqs(const json& config) {
+namespace {
+
+std::vector<float> llama3_freqs(const json& config) {
   const json c = with_defaults(config);
   const json rope = rope_parameters(c);
   if (rope["rope_type"] != "llama3") return {};
@@ -823,6 +835,8 @@ std::vector<float> llama3_rope_freqs(const json& config) {
   return out;
 }
 
+}  // namespace
+
 namespace {
 
 /// Typed access to an HF config with Errors that name the key.
@@ -845,7 +859,9 @@ struct Config {
 
 }  // namespace
 
-void write_gguf_config(GgufWriter& writer, const json& config) {
+namespace {
+
+void declare_config(GgufWriter& writer, const json& config) {
   const json c = with_defaults(config);
   const std::string arch = gguf_arch_of(config), type = config.value("model_type", "");
   const Config get{c};
@@ -1022,6 +1038,20 @@ void write_gguf_config(GgufWriter& writer, const json& config) {
     if (get.has("attn_logit_softcapping")) f32("attn_logit_softcapping", get.number("attn_logit_softcapping", 0));
     if (get.has("final_logit_softcapping")) f32("final_logit_softcapping", get.number("final_logit_softcapping", 0));
   }
+}
+
+}  // namespace
+
+json hf_config(const GgufFile& file, bool derive) {
+  return reading_json(file.where(), [&] { return config_of_gguf(file, derive); });
+}
+
+std::vector<float> llama3_rope_freqs(const json& config) {
+  return reading_json("config.json", [&] { return llama3_freqs(config); });
+}
+
+void write_gguf_config(GgufWriter& writer, const json& config) {
+  reading_json("config.json", [&] { declare_config(writer, config); });
 }
 
 }  // namespace moiety

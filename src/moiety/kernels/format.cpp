@@ -472,6 +472,7 @@ int64_t row_bytes(Format format, int64_t cols) {
 
 void dequantize_row(Format format, const std::byte* blocks, float* out, int64_t cols) {
   const int64_t bytes = row_bytes(format, cols);
+  if (cols == 0) return;
   const auto* p = reinterpret_cast<const uint8_t*>(blocks);
   if (format == Format::MXFP4)
     for (int64_t at = 0; at < bytes; at += 17)
@@ -490,6 +491,7 @@ void quantize_row(Format format, const float* x, std::byte* blocks, int64_t cols
   const FormatInfo& f = info(format);
   check(f.can_quantize, "values cannot be written as {}", f.name);
   row_bytes(format, cols);
+  if (cols == 0) return;
   auto* p = reinterpret_cast<uint8_t*>(blocks);
   switch (format) {
     case Format::F32:

@@ -1,0 +1,234 @@
+#!/usr/bin/env python3
+"""Writes the seed corpora tests/fuzz/corpus/<target>/: small valid and near-valid inputs of every reader.
+
+    tools/make_fuzz_seeds.py            write them (the files are committed)
+
+Deterministic: the same files every time.
+"""
+import json
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+CORPUS = ROOT / "tests/fuzz/corpus"
+
+
+def put(target, name, data):
+    folder = CORPUS / target
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+
+
+# ---- safetensors ----
+
+def safetensors(header, data=b""):
+    text = json.dumps(header).encode() if not isinstance(header, bytes) else header
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def make_safetensors():
+    entry = lambda dtype, shape, a, b: {"dtype": dtype, "shape": shape, "data_offsets": [a, b]}
+    put("safetensors", "two", safetensors({"__metadata__": {"format": "pt", "x": "y"}, "a": entry("F32", [2, 3], 0, 24),
+                                           "b.weight": entry("BF16", [4], 24, 32)}, bytes(range(32))))
+    for dtype, size in [("F64", 8), ("F16", 2), ("I64", 8), ("I32", 4), ("I16", 2), ("I8", 1), ("U8", 1), ("BOOL", 1),
+                        ("U16", 2), ("U32", 4), ("U64", 8), ("F8_E4M3", 1), ("F8_E5M2", 1)]:
+        put("safetensors", "type_" + dtype, safetensors({"t": entry(dtype, [3], 0, 3 * size)}, bytes(range(3 * size))))
+    put("safetensors", "scalar", safetensors({"s": entry("F32", [], 0, 4)}, b"\0\0\x80?"))
+    put("safetensors", "empty_tensor", safetensors({"e": entry("F32", [0, 5], 0, 0)}))
+    put("safetensors", "empty", safetensors({}))
+    put("safetensors", "hole", safetensors({"a": entry("F32", [1], 4, 8)}, bytes(8)))
+    put("safetensors", "overlap", safetensors({"a": entry("U8", [4], 0, 4), "b": entry("U8", [4], 2, 6)}, bytes(6)))
+    put("safetensors", "huge_shape", safetensors({"a": entry("F32", [1 << 31, 1 << 31, 4], 0, 0)}))
+    put("safetensors", "long_header", struct.pack("<Q", 1 << 60) + b"{}")
+    put("safetensors", "deep", safetensors(b'{"a":' + b"[" * 200 + b"]" * 200 + b"}"))
+    put("safetensors", "spaces", safetensors(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}      ', b"x"))
+
+
+# ---- GGUF ----
+
+TYPES = {"u8": (0, "<B"), "i8": (1, "<b"), "u16": (2, "<H"), "i16": (3, "<h"), "u32": (4, "<I"), "i32": (5, "<i"),
+         "f32": (6, "<f"), "bool": (7, "<B"), "u64": (10, "<Q"), "i64": (11, "<q"), "f64": (12, "<d")}
+
+
+def gguf_string(text):
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def gguf_value(value):
+    kind, data = value
+    if kind == "str":
+        return struct.pack("<I", 8) + gguf_string(data)
+    if kind == "strs":
+        return struct.pack("<IIQ", 9, 8, len(data)) + b"".join(map(gguf_string, data))
+    if kind.endswith("s"):
+        number, form = TYPES[kind[:-1]]
+        return struct.pack("<IIQ", 9, number, len(data)) + b"".join(struct.pack(form, x) for x in data)
+    number, form = TYPES[kind]
+    return struct.pack("<I", number) + struct.pack(form, data)
+
+
+def gguf(keys, tensors=(), version=3, alignment=32):
+    out = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(keys))
+    for key, value in keys.items():
+        out += gguf_string(key) + gguf_value(value)
+    data = b""
+    for name, dims, kind, raw in tensors:
+        data += bytes(-len(data) % alignment)
+        out += gguf_string(name) + struct.pack("<I", len(dims)) + b"".join(struct.pack("<Q", d) for d in dims)
+        out += struct.pack("<IQ", kind, len(data))
+        data += raw
+    return out + bytes(-len(out) % alignment) + data
+
+
+def llama_keys(arch="llama"):
+    return {"general.architecture": ("str", arch), f"{arch}.block_count": ("u32", 1), f"{arch}.embedding_length": ("u32", 32),
+            f"{arch}.attention.head_count": ("u32", 2), f"{arch}.attention.head_count_kv": ("u32", 1),
+            f"{arch}.feed_forward_length": ("u32", 64), f"{arch}.context_length": ("u32", 128),
+            f"{arch}.rope.freq_base": ("f32", 1e4), f"{arch}.attention.layer_norm_rms_epsilon": ("f32", 1e-5),
+            f"{arch}.vocab_size": ("u32", 4)}
+
+
+def make_gguf():
+    keys = llama_keys()
+    tensors = [("token_embd.weight", [32, 4], 0, bytes(512)), ("blk.0.attn_q.weight", [32, 32], 8, bytes(34 * 32)),
+               ("blk.0.ffn_gate.weight", [32, 2], 2, bytes(18 * 2)), ("output_norm.weight", [32], 0, bytes(128))]
+    put("gguf", "llama", gguf(keys, tensors))
+    put("gguf", "version2", gguf(keys, tensors, version=2))
+    every = {f"k.{kind}": (kind, 1) for kind in TYPES} | {f"k.{kind}s": (kind + "s", [1, 0]) for kind in TYPES}
+    put("gguf", "every_type", gguf(every | {"s": ("str", "text"), "ss": ("strs", ["a", "", "\u00e9"])}))
+    put("gguf", "empty", gguf({}))
+    put("gguf", "alignment", gguf({"general.alignment": ("u32", 64)}, [("t", [4], 0, bytes(16))], alignment=64))
+    blocks = {2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 12: (256, 144), 13: (256, 176),
+              14: (256, 210), 34: (256, 54), 35: (256, 66), 39: (32, 17), 30: (1, 2), 1: (1, 2), 24: (1, 1), 28: (1, 8)}
+    put("gguf", "every_format", gguf({}, [(f"t{k}", [n], k, bytes(b)) for k, (n, b) in blocks.items()]))
+    words = ["<unk>", "<s>", "</s>", "<0x0A>", "\u2581", "a", "b", "\u2581a", "ab"]
+    spm = {"tokenizer.ggml.model": ("str", "llama"), "tokenizer.ggml.tokens": ("strs", words),
+           "tokenizer.ggml.scores": ("f32s", [0, 0, 0, 0, -1, -2, -3, -4, -5]),
+           "tokenizer.ggml.token_type": ("i32s", [2, 3, 3, 6, 1, 1, 1, 1, 1]),
+           "tokenizer.ggml.bos_token_id": ("u32", 1), "tokenizer.ggml.eos_token_id": ("u32", 2),
+           "tokenizer.ggml.add_bos_token": ("bool", 1)}
+    put("gguf", "tokenizer_spm", gguf(keys | spm))
+    bpe = {"tokenizer.ggml.model": ("str", "gpt2"), "tokenizer.ggml.pre": ("str", "llama-bpe"),
+           "tokenizer.ggml.tokens": ("strs", ["H", "e", "l", "o", "\u0120", "He", "ll", "llo", "Hello", "<|end|>"]),
+           "tokenizer.ggml.token_type": ("i32s", [1] * 9 + [3]),
+           "tokenizer.ggml.merges": ("strs", ["H e", "l l", "ll o", "He llo"]), "tokenizer.ggml.eos_token_id": ("u32", 9),
+           "tokenizer.chat_template": ("str", "{% for m in messages %}{{ m.content }}{% endfor %}")}
+    put("gguf", "tokenizer_bpe", gguf(keys | bpe))
+    bert = {"tokenizer.ggml.model": ("str", "bert"), "tokenizer.ggml.tokens": ("strs", ["[PAD]", "[UNK]", "[CLS]", "[SEP]",
+            "\u2581hello", "w", "\u2581w", "orld", "[MASK]"]), "tokenizer.ggml.token_type": ("i32s", [3, 2, 3, 3, 1, 1, 1, 1, 3]),
+            "tokenizer.ggml.cls_token_id": ("u32", 2), "tokenizer.ggml.seperator_token_id": ("u32", 3)}
+    put("gguf", "tokenizer_bert", gguf(llama_keys("bert") | bert))
+    for arch in ["gemma3", "qwen2", "qwen3moe", "phi3", "deepseek2", "gpt-oss", "granitemoe", "olmoe"]:
+        extra = {f"{arch}.expert_count": ("u32", 4), f"{arch}.expert_used_count": ("u32", 2),
+                 f"{arch}.attention.sliding_window": ("u32", 16), f"{arch}.rope.scaling.type": ("str", "yarn"),
+                 f"{arch}.rope.scaling.factor": ("f32", 4.0), f"{arch}.attention.key_length": ("u32", 16)}
+        put("gguf", "arch_" + arch, gguf(llama_keys(arch) | extra, tensors))
+    freqs = np.linspace(1, 8, 8).astype("<f4").tobytes()
+    put("gguf", "rope_freqs", gguf(keys, tensors + [("rope_freqs.weight", [8], 0, freqs)]))
+    put("gguf", "embedded", gguf(keys | {"moiety.config": ("str", '{"model_type": "llama"}'),
+                                         "moiety.generation_config": ("str", '{"eos_token_id": [1, 2]}')}))
+    put("gguf", "huge_count", b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 1 << 60))
+    put("gguf", "huge_array", gguf({})[:16] + struct.pack("<Q", 1) + gguf_string("a") + struct.pack("<IIQ", 9, 8, 1 << 50))
+    put("gguf", "nested_array", gguf({})[:16] + struct.pack("<Q", 1) + gguf_string("a") +
+        struct.pack("<IIQIQ", 9, 9, 1, 0, 1) + b"x")
+    put("gguf", "big_endian", b"GGUF" + struct.pack(">IQQ", 3, 0, 0))
+
+
+# ---- block formats, YAML, config.json ----
+
+def make_format():
+    rng = np.random.default_rng(1)
+    for i in range(26):
+        put("format", f"decode_{i:02}", bytes([i, 0]) + rng.bytes(512))
+        values = rng.normal(size=256).astype("<f4")
+        put("format", f"encode_{i:02}", bytes([i, 1]) + values.tobytes())
+    put("format", "encode_large", bytes([20, 1]) + np.full(256, 3e38, "<f4").tobytes())
+    put("format", "encode_nan", bytes([20, 1]) + np.full(256, np.nan, "<f4").tobytes())
+    put("format", "encode_tiny", bytes([20, 1]) + np.full(256, 1e-42, "<f4").tobytes())
+
+
+def make_yaml():
+    put("yaml", "run", """# a run file
+experts: 16
+gate: sigmoid
+scale: 1e-3
+bias: true
+parts:
+  - slug: first
+    layers: [0, 1, 2]
+  - {slug: "second", rate: .5}
+named:
+  a: &a {slug: x}
+  b: *a
+words: [[a, b], ['c'], []]
+extra: {anything: [1, null, ~, 0x1F, 0o17, -.inf, .nan]}
+""")
+    put("yaml", "unknown_key", "expertz: 4\n")
+    put("yaml", "block_text", "gate: |\n  softmax\nextra: >-\n  folded\n  text\n")
+    put("yaml", "tags", "extra: [!!str 1, !!int '2', !custom x, ! y]\n")
+    put("yaml", "directive", "%YAML 1.2\n---\nsteps: 3\n...\n")
+    put("yaml", "bomb", "a: &a [x,x,x,x]\nb: &b [*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b]\nextra: [*c,*c,*c]\n")
+    put("yaml", "self", "extra: &a [*a]\n")
+    put("yaml", "deep_flow", "extra: " + "[" * 80 + "]" * 80)
+    put("yaml", "deep_block", "extra:\n" + "".join("  " * i + "-\n" for i in range(1, 40)))
+    put("yaml", "complex_key", "? [a]\n: b\n")
+    put("yaml", "twice", "steps: 1\nsteps: 2\n")
+    put("yaml", "bom", b"\xef\xbb\xbfsteps: 1\n")
+    put("yaml", "utf16", "steps: 1\n".encode("utf-16"))
+    put("yaml", "ends", "a: 'x\nb: \"\\u00e9\\x41\\n\"\n")
+
+
+def make_config():
+    base = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "intermediate_size": 128, "vocab_size": 100, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
+    kinds = {
+        "llama": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                   "original_max_position_embeddings": 128}},
+        "mistral": {"sliding_window": 32}, "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+        "qwen2": {}, "qwen3": {"head_dim": 16}, "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 6,
+                                                               "query_pre_attn_scalar": 16, "rope_local_base_freq": 1e4},
+        "phi3": {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+                 "original_max_position_embeddings": 128},
+        "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                      "shared_expert_intermediate_size": 64, "norm_topk_prob": False},
+        "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+        "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+        "deepseek_v3": {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+                        "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+                        "moe_intermediate_size": 16, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
+                        "rope_scaling": {"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+                                         "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 64}},
+        "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "embedding_multiplier": 12.0,
+                       "attention_multiplier": 0.1, "residual_multiplier": 0.2, "logits_scaling": 6.0},
+        "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16,
+                    "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16},
+        "bert": {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"},
+        "distilbert": {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128},
+    }
+    for name, more in kinds.items():
+        put("config", name, json.dumps({"model_type": name} | base | more))
+    put("config", "nested", json.dumps({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"} | base}))
+    put("config", "rope_parameters", json.dumps({"model_type": "llama", **base, "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}}))
+    put("config", "wrong_types", json.dumps({"model_type": "llama", **base, "hidden_size": "64", "rope_scaling": [1],
+                                             "vocab_size": -1, "num_attention_heads": 0}))
+    put("config", "huge", json.dumps({"model_type": "llama", **base, "num_hidden_layers": 10**18, "head_dim": 2**62}))
+    put("config", "list", "[1, 2, {}]")
+    put("config", "deep", "[" * 100 + "]" * 100)
+
+
+MAKERS = [make_safetensors, make_gguf, make_format, make_yaml, make_config]
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.exit(__doc__)
+    for make in MAKERS:
+        make()
+    for folder in sorted(CORPUS.iterdir()):
+        files = list(folder.iterdir())
+        print(f"{folder.name}: {len(files)} seeds, {sum(f.stat().st_size for f in files)} bytes")
