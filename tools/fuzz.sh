@@ -42,7 +42,7 @@ done
 wait
 
 RECORD=${RECORD:-1} python3 - "$logs" "${targets[@]}" <<'PYTHON'
-import datetime, json, os, pathlib, re, sys
+import json, os, pathlib, re, sys
 sys.path.insert(0, "tools")
 import machine
 
@@ -68,8 +68,7 @@ if os.environ["RECORD"] != "0":
         record["executions"][target] = 0 if target in failed else record["executions"].get(target, 0) + count
     record["executions"] = dict(sorted(record["executions"].items()))
     record["total"] = sum(record["executions"].values())
-    record["date"] = datetime.date.today().isoformat()
-    record["machine"] = machine.describe()
+    record |= machine.stamp()
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
 sys.exit(1 if failed else 0)
