@@ -222,7 +222,56 @@ def make_config():
     put("config", "deep", "[" * 100 + "]" * 100)
 
 
-MAKERS = [make_safetensors, make_gguf, make_format, make_yaml, make_config]
+# ---- tokenizers ----
+
+TEXTS = ["Hello, world!", "  two  spaces\n\n\ttab ", "na\u00efve caf\u00e9 \u4f60\u597d \ud55c\uae00 \u0645\u0631\u062d\u0628\u0627",
+         "\U0001f469\u200d\U0001f4bb e\u0301 \u00bd \ufb01", "<s>[CLS] <|endoftext|> </s> [MASK]", "12345 3.14 1,000", "a" * 300,
+         "\u2581x \x00\x01\x7f\u00a0\u3000\u200b"]
+
+
+def make_tokenizer():
+    for i, text in enumerate(TEXTS):
+        for kind in range(0, 20, 3):
+            put("tokenizer", f"text_{i}_{kind}", bytes([128 + kind, i]) + text.encode())
+    put("tokenizer", "text_ill_formed", bytes([140, 0]) + b"a\xff\xc3(\xed\xa0\x80\xf4\x90\x80\x80 \xe2\x82")
+    added = [{"id": 0, "content": "<s>", "special": True, "lstrip": True, "rstrip": False, "normalized": False, "single_word": False}]
+    alphabet = ["<s>", "H", "e", "l", "o", "He", "ll", "\u0120", "\u00c3", "w"]
+    vocab = {word: i for i, word in enumerate(alphabet)}
+    normalizers = [None, {"type": "NFC"}, {"type": "NFKC"}, {"type": "Lowercase"}, {"type": "StripAccents"},
+                   {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+                   {"type": "Replace", "pattern": {"Regex": "l+"}, "content": "L"}, {"type": "Prepend", "prepend": "\u2581"},
+                   {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True},
+                   {"type": "Sequence", "normalizers": [{"type": "NFD"}, {"type": "Strip", "strip_left": True, "strip_right": True}]}]
+    pre = [None, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}, {"type": "Whitespace"},
+           {"type": "BertPreTokenizer"}, {"type": "Digits", "individual_digits": True}, {"type": "Punctuation", "behavior": "Isolated"},
+           {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": True},
+           {"type": "Split", "pattern": {"Regex": "\\\\s+(?!\\\\S)|\\\\p{L}+"}, "behavior": "MergedWithPrevious", "invert": False},
+           {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, {"type": "ByteLevel", "add_prefix_space": True}]}]
+    models = [{"type": "BPE", "vocab": vocab, "merges": ["H e", "l l"], "unk_token": None, "byte_fallback": False},
+              {"type": "BPE", "vocab": vocab | {"<0x%02X>" % b: 10 + b for b in range(4)}, "merges": [["H", "e"]], "unk_token": "<s>",
+               "byte_fallback": True, "fuse_unk": True, "ignore_merges": True, "end_of_word_suffix": "</w>"},
+              {"type": "Unigram", "unk_id": 0, "vocab": [[word, -float(i)] for i, word in enumerate(alphabet)], "byte_fallback": False},
+              {"type": "WordPiece", "vocab": vocab | {"##l": 10, "##o": 11}, "unk_token": "<s>", "continuing_subword_prefix": "##",
+               "max_input_chars_per_word": 100},
+              {"type": "WordLevel", "vocab": vocab, "unk_token": "<s>"}]
+    post = [None, {"type": "ByteLevel", "trim_offsets": True}, {"type": "BertProcessing", "sep": ["<s>", 0], "cls": ["<s>", 0]},
+            {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+             "pair": [], "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}}]
+    decoders = [None, {"type": "ByteLevel"}, {"type": "WordPiece", "prefix": "##", "cleanup": True}, {"type": "ByteFallback"},
+                {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always"}, {"type": "BPEDecoder", "suffix": "</w>"},
+                {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "Fuse"},
+                                                  {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}]
+    for i in range(24):
+        one = {"version": "1.0", "added_tokens": added, "normalizer": normalizers[i % len(normalizers)],
+               "pre_tokenizer": pre[i % len(pre)], "post_processor": post[i % len(post)], "decoder": decoders[i % len(decoders)],
+               "model": models[i % len(models)]}
+        put("tokenizer", f"json_{i:02}", bytes([0, i % 8]) + json.dumps(one).encode() + b"\0" + TEXTS[i % len(TEXTS)].encode())
+    put("tokenizer", "json_gap", bytes([0, 0]) + json.dumps({"model": {"type": "BPE", "vocab": {"a": 2**60}, "merges": []}}).encode())
+    put("tokenizer", "json_regex", bytes([0, 0]) + json.dumps({"model": models[0], "pre_tokenizer": {
+        "type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Removed"}}).encode() + b"\0" + b"a" * 40 + b"b")
+
+
+MAKERS = [make_tokenizer, make_safetensors, make_gguf, make_format, make_yaml, make_config]
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
