@@ -245,7 +245,7 @@ def make_tokenizer():
     pre = [None, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}, {"type": "Whitespace"},
            {"type": "BertPreTokenizer"}, {"type": "Digits", "individual_digits": True}, {"type": "Punctuation", "behavior": "Isolated"},
            {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": True},
-           {"type": "Split", "pattern": {"Regex": "\\\\s+(?!\\\\S)|\\\\p{L}+"}, "behavior": "MergedWithPrevious", "invert": False},
+           {"type": "Split", "pattern": {"Regex": "\\s+(?!\\S)|\\p{L}+"}, "behavior": "MergedWithPrevious", "invert": False},
            {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, {"type": "ByteLevel", "add_prefix_space": True}]}]
     models = [{"type": "BPE", "vocab": vocab, "merges": ["H e", "l l"], "unk_token": None, "byte_fallback": False},
               {"type": "BPE", "vocab": vocab | {"<0x%02X>" % b: 10 + b for b in range(4)}, "merges": [["H", "e"]], "unk_token": "<s>",
