@@ -5,9 +5,12 @@
 
 Deterministic: the same files every time.
 """
+import gzip
+import io
 import json
 import struct
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -271,7 +274,101 @@ def make_tokenizer():
         "type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Removed"}}).encode() + b"\0" + b"a" * 40 + b"b")
 
 
-MAKERS = [make_tokenizer, make_safetensors, make_gguf, make_format, make_yaml, make_config]
+# ---- chat templates ----
+
+SNIPPETS = ["{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m['content'] | trim }}\n{% endfor %}",
+            "{%- if add_generation_prompt -%}<a>{%- else -%}{{ eos_token }}{%- endif -%}",
+            "{% set ns = namespace(x=0) %}{% for m in messages %}{% set ns.x = ns.x + loop.index0 %}{% endfor %}{{ ns.x }}",
+            "{% macro f(a, b=2) %}{{ a ~ b }}{% endmacro %}{{ f(1) }}{{ f(b='x', a=[1,2][0]) }}",
+            "{{ messages[-1].content[1:-1:2] }}{{ 'a,b'.split(',') | join('-') | upper }}{{ messages | length }}",
+            "{{ raise_exception('no') }}", "{{ strftime_now('%Y-%m-%d') }}{{ messages | tojson(indent=2) }}",
+            "{% for k, v in {'a': 1, 'b': 2}.items() %}{{ k }}={{ v }}{{ ', ' if not loop.last }}{% endfor %}",
+            "{% if x is defined and x is not none %}{% elif messages is string %}{% else %}{{ 7 // 2 ** 2 % 3 }}{% endif %}",
+            "{% for i in range(1000000) %}{% for j in range(1000000) %}x{% endfor %}{% endfor %}",
+            "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "{{ 'x' * 1000000000 }}", "{{ [[1]*9]*99999999 }}",
+            "{{ " + "(" * 300 + "1" + ")" * 300 + " }}", "{{ " + "-" * 3000 + "1 }}", "{% raw %}{{ x }}{% endraw %}{# c #}",
+            "{% generation %}{{ messages[0].content }}{% endgeneration %}", "{{ messages | selectattr('role', 'equalto', 'user') | list }}",
+            "{{ (messages | map(attribute='role') | list)[::-1] | first }}", "{%- call(x) f() -%}{%- endcall -%}",
+            "{% filter upper %}a{% endfilter %}{{ '%s-%d' % ('a', 3) }}{{ 'a' in 'abc' }}{{ 1 if 0 }}", "{{ '\\u00e9\\n\\x41' }}{{ 1e3 + .5 }}",
+            "{% for m in messages recursive %}{{ loop.cycle('a', 'b') }}{{ loop.previtem }}{% endfor %}", "{% break %}{% continue %}"]
+
+
+def make_chat_template():
+    for i, text in enumerate(SNIPPETS):
+        put("chat_template", f"snippet_{i:02}", bytes([i % 4]) + text.encode())
+    put("chat_template", "variables", b"\x01{{ x.y[z] }}{{ tools }}\0" + b'{"x": {"y": [1, 2]}, "z": 1, "tools": [{}]}')
+    for path in sorted((ROOT / "tests/data/chat_templates").glob("*.jinja")):
+        put("chat_template", path.stem, b"\x02" + path.read_bytes())
+    put("chat_template", "qwen25_tools_call", b"\x03" + (ROOT / "tests/data/chat_templates/qwen25_tools.jinja").read_bytes())
+
+
+# ---- images and data ----
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width, height, color, depth, raw, extra=b"", interlace=0):
+    head = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, interlace)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + extra + chunk(b"IDAT", zlib.compress(raw, 9)) + chunk(b"IEND", b"")
+
+
+def make_image():
+    from PIL import Image
+
+    rng = np.random.default_rng(2)
+    for color, channels in [(0, 1), (2, 3), (4, 2), (6, 4)]:
+        for depth in [8, 16]:
+            row = lambda y: bytes([y % 5]) + rng.bytes(5 * channels * depth // 8)
+            put("image", f"png_{color}_{depth}", bytes([color % 4]) + png(5, 4, color, depth, b"".join(map(row, range(4)))))
+    for depth in [1, 2, 4]:
+        put("image", f"png_grey_{depth}", bytes([0]) + png(7, 3, 0, depth, (b"\0" + rng.bytes((7 * depth + 7) // 8)) * 3))
+    put("image", "png_palette", bytes([2]) + png(4, 2, 3, 8, b"\0\0\1\2\1" * 2, chunk(b"PLTE", bytes(range(9))) + chunk(b"tRNS", b"\0\x80")))
+    put("image", "png_interlaced", bytes([0]) + png(3, 3, 0, 8, b"\0a\0b\0cd\0ef\0gh"[:14], interlace=1))
+    put("image", "png_huge", bytes([0]) + png(16000, 16000, 2, 8, b"\0" * 100))
+    put("image", "png_zero", bytes([0]) + png(0, 5, 2, 8, b""))
+    pixels = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
+    for name, options in [("base", {}), ("progressive", {"progressive": True}), ("subsampled", {"subsampling": 2}),
+                          ("restart", {"quality": 30})]:
+        out = io.BytesIO()
+        pixels.save(out, "JPEG", **options)
+        put("image", "jpeg_" + name, bytes([0]) + out.getvalue())
+    out = io.BytesIO()
+    pixels.convert("L").save(out, "JPEG")
+    put("image", "jpeg_grey", bytes([2]) + out.getvalue())
+    put("image", "jpeg_cut", bytes([2]) + out.getvalue()[:200])
+    idx = b"\0\0\x08\x03" + struct.pack(">III", 2, 3, 4) + bytes(range(24))
+    put("image", "idx", bytes([200]) + idx)
+    put("image", "idx_labels", bytes([200]) + b"\0\0\x08\x01" + struct.pack(">I", 3) + b"abc")
+    put("image", "idx_huge", bytes([200]) + b"\0\0\x08\x03" + struct.pack(">III", 2**31, 2**31, 4))
+    packed = gzip.compress(idx, 9, mtime=0)
+    put("image", "gzip", bytes([230]) + packed)
+    put("image", "gzip_two", bytes([230]) + packed + packed)
+    put("image", "gzip_bomb", bytes([230]) + gzip.compress(bytes(1 << 21), 9, mtime=0))
+
+
+def make_dataset():
+    rows = [{"text": "one\ntwo"}, {"prompt": "Q: ", "completion": "A"}, {"messages": [{"role": "user", "content": "hi"}]},
+            {"question": "2+2", "choices": ["3", "4"], "answer": 1}, {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]},
+            "answerKey": "B"}, {"instruction": "do", "input": "x", "output": "y"}, {"conversations": [{"from": "human", "value": "v"}]},
+            {"text": "t", "label": 3}, {"sentence": "s", "label": "pos"}]
+    for i, row in enumerate(rows):
+        put("dataset", f"jsonl_{i}", bytes([2, 0, 0]) + "".join(json.dumps(r) + "\n" for r in [row, row]).encode())
+    put("dataset", "jsonl_mixed", bytes([0, 0, 0]) + "\n".join(json.dumps(r) for r in rows).encode() + b"\r\n\n{broken")
+    put("dataset", "json", bytes([3, 0, 0]) + json.dumps(rows[:2]).encode())
+    put("dataset", "json_columns", bytes([3, 0, 0]) + json.dumps({"text": ["a", "b"], "data": rows[:1]}).encode())
+    put("dataset", "csv", bytes([4, 0, 0]) + b'text,label\r\n"a ""quoted"", one\nline",1\r\nplain,2\r\n')
+    put("dataset", "csv_broken", bytes([4, 0, 0]) + b'text,label\n"open,1\nx\n,,,\n')
+    put("dataset", "csv_choice", bytes([4, 0, 4]) + b"question,A,B,C,D,answer\nq,1,2,3,4,B\n")
+    put("dataset", "csv_plain", bytes([4, 0, 129]) + b"a,b\nc,d\n")
+    put("dataset", "tsv", bytes([5, 0, 0]) + b"text\tlabel\na\t1\n")
+    for i in range(5):
+        put("dataset", f"text_{i}", bytes([1, i, 0]) + "first line\nsecond\n\n\nparagraph <|end|>caf\u00e9\r\nlast".encode())
+    put("dataset", "text_bytes", bytes([1, 1, 0]) + b"\xef\xbb\xbfx\xff\xfe\0y\n")
+    put("dataset", "idx", bytes([6, 0, 0]) + b"\0\0\x08\x03" + struct.pack(">III", 1, 2, 2) + b"abcd")
+
+
+MAKERS = [make_chat_template, make_image, make_dataset, make_tokenizer, make_safetensors, make_gguf, make_format, make_yaml, make_config]
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:

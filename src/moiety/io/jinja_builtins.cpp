@@ -25,7 +25,7 @@ class Bound {
           arguments.positional.size());
     for (size_t i = 0; i < arguments.positional.size(); ++i) values_[i] = arguments.positional[i];
     for (const auto& [name, value] : arguments.keyword) {
-      const auto found = std::find_if(names_.begin(), names_.end(), [&](const char* n) { return name == n; });
+      const auto found = std::find(names_.begin(), names_.end(), name);
       check(found != names_.end(), "{}() got an unexpected keyword argument '{}'", what, name);
       auto& slot = values_[static_cast<size_t>(found - names_.begin())];
       check(!slot, "{}() got multiple values for argument '{}'", what, name);
