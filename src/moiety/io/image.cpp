@@ -1,10 +1,12 @@
 #include "moiety/io/image.h"
 
+#include <turbojpeg.h>
 #include <zlib.h>
 
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <memory>
 
 #include "moiety/base/error.h"
 #include "moiety/io/mapped_file.h"
@@ -17,7 +19,6 @@
 #define STB_IMAGE_STATIC
 #define STBI_NO_STDIO
 #define STBI_ONLY_PNG
-#define STBI_ONLY_JPEG
 #define STBI_MAX_DIMENSIONS 16384
 #include <stb/stb_image.h>
 #pragma GCC diagnostic pop
@@ -26,8 +27,11 @@ namespace moiety {
 
 namespace {
 
-// The most that deflate packs into a byte; a byte holds up to eight pixels.
+// The most that deflate packs into a byte.
 constexpr uint64_t deflate_ratio = 1032;
+// The most pixels that a byte of a JPEG holds: a block of 64 takes at least a bit.
+constexpr uint64_t jpeg_ratio = 512;
+constexpr int max_side = STBI_MAX_DIMENSIONS;
 
 bool starts(std::span<const std::byte> bytes, std::initializer_list<int> magic) {
   if (bytes.size() < magic.size()) return false;
@@ -41,20 +45,82 @@ uint32_t big_endian(std::span<const std::byte> bytes, size_t at) {
   return value;
 }
 
-// stb fills the rest of a cut JPEG with grey and takes a cut PNG in places: look for the end marker ourselves.
-bool complete(std::span<const std::byte> bytes, bool png) {
-  if (png) {
-    for (size_t at = 8; bytes.size() >= 12 && at <= bytes.size() - 12;) {
-      const uint64_t length = big_endian(bytes, at);
-      if (std::memcmp(bytes.data() + at + 4, "IEND", 4) == 0) return true;
-      if (length > bytes.size() - at - 12) return false;
-      at += length + 12;
-    }
-    return false;
+void check_sides(int width, int height, const std::string& where) {
+  check(width > 0 && height > 0 && width <= max_side && height <= max_side,
+        "{} says it has {} x {} pixels: sides from 1 to {} are read", where, width, height, max_side);
+}
+
+[[noreturn]] void too_many_pixels(int width, int height, size_t bytes, const std::string& where) {
+  fail("{} says it has {} x {} pixels, which its {} bytes cannot hold", where, width, height, bytes);
+}
+
+// stb takes a cut PNG in places: look for the end ourselves.
+bool has_png_end(std::span<const std::byte> bytes) {
+  for (size_t at = 8; bytes.size() >= 12 && at <= bytes.size() - 12;) {
+    const uint64_t length = big_endian(bytes, at);
+    if (std::memcmp(bytes.data() + at + 4, "IEND", 4) == 0) return true;
+    if (length > bytes.size() - at - 12) return false;
+    at += length + 12;
   }
-  for (size_t at = bytes.size() - 1; at > 2; --at)
-    if (bytes[at] == std::byte{0xD9} && bytes[at - 1] == std::byte{0xFF}) return true;
   return false;
+}
+
+Image decode_png(std::span<const std::byte> bytes, const std::string& where, int channels) {
+  check(has_png_end(bytes), "{} is truncated: the image's end is missing", where);
+  const auto* data = reinterpret_cast<const stbi_uc*>(bytes.data());
+  const int size = static_cast<int>(bytes.size());
+  int width = 0, height = 0, found = 0;
+  const auto reason = [] { return stbi_failure_reason() ? stbi_failure_reason() : "damaged"; };
+  check(stbi_info_from_memory(data, size, &width, &height, &found) != 0, "{} cannot be read: {}", where, reason());
+  check_sides(width, height, where);
+  // The header comes first: bits of a sample at byte 24, kind of pixel at 25. (Apple's variant has another part before.)
+  check(std::memcmp(bytes.data() + 12, "IHDR", 4) == 0, "{} does not begin with the part IHDR of a PNG", where);
+  const int depth = static_cast<int>(bytes[24]), kind = static_cast<int>(bytes[25]);
+  const int samples = kind == 2 ? 3 : kind == 4 ? 2 : kind == 6 ? 4 : 1;
+  const uint64_t row = (static_cast<uint64_t>(width) * static_cast<uint64_t>(depth * samples) + 7) / 8 + 1;
+  if (row * static_cast<uint64_t>(height) > bytes.size() * deflate_ratio)
+    too_many_pixels(width, height, bytes.size(), where);
+  // Grey with opacity becomes grey.
+  const int wanted = channels ? channels : found == 2 ? 1 : found;
+  struct Free {
+    void operator()(stbi_uc* p) const { stbi_image_free(p); }
+  };
+  const std::unique_ptr<stbi_uc, Free> pixels(stbi_load_from_memory(data, size, &width, &height, &found, wanted));
+  check(pixels != nullptr, "{} cannot be read: {}", where, reason());
+  Image image{height, width, wanted, {}};
+  const size_t count = static_cast<size_t>(height) * static_cast<size_t>(width) * static_cast<size_t>(wanted);
+  image.pixels.assign(pixels.get(), pixels.get() + count);
+  return image;
+}
+
+Image decode_jpeg(std::span<const std::byte> bytes, const std::string& where, int channels) {
+  struct Close {
+    void operator()(void* p) const { tjDestroy(p); }
+  };
+  const std::unique_ptr<void, Close> decoder(tjInitDecompress());
+  check(decoder != nullptr, "{}: libjpeg cannot start", where);
+  const auto* data = reinterpret_cast<const unsigned char*>(bytes.data());
+  const auto size = static_cast<unsigned long>(bytes.size());
+  const auto reason = [&] { return std::string(tjGetErrorStr2(decoder.get())); };
+  int width = 0, height = 0, sampling = 0, colors = 0;
+  check(tjDecompressHeader3(decoder.get(), data, size, &width, &height, &sampling, &colors) == 0,
+        "{} cannot be read: {}", where, reason());
+  check_sides(width, height, where);
+  if (static_cast<uint64_t>(width) * static_cast<uint64_t>(height) > bytes.size() * jpeg_ratio)
+    too_many_pixels(width, height, bytes.size(), where);
+  check(colors != TJCS_CMYK && colors != TJCS_YCCK, "{} has the colours of print (CMYK): grey or RGB are read", where);
+  const int wanted = channels ? channels : colors == TJCS_GRAY ? 1 : 3;
+  Image image{height, width, wanted, {}};
+  image.pixels.resize(static_cast<size_t>(height) * static_cast<size_t>(width) * static_cast<size_t>(wanted));
+  const int format = wanted == 1 ? TJPF_GRAY : wanted == 3 ? TJPF_RGB : TJPF_RGBA;
+  const int flags = TJFLAG_ACCURATEDCT | TJFLAG_LIMITSCANS;
+  if (tjDecompress2(decoder.get(), data, size, image.pixels.data(), width, 0, height, format, flags) != 0) {
+    // Of what libjpeg only warns of, bytes between the parts do no harm; the rest means damage.
+    const bool harmless =
+        tjGetErrorCode(decoder.get()) == TJERR_WARNING && reason().find("extraneous") != std::string::npos;
+    check(harmless, "{} cannot be read: {}", where, reason());
+  }
+  return image;
 }
 
 }  // namespace
@@ -65,30 +131,7 @@ Image decode_image(std::span<const std::byte> bytes, const std::string& where, i
   const bool png = starts(bytes, {0x89, 'P', 'N', 'G', 0x0D, 0x0A, 0x1A, 0x0A});
   check(png || starts(bytes, {0xFF, 0xD8, 0xFF}), "{} is neither a PNG nor a JPEG image", where);
   check(bytes.size() <= (uint64_t{1} << 30), "{} is larger than 1 GiB", where);
-  check(complete(bytes, png), "{} is truncated: the image's end is missing", where);
-  const auto* data = reinterpret_cast<const stbi_uc*>(bytes.data());
-  const int size = static_cast<int>(bytes.size());
-  int width = 0, height = 0, found = 0;
-  const auto reason = [] { return stbi_failure_reason() ? stbi_failure_reason() : "damaged"; };
-  check(stbi_info_from_memory(data, size, &width, &height, &found) != 0, "{} cannot be read: {}", where, reason());
-  check(width > 0 && height > 0 && width <= STBI_MAX_DIMENSIONS && height <= STBI_MAX_DIMENSIONS,
-        "{} says it has {} x {} pixels: sides from 1 to {} are read", where, width, height, STBI_MAX_DIMENSIONS);
-  check(static_cast<uint64_t>(width) * static_cast<uint64_t>(height) <= bytes.size() * deflate_ratio * 8,
-        "{} says it has {} x {} pixels, which its {} bytes cannot hold", where, width, height, bytes.size());
-  // Grey with opacity becomes grey.
-  const int wanted = channels ? channels : found == 2 ? 1 : found;
-  struct Free {
-    void operator()(stbi_uc* p) const { stbi_image_free(p); }
-  };
-  const std::unique_ptr<stbi_uc, Free> pixels(stbi_load_from_memory(data, size, &width, &height, &found, wanted));
-  check(pixels != nullptr, "{} cannot be read: {}", where, reason());
-  Image image;
-  image.height = height;
-  image.width = width;
-  image.channels = wanted;
-  image.pixels.assign(pixels.get(), pixels.get() + static_cast<size_t>(height) * static_cast<size_t>(width) *
-                                                       static_cast<size_t>(wanted));
-  return image;
+  return png ? decode_png(bytes, where, channels) : decode_jpeg(bytes, where, channels);
 }
 
 Image read_image(const std::filesystem::path& path, int channels) {

@@ -1,5 +1,5 @@
 #pragma once
-// Images as bytes: PNG and JPEG files (through stb), and the IDX files of MNIST and its kin, plain or gzipped.
+// Images as bytes: PNG (through stb) and JPEG files (through libjpeg-turbo), and the IDX files of MNIST and its kin, plain or gzipped.
 #include <cstdint>
 #include <filesystem>
 #include <memory>

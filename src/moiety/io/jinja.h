@@ -299,9 +299,10 @@ class Run {
     return Value(std::move(value), markup);
   }
   Value list(std::vector<Value> items, Shape shape = Shape::list) {
-    step(items.size());
+    step(list_cost * items.size());
     return Value::list(std::move(items), shape);
   }
+  static constexpr size_t list_cost = 4;  ///< steps for an element: it takes as much memory as that much text
   Space* new_space() { return &spaces_.emplace_back(); }
   int64_t max_bytes() const { return limits_.bytes; }
 

@@ -994,11 +994,12 @@ Value repeat(Run& run, const Value& what, int64_t times) {
     return run.text(std::move(out), what.markup());
   }
   const auto& items = what.list().items;
+  if (items.empty()) times = 0;
+  // Paid for before it is made.
+  for (int64_t i = 0; i < times; ++i) run.step(Run::list_cost * items.size());
   std::vector<Value> out;
-  for (int64_t i = 0; i < (items.empty() ? 0 : times); ++i) {
-    run.step(items.size());
-    out.insert(out.end(), items.begin(), items.end());
-  }
+  out.reserve(items.size() * static_cast<size_t>(times));
+  for (int64_t i = 0; i < times; ++i) out.insert(out.end(), items.begin(), items.end());
   return run.list(std::move(out), what.list().shape);
 }
 
