@@ -7,6 +7,7 @@
 
 #include "moiety/io/tokenizer.h"
 #include "moiety/models/model.h"
+#include "whole_decoding.h"
 
 namespace moiety::test {
 
@@ -126,6 +127,9 @@ class ByteTokenizer : public Tokenizer {
   std::optional<int64_t> pad() const override { return std::nullopt; }
   std::optional<int64_t> unk() const override { return std::nullopt; }
   std::string chat_template() const override { return ""; }
+  std::unique_ptr<Decoding> decoding(bool skip_special) const override {
+    return std::make_unique<WholeDecoding>(*this, skip_special);
+  }
 };
 
 }  // namespace moiety::test

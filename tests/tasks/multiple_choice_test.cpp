@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "fake_model.h"
+#include "whole_decoding.h"
 
 namespace moiety {
 namespace {
@@ -40,6 +41,9 @@ class ByteTokenizer : public Tokenizer {
   std::optional<int64_t> pad() const override { return std::nullopt; }
   std::optional<int64_t> unk() const override { return std::nullopt; }
   std::string chat_template() const override { return ""; }
+  std::unique_ptr<Decoding> decoding(bool skip_special) const override {
+    return std::make_unique<test::WholeDecoding>(*this, skip_special);
+  }
 };
 
 using Ids = std::vector<int64_t>;
