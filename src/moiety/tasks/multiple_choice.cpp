@@ -157,6 +157,7 @@ std::vector<std::vector<ChoiceScore>> score_choices(CausalModel& model, const To
                    [&](size_t a, size_t b) { return requests[a].ids.size() > requests[b].ids.size(); });
   const auto device = model.parameters().empty() ? torch::Device(torch::kCPU) : model.parameters().front().device();
   const auto total = static_cast<int64_t>(requests.size());
+  if (progress) progress(0, total);
   for (int64_t from = 0; from < total;) {
     const auto width = static_cast<int64_t>(requests[order[from]].ids.size());
     const int64_t n = std::min(rows_that_fit(model, width, options.batch_size), total - from);

@@ -63,7 +63,7 @@ struct Accuracy {
 Accuracy accuracy(const std::string& rule, const std::vector<std::vector<ChoiceScore>>& scores,
                   const std::vector<ChoiceQuestion>& questions);
 
-/// Scores of every choice of every question. `progress` gets requests done and their number.
+/// Scores of every choice of every question. `progress` gets requests done (from 0) and their number.
 std::vector<std::vector<ChoiceScore>> score_choices(CausalModel& model, const Tokenizer& tokenizer,
                                                     const std::vector<ChoiceQuestion>& questions,
                                                     const MultipleChoiceOptions& options,

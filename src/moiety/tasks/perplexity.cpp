@@ -81,6 +81,7 @@ PerplexityResult perplexity_of_ids(CausalModel& model, std::vector<int64_t> ids,
   PerplexityResult result;
   result.text_tokens = count;
   result.windows = static_cast<int64_t>(windows.size());
+  if (progress) progress(0, result.windows);
   for (int64_t from = 0; from < result.windows; from += rows) {
     const int64_t n = std::min(rows, result.windows - from);
     auto batch = torch::zeros({n, widest}, torch::kInt64), mask = torch::zeros({n, widest}, torch::kBool);

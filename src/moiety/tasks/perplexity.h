@@ -55,7 +55,7 @@ struct PerplexityResult {
 };
 
 /// Scores token ids. `bos` < 0: none. `bytes_before` [ids + 1]: bytes of the text before each token (empty: bytes stay
-/// 0). `progress` gets windows done and their number.
+/// 0). `progress` gets windows done (from 0) and their number.
 PerplexityResult perplexity_of_ids(CausalModel& model, std::vector<int64_t> ids, int64_t bos,
                                    const std::vector<int64_t>& bytes_before, const PerplexityOptions& options,
                                    const std::function<void(int64_t, int64_t)>& progress = {});
