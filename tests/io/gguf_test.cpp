@@ -67,8 +67,9 @@ struct Builder {
   }
 };
 
-std::shared_ptr<const GgufFile> parse(const std::string& file) {
-  return GgufFile::parse(bytes_of(file), "memory");
+std::shared_ptr<const GgufFile> parse(std::string file) {
+  const auto owner = std::make_shared<const std::string>(std::move(file));
+  return GgufFile::parse(bytes_of(*owner), "memory", owner);
 }
 
 void expect_refusal(const Builder& b, const std::string& part) {
@@ -95,7 +96,7 @@ Builder small_file(uint32_t version = 3) {
 TEST(Gguf, ReadsAFile) {
   for (uint32_t version : {2u, 3u}) {
     const std::string file = small_file(version).out;
-    const auto g = parse(file);
+    const auto g = GgufFile::parse(bytes_of(file), "memory");
     EXPECT_EQ(g->version(), version);
     EXPECT_EQ(g->string("general.architecture"), "llama");
     EXPECT_EQ(g->integer("n"), 7);
