@@ -28,18 +28,16 @@ heading 'A real model: SmolLM2-135M-Instruct, 4-bit blocks, from a Python packag
 run moiety info $smollm
 
 heading 'It answers a question, through its own chat template'
-run moiety generate $smollm --chat -p 'What is the capital of France, and which river runs through it?' --greedy --max-tokens 48
-echo
+run moiety generate $smollm --chat -p 'What is the capital of France?' --greedy --max-tokens 32
 
-heading 'What it expects next'
-run moiety logits $smollm --text 'The capital of France is' --top 5
+heading 'What it expects to come next, as a table'
+run moiety logits $smollm --text 'The largest planet of the solar system is' --top 5
 
 heading 'Another family: Gemma 3 270M, a base model, continues text'
-run moiety generate $gemma -p 'The three states of matter are' --greedy --max-tokens 32 --echo
-echo
+run moiety generate $gemma -p 'The three states of matter are' --greedy --max-tokens 24 --echo
 
 heading "Perplexity on real text: chapters of Python's language reference, which every Python carries"
-run .venv/bin/python tools/sample_text.py "$text" --bytes 20000
+run .venv/bin/python tools/sample_text.py "$text" --bytes 10000
 run moiety eval $smollm --text "$text" --context 512
 
 heading 'A sentence encoder: MiniLM tells what means the same'

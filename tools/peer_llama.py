@@ -2,6 +2,7 @@
 """What llama.cpp says about a model, through llama-cpp-python. Exit code 77 when that package is not installed.
 
     peer_llama.py perplexity MODEL.gguf TEXT CONTEXT    perplexity as llama.cpp's own tool measures it
+    peer_llama.py tokens MODEL.gguf TEXT OUT.json       token ids of a text, with the start token where the model adds one
     peer_llama.py logits MODEL.gguf IDS OUT.npy         logits [T, V] of one sequence; IDS are numbers separated by spaces
 
 Prints one JSON object. Run it with the interpreter of the peer's environment (tools/setup.sh peer).
@@ -52,6 +53,17 @@ def perplexity(path, text, context):
             "load_s": loaded - begin, "seconds": time.time() - loaded}
 
 
+def tokens(path, text, out):
+    import llama_cpp
+
+    model = llama_cpp.Llama(model_path=path, vocab_only=True, verbose=False)
+    with open(text, encoding="utf-8") as f:
+        ids = model.tokenize(f.read().encode(), add_bos=True, special=False)
+    with open(out, "w") as f:
+        json.dump({"ids": ids, "bos": model.token_bos() if model._model.add_bos_token() else None}, f)
+    return {"tokens": len(ids)}
+
+
 def logits(path, ids, out):
     import numpy
 
@@ -68,11 +80,11 @@ def main():
     except ImportError:
         print("llama-cpp-python is not installed: tools/setup.sh peer", file=sys.stderr)
         return 77
-    if len(sys.argv) != 5 or sys.argv[1] not in ("perplexity", "logits"):
+    if len(sys.argv) != 5 or sys.argv[1] not in ("perplexity", "tokens", "logits"):
         print(__doc__, file=sys.stderr)
         return 2
     verb, path, a, b = sys.argv[1:]
-    result = perplexity(path, a, int(b)) if verb == "perplexity" else logits(path, a, b)
+    result = perplexity(path, a, int(b)) if verb == "perplexity" else (tokens if verb == "tokens" else logits)(path, a, b)
     print(json.dumps({**result, "llama_cpp_python": llama_cpp.__version__}))
     return 0
 

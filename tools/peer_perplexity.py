@@ -60,6 +60,19 @@ def by_llama(name, text, context):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def tokens_of(name, text):
+    """Ids and start token by llama.cpp, else by moiety: transformers rebuilds a GGUF file's tokenizer without its pre-tokenizer."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "tokens.json"
+        if subprocess.run([peer_python(), str(ROOT / "tools/peer_llama.py"), "tokens", str(model_file(name)), str(text), str(out)],
+                          capture_output=True).returncode == 0:
+            found = json.loads(out.read_text())
+            return found["ids"], found["bos"]
+    done = subprocess.run([moiety_binary(), "tokenize", MODELS[name][1], "--file", str(text), "--json"], capture_output=True, text=True, check=True)
+    ids = json.loads(done.stdout)["ids"]
+    return ids, ids[0] if name == "gemma" else None
+
+
 def by_transformers(name, text, context):
     import torch
     import transformers
@@ -69,13 +82,8 @@ def by_transformers(name, text, context):
     file = model_file(name)
     begin = time.time()
     model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     loaded = time.time()
-    ids = tokenizer(Path(text).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
-    probe = tokenizer("a")["input_ids"]
-    bos = tokenizer.bos_token_id if probe[:1] == [tokenizer.bos_token_id] else None
-    if bos is not None:
-        ids = [bos] + ids
+    ids, bos = tokens_of(name, text)
     first, total, count, windows = context // 2, 0.0, 0, len(ids) // context
     for w in range(windows):
         window = ids[w * context : (w + 1) * context]

@@ -39,8 +39,8 @@ def main():
         log = subprocess.run(["bash", str(ROOT / "tools/demo.sh")], check=True, capture_output=True, text=True).stdout
     else:
         log = sys.stdin.read()
-    home = str(Path.home())
-    (ROOT / "docs/demo.svg").write_text(drawn(log.replace(home, "~")), encoding="utf-8")
+    log = log.replace(f"{ROOT}/", "").replace(str(Path.home()), "~")
+    (ROOT / "docs/demo.svg").write_text(drawn(log), encoding="utf-8")
     print("docs/demo.svg written")
 
 
