@@ -1,5 +1,4 @@
 // moiety chat: a conversation at the terminal, or a scripted one from a pipe.
-#include <spdlog/spdlog.h>
 
 #include <cstdio>
 #include <filesystem>
@@ -11,6 +10,7 @@
 #include "line_reader.h"
 #include "moiety/base/error.h"
 #include "moiety/base/files.h"
+#include "moiety/base/log.h"
 #include "moiety/base/text.h"
 #include "moiety/decode/chat.h"
 #include "moiety/decode/generator.h"
@@ -201,9 +201,8 @@ class Chat {
       std::fflush(stdout);
     }
     if (done[0].finish == Finish::cancelled) std::cerr << "(stopped)\n";
-    if (done[0].finish == Finish::length)
-      spdlog::info("the answer was cut at {} tokens (--max-tokens)", base_.max_tokens);
-    if (done[0].finish == Finish::context) spdlog::warn("the context is full: /reset starts anew");
+    if (done[0].finish == Finish::length) log::info("the answer was cut at {} tokens (--max-tokens)", base_.max_tokens);
+    if (done[0].finish == Finish::context) log::warn("the context is full: /reset starts anew");
     if (o_.stats) std::cerr << generator_.stats().summary() << "\n";
     messages_.push_back({{"role", "assistant"}, {"content", done[0].text}});
   }

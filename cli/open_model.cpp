@@ -1,10 +1,9 @@
 #include "open_model.h"
 
-#include <spdlog/spdlog.h>
-
 #include <chrono>
 
 #include "moiety/base/error.h"
+#include "moiety/base/log.h"
 
 namespace moiety::cli {
 
@@ -18,8 +17,8 @@ OpenModel open_causal(const Common& common, bool tokenizer) {
   if (tokenizer) open.tokenizer = Tokenizer::load(*open.checkpoint);
   open.model = load_causal(*open.checkpoint, {common.dtype, torch::Device(common.device)});
   open.model->eval();
-  spdlog::debug("{} opened in {:.2f} s", common.model,
-                std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  log::debug("{} opened in {:.2f} s", common.model,
+             std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   return open;
 }
 
