@@ -190,6 +190,17 @@ TEST(Generator, WhatWasHeldBackComesAtTheEnd) {
   EXPECT_EQ(generator().run(half, {request({65}, 2)})[0].text, "a\xEF\xBF\xBD");
 }
 
+TEST(Generator, ThePromptIsNoPartOfTheAnswer) {
+  // The decoder still holds the prompt's end when the answer begins.
+  auto tokenizer = std::make_shared<ByteTokenizer>();
+  tokenizer->hold = 3;
+  Session session(parrot("xcd"));
+  EXPECT_EQ(Generator(tokenizer, {256}).run(session, {request(bytes("A"), 9)})[0].text, "xcd");
+  // A character that the prompt leaves open belongs to the answer.
+  Session open(parrot("\xA9t\xC3\xA9"));
+  EXPECT_EQ(generator().run(open, {request({0xC3}, 9)})[0].text, "\xC3\xA9t\xC3\xA9");
+}
+
 TEST(Generator, Limits) {
   auto model = std::make_shared<MockModel>(300, 16);
   Session session(model);

@@ -7,7 +7,6 @@
 
 #include "moiety/io/tokenizer.h"
 #include "moiety/models/model.h"
-#include "whole_decoding.h"
 
 namespace moiety::test {
 
@@ -128,8 +127,35 @@ class ByteTokenizer : public Tokenizer {
   std::optional<int64_t> unk() const override { return std::nullopt; }
   std::string chat_template() const override { return ""; }
   std::unique_ptr<Decoding> decoding(bool skip_special) const override {
-    return std::make_unique<WholeDecoding>(*this, skip_special);
+    return std::make_unique<Stream>(*this, skip_special, hold);
   }
+  size_t hold = 0;  ///< bytes that a stream keeps back until it is flushed or goes on, as some decoders must
+
+ private:
+  class Stream : public Decoding {
+   public:
+    Stream(const ByteTokenizer& owner, bool skip_special, size_t hold)
+        : owner_(owner), skip_special_(skip_special), hold_(hold) {}
+    std::string push(int64_t id) override {
+      ids_.push_back(id);
+      std::string text = owner_.decode(ids_, skip_special_);
+      while (text.ends_with("\xEF\xBF\xBD")) text.resize(text.size() - 3);
+      return give(text.substr(0, text.size() - std::min(hold_, text.size())));
+    }
+    std::string flush() override { return give(owner_.decode(ids_, skip_special_)); }
+
+   private:
+    std::string give(const std::string& text) {
+      if (text.size() <= given_) return {};
+      std::string fresh = text.substr(given_);
+      given_ = text.size();
+      return fresh;
+    }
+    const ByteTokenizer& owner_;
+    bool skip_special_;
+    size_t hold_, given_ = 0;
+    std::vector<int64_t> ids_;
+  };
 };
 
 }  // namespace moiety::test

@@ -147,7 +147,7 @@ Row::Row(const Request& request, std::shared_ptr<const Tokenizer> tokenizer, con
          int64_t context_length)
     : request_(request),
       eos_(eos),
-      stream_(std::move(tokenizer), request.skip_special),
+      stream_(tokenizer, request.skip_special),
       stops_(request.stop),
       sampler_(request.sampler, RandomStream(request.seed, "decode")),
       room_(context_length - static_cast<int64_t>(request.prompt.size())) {
@@ -162,7 +162,14 @@ Row::Row(const Request& request, std::shared_ptr<const Tokenizer> tokenizer, con
   // yields is dropped.
   constexpr size_t kLead = 8;
   const size_t from = request.prompt.size() > kLead ? request.prompt.size() - kLead : 0;
-  for (size_t i = from; i < request.prompt.size(); ++i) stream_.push(request.prompt[i]);
+  DecodeStream ahead(tokenizer, request.skip_special);
+  for (size_t i = from; i < request.prompt.size(); ++i) {
+    stream_.push(request.prompt[i]);
+    ahead.push(request.prompt[i]);
+  }
+  // What it still holds of the prompt is dropped when it comes, except a character that only the answer completes.
+  const std::string held = ahead.flush();
+  if (held.find("\xEF\xBF\xBD") == std::string::npos) lead_ = held.size();
   if (request.max_tokens == 0) end(Finish::length);
 }
 
@@ -182,12 +189,18 @@ int64_t Row::choose(std::span<float> logits) {
   return chosen.id;
 }
 
+std::string Row::fresh(std::string text) {
+  const size_t drop = std::min(lead_, text.size());
+  lead_ -= drop;
+  return text.substr(drop);
+}
+
 std::string Row::end(Finish reason) {
   over_ = true;
   out_.finish = reason;
   std::string text;
   if (reason != Finish::stop) {
-    text = stops_.push(stream_.flush());
+    text = stops_.push(fresh(stream_.flush()));
     if (stops_.stopped()) {
       out_.finish = Finish::stop;
       out_.stop = stops_.found();
@@ -208,7 +221,7 @@ std::string Row::accept(int64_t id) {
   out_.ids.push_back(id);
   --room_;
   if (!request_.ignore_eos && std::find(eos_.begin(), eos_.end(), id) != eos_.end()) return end(Finish::eos);
-  std::string text = stops_.push(stream_.push(id));
+  std::string text = stops_.push(fresh(stream_.push(id)));
   out_.text += text;
   if (stops_.stopped()) {
     out_.stop = stops_.found();

@@ -95,13 +95,15 @@ class Row {
 
  private:
   std::string end(Finish reason);
+  std::string fresh(std::string text);
 
   const Request& request_;
   const std::vector<int64_t>& eos_;
   DecodeStream stream_;
   StopStrings stops_;
   Sampler sampler_;
-  int64_t room_;  ///< tokens until the context is full
+  int64_t room_;     ///< tokens until the context is full
+  size_t lead_ = 0;  ///< bytes of the prompt that the stream still holds
   bool over_ = false;
   Completion out_;
 };
