@@ -7,6 +7,7 @@
 #include <fstream>
 
 #include "moiety/base/error.h"
+#include "moiety/base/files.h"
 
 namespace moiety {
 namespace {
@@ -98,6 +99,49 @@ TEST(Sentence, TruncationKeepsSpecialTokens) {
   EXPECT_EQ(cut.front(), full.front());
   EXPECT_EQ(cut.back(), full.back());
   EXPECT_TRUE(std::equal(cut.begin(), cut.end() - 1, full.begin()));
+}
+
+TEST(Sentence, FoldersOfTheFirstReleasesLoad) {
+  // The model in 0_Transformer, beside the other modules.
+  const TemporaryFolder root;
+  fs::create_directories(root / "0_Transformer");
+  for (const char* name :
+       {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "sentence_bert_config.json"})
+    fs::copy(kSentence / name, root / "0_Transformer" / name);
+  fs::copy(kSentence / "2_Dense", root / "2_Dense");
+  fs::create_directories(root / "1_Pooling");
+  write_file(root / "1_Pooling" / "config.json",
+             R"({"word_embedding_dimension": 32, "pooling_mode_cls_token": true, "pooling_mode_mean_tokens": true})");
+  write_file(root / "modules.json", R"([
+    {"idx": 0, "name": "0", "path": "0_Transformer", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"},
+    {"idx": 3, "name": "3", "path": "3_Normalize", "type": "sentence_transformers.models.Normalize"}])");
+  SentenceModel old(root.path().string(), {.dtype = "f32"}), current(kSentence.string(), {.dtype = "f32"});
+  const std::vector<std::string> texts = {"the cat sat", "A dog ran on the mat."};
+  EXPECT_EQ(old.max_length(), 16);
+  EXPECT_TRUE(old.embed(texts).equal(current.embed(texts)));
+}
+
+TEST(Sentence, BadModulesAreNamed) {
+  const TemporaryFolder root;
+  for (const char* name : {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"})
+    fs::copy(kSentence / name, root / name);
+  const auto message = [&](const std::string& modules) -> std::string {
+    write_file(root / "modules.json", modules);
+    try {
+      SentenceModel model(root.path().string());
+    } catch (const Error& e) {
+      return e.what();
+    }
+    return "no error";
+  };
+  EXPECT_NE(message(R"([{"type": "x.CNN", "path": ""}])").find("module type 'x.CNN' is not supported"),
+            std::string::npos);
+  EXPECT_NE(message(R"([{"type": "x.Dense", "path": "../../etc"}])").find("leads out of"), std::string::npos);
+  EXPECT_NE(message(R"([{"type": "x.Dense", "path": "2_Dense"}])").find("config.json is missing"), std::string::npos);
+  EXPECT_NE(message("{").find("is not valid JSON"), std::string::npos);
+  EXPECT_NE(message("[3]").find("must hold a JSON object"), std::string::npos);
 }
 
 TEST(Similarity, Kinds) {
