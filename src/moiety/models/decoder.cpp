@@ -51,6 +51,16 @@ std::shared_ptr<Norm> make_head_norm(WeightsSource& w, const string& at, const D
                    c.norm_eps);
 }
 
+// The expansion of the latent, [H * (nope + v), rank]. Newer GGUF files hold it in two halves, keys transposed.
+Linear make_kv_b(WeightsSource& w, const string& at, const DecoderConfig& c) {
+  const auto& m = c.mla;
+  if (w.random() || !w.has(at + "k_b_proj", false))
+    return w.linear(at + "kv_b_proj", m.rank, c.heads * (m.nope + m.v), false);
+  const auto keys = w.floats(w.view(at + "k_b_proj", {c.heads, m.rank, m.nope})).transpose(1, 2);
+  const auto values = w.floats(w.view(at + "v_b_proj", {c.heads, m.v, m.rank}));
+  return Linear(torch::cat({keys, values}, 1).reshape({c.heads * (m.nope + m.v), m.rank}));
+}
+
 std::shared_ptr<AttentionBase> make_attention(WeightsSource& w, const string& layer, const DecoderConfig& c,
                                               const LayerConfig& l,
                                               const std::vector<std::shared_ptr<const Rope>>& ropes) {
@@ -67,7 +77,7 @@ std::shared_ptr<AttentionBase> make_attention(WeightsSource& w, const string& la
     }
     p.kv_a = w.linear(at + "kv_a_proj_with_mqa", c.hidden, m.rank + m.rope, c.o_bias);
     p.kv_a_norm = make_norm(w, at + "kv_a_layernorm", {m.rank}, NormKind::rms, 1e-6);
-    p.kv_b = w.linear(at + "kv_b_proj", m.rank, c.heads * (m.nope + m.v), false);
+    p.kv_b = make_kv_b(w, at, c);
     p.o = w.linear(at + "o_proj", c.heads * m.v, c.hidden, c.o_bias);
     p.rope = ropes[0];
     p.heads = c.heads;
@@ -119,7 +129,8 @@ std::shared_ptr<FeedForward> make_feed_forward(WeightsSource& w, const string& a
   Linear gate{nullptr};
   if (c.gated) gate = w.linear(at + "gate_proj", c.hidden, width, c.mlp_bias);
   const string up = w.pick({at + "up_proj.weight", at + "c_fc.weight", at + "fc1.weight"});
-  const string down = w.pick({at + "down_proj.weight", at + "c_proj.weight", at + "fc2.weight"});
+  const string down =
+      w.pick({at + "down_proj.weight", at + "c_proj.weight", at + "fc2.weight", at + "output_linear.weight"});
   auto u = w.linear(up.substr(0, up.size() - 7), c.hidden, width, c.mlp_bias);
   return std::make_shared<FeedForward>(gate, u, w.linear(down.substr(0, down.size() - 7), width, c.hidden, c.mlp_bias),
                                        act);
@@ -191,9 +202,10 @@ ExpertStacks gpt_oss_experts(WeightsSource& w, const string& at, int64_t experts
   return s;
 }
 
-ExpertStacks make_experts(WeightsSource& w, const string& mlp, const DecoderConfig& c) {
+ExpertStacks make_experts(WeightsSource& w, const string& layer, const string& mlp, const DecoderConfig& c) {
   const int64_t experts = c.moe.experts, hidden = c.hidden, width = c.moe.width;
-  const string at = mlp + "experts.";
+  // Stacks of a GGUF file stand under `mlp` in every family.
+  const string at = w.has(layer + "mlp.experts.gate_proj", false) ? layer + "mlp.experts." : mlp + "experts.";
   ExpertStacks s;
   if (w.random()) {
     torch::Tensor gb, ub, db;
@@ -274,7 +286,7 @@ std::shared_ptr<FeedForwardBase> make_mixture(WeightsSource& w, const string& la
                         : dequantize(w.view(w.pick({mlp + "gate.e_score_correction_bias"}), {m.experts}));
     r = std::make_shared<TopKRouter>(projection, m.router, bias);
   }
-  const ExpertStacks s = make_experts(w, mlp, c);
+  const ExpertStacks s = make_experts(w, layer, mlp, c);
   std::shared_ptr<Experts> experts;
   if (m.clamped)
     experts = std::make_shared<ClampedExperts>(s.gate, s.up, s.down, m.clamp_alpha, m.clamp_limit);
