@@ -58,7 +58,8 @@ Linear make_kv_b(WeightsSource& w, const string& at, const DecoderConfig& c) {
     return w.linear(at + "kv_b_proj", m.rank, c.heads * (m.nope + m.v), false);
   const auto keys = w.floats(w.view(at + "k_b_proj", {c.heads, m.rank, m.nope})).transpose(1, 2);
   const auto values = w.floats(w.view(at + "v_b_proj", {c.heads, m.v, m.rank}));
-  return Linear(torch::cat({keys, values}, 1).reshape({c.heads * (m.nope + m.v), m.rank}));
+  const auto joined = torch::cat({keys, values}, 1).reshape({c.heads * (m.nope + m.v), m.rank}).detach();
+  return Linear(joined.requires_grad_(w.trainable()));
 }
 
 std::shared_ptr<AttentionBase> make_attention(WeightsSource& w, const string& layer, const DecoderConfig& c,
