@@ -1,4 +1,5 @@
 // moiety logits: what a model predicts behind every token, as a file for comparisons or as a table for people.
+#include <spdlog/spdlog.h>
 #include <torch/torch.h>
 
 #include <algorithm>
@@ -107,8 +108,9 @@ int run(Options o) {
   const auto batch = static_cast<int64_t>(rows.size());
   int64_t tokens = 0;
   for (const Ids& row : rows) tokens = std::max(tokens, static_cast<int64_t>(row.size()));
-  check(tokens <= model.context_length(), "a row has {} tokens but the model's context is {}", tokens,
-        model.context_length());
+  // Rotary positions have no end: a longer row can be computed, the model has only not been trained for it.
+  if (tokens > model.context_length())
+    spdlog::warn("a row has {} tokens but the model's context is {}", tokens, model.context_length());
   auto ids = torch::zeros({batch, tokens}, torch::kInt64);
   auto mask = torch::zeros({batch, tokens}, torch::kBool);
   std::vector<int64_t> last;

@@ -34,9 +34,6 @@ torch::Tensor Session::run(const std::vector<std::vector<int64_t>>& pieces, bool
   for (size_t row = 0; row < pieces.size(); ++row) {
     const auto count = static_cast<int64_t>(pieces[row].size());
     check(count > 0, "row {} has no tokens: a prompt needs at least one", row);
-    const int64_t total = count + (columns_.empty() ? 0 : real_[row]);
-    check(total <= model_->context_length(), "row {} has {} tokens but the model's context is {}: shorten the prompt",
-          row, total, model_->context_length());
     for (const int64_t id : pieces[row])
       check(id >= 0 && id < vocabulary, "token id {} does not exist: the model's vocabulary has {}", id, vocabulary);
     padded = padded || (tokens != 0 && count != tokens);

@@ -445,9 +445,10 @@ torch::Tensor Decoder::hidden(const torch::Tensor& ids, Pass& pass) {
     if (tokens > 1) starts.slice(1, 1).copy_(pass.segments.slice(1, 1) != pass.segments.slice(1, 0, tokens - 1));
     positions = index - std::get<0>(torch::where(starts, index, torch::zeros_like(index)).cummax(1));
   } else if (!positions.defined() && pass.mask.defined()) {
-    positions = (pass.mask.to(torch::kInt64).cumsum(1) - 1).clamp_min(0);
+    positions = pass.mask.to(torch::kInt64).cumsum(1) - 1;
     if (pass.cache && pass.cache->next_position().defined())
       positions = positions + pass.cache->next_position().unsqueeze(1);
+    positions = positions.clamp_min(0);
   } else if (!positions.defined()) {
     positions = torch::arange(tokens, whole).unsqueeze(0).expand({batch, tokens});
     positions = pass.cache && pass.cache->next_position().defined()
@@ -468,7 +469,16 @@ torch::Tensor Decoder::hidden(const torch::Tensor& ids, Pass& pass) {
     }
   }
   pass.round = 0;
-  if (pass.cache) pass.cache->advance(tokens, padding, std::get<0>(positions.max(1)) + 1);
+  if (pass.cache) {
+    // Counted from the real tokens: a row that has seen nothing but padding still stands at its start.
+    const auto& before = pass.cache->next_position();
+    torch::Tensor next;
+    if (pass.positions.defined() || !pass.mask.defined())
+      next = std::get<0>(positions.max(1)) + 1;
+    else
+      next = pass.mask.to(torch::kInt64).sum(1) + (before.defined() ? before : torch::zeros({batch}, whole));
+    pass.cache->advance(tokens, padding, next);
+  }
   return norm->forward(x);
 }
 

@@ -108,8 +108,12 @@ torch::Tensor WeightsSource::tensor(const std::string& name, std::vector<int64_t
   return random() ? place(torch::full(shape, fill)) : floats(view(name, shape));
 }
 
-Linear WeightsSource::matrix(const TensorView& v) {
-  return is_block(v.format) ? Linear(v) : Linear(floats(v));
+Linear WeightsSource::matrix(const TensorView& v, torch::Tensor bias) {
+  if (!is_block(v.format)) return Linear(floats(v), bias);
+  Linear linear(v, bias);
+  // Who asks for f32 wants the model's own numbers, not the fastest ones.
+  linear->exact = options_.dtype == "f32";
+  return linear;
 }
 
 Linear WeightsSource::linear(const std::string& name, int64_t in, int64_t out, bool bias) {
@@ -123,7 +127,7 @@ Linear WeightsSource::rows(const std::string& name, int64_t in, int64_t total, i
   if (random()) return b.defined() ? Linear(random_matrix({out, in}), b) : Linear(random_matrix({out, in}));
   TensorView v = view(name + ".weight", {total, in});
   if (out != total) v = slice_rows(v, begin, begin + out);
-  return is_block(v.format) ? Linear(v, b) : Linear(floats(v), b);
+  return matrix(v, b);
 }
 
 void WeightsSource::check_all_used(const std::function<bool(const std::string&)>& ignored) const {

@@ -38,8 +38,8 @@ class WeightsSource {
   Linear rows(const std::string& name, int64_t in, int64_t total, int64_t begin, int64_t out, bool bias);
   /// The view of a stored tensor, marked as used; Error unless its shape is `shape`.
   TensorView view(const std::string& name, const std::vector<int64_t>& shape);
-  /// A stored matrix as a Linear without bias.
-  Linear matrix(const TensorView& view);
+  /// A stored matrix as a Linear.
+  Linear matrix(const TensorView& view, torch::Tensor bias = {});
   /// A view as a float tensor in the compute dtype.
   torch::Tensor floats(const TensorView& view);
   torch::Tensor random_matrix(std::vector<int64_t> shape);

@@ -1,10 +1,12 @@
 #include "moiety/nn/linear.h"
 
+#include <ATen/Parallel.h>
 #include <torch/torch.h>
 
 #include <cmath>
 
 #include "moiety/base/error.h"
+#include "moiety/kernels/dot.h"
 #include "moiety/nn/weights.h"
 
 namespace moiety {
@@ -27,6 +29,25 @@ torch::Tensor times_transposed(const torch::Tensor& x, const TensorView& blocks)
   auto y = torch::empty({x.size(0), blocks.shape[0]}, x.options());
   for_pieces(blocks, x.device(), [&](int64_t begin, int64_t end, const torch::Tensor& w) {
     y.slice(1, begin, end).copy_(at::matmul(x, w.t()));
+  });
+  return y;
+}
+
+// Up to this many rows go through the integer kernels, which read each weight once as it is stored; more rows pay for decoding
+// the weights and then run at the speed of a dense matmul.
+constexpr int64_t kKernelRows = 8;
+
+// x [n, in] f32 on the CPU, n small -> [n, out]. Activations are rounded to 8 bits as the format's products define it.
+torch::Tensor times_kernel(const torch::Tensor& input, const TensorView& blocks) {
+  const auto x = input.contiguous();
+  const int64_t n = x.size(0), out = blocks.shape[0], in = blocks.shape[1], bytes = row_bytes(blocks.format, in);
+  static thread_local std::vector<QuantizedRow> rows(kKernelRows);
+  for (int64_t t = 0; t < n; ++t) quantize_activations(blocks.format, x.const_data_ptr<float>() + t * in, in, rows[t]);
+  auto y = torch::empty({n, out}, x.options());
+  float* data = y.data_ptr<float>();
+  const std::span<const QuantizedRow> use(rows.data(), static_cast<size_t>(n));
+  at::parallel_for(0, out, std::max<int64_t>(8, 32768 / in), [&](int64_t begin, int64_t end) {
+    dot_rows(blocks.format, blocks.data.data() + begin * bytes, end - begin, in, use, data + begin, out);
   });
   return y;
 }
@@ -89,7 +110,10 @@ torch::Tensor LinearImpl::forward(const torch::Tensor& x) {
   shape.back() = out_;
   const auto flat = cast(x.reshape({-1, in_}), torch::kFloat32);
   const bool graph = torch::GradMode::is_enabled() && x.requires_grad();
-  auto y = graph ? FrozenMatmul::apply(flat, c10::make_intrusive<Blocks>(blocks_)) : times_transposed(flat, *blocks_);
+  const bool few = !exact && !graph && flat.size(0) <= kKernelRows && flat.device().is_cpu();
+  auto y = graph ? FrozenMatmul::apply(flat, c10::make_intrusive<Blocks>(blocks_))
+           : few ? times_kernel(flat, *blocks_)
+                 : times_transposed(flat, *blocks_);
   if (bias.defined()) y = y + cast(bias, torch::kFloat32);
   return cast(y.view(shape), x.scalar_type());
 }

@@ -32,6 +32,8 @@ class LinearImpl : public torch::nn::Module {
   int64_t in() const { return in_; }
   int64_t out() const { return out_; }
   bool quantized() const { return blocks_ != nullptr; }
+  /// Blocks only: always compute with the decoded f32 weights, never with activations rounded to 8 bits.
+  bool exact = false;
 
   torch::Tensor weight;  ///< [out, in]; undefined when quantized
   torch::Tensor bias;    ///< [out], or undefined
