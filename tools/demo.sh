@@ -28,7 +28,7 @@ heading 'A real model: SmolLM2-135M-Instruct, 4-bit blocks, from a Python packag
 run moiety info $smollm
 
 heading 'It answers a question, through its own chat template'
-run moiety generate $smollm --chat -p 'What is the capital of France?' --greedy --max-tokens 32
+run moiety generate $smollm --chat -p 'Why is the sky blue?' --greedy --max-tokens 32
 
 heading 'What it expects to come next, as a table'
 run moiety logits $smollm --text 'The largest planet of the solar system is' --top 5

