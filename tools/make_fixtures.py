@@ -91,7 +91,7 @@ MLA = dict(BASE, num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=32, 
 
 # One of each promised family also with a sparse config.json.
 SPARSE = {"llama-mha", "llama-gqa", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3-pattern6", "phi3", "smollm3", "mixtral", "qwen2_moe",
-          "qwen3_moe-raw", "olmoe", "smollm3-tied", "gemma3", "helium", "ernie4_5", "cohere", "cohere2", "glm", "stablelm", "starcoder2",
+          "qwen3_moe-raw", "olmoe", "smollm3-tied", "gemma3", "cohere", "cohere2", "stablelm", "starcoder2",
           "seed_oss", "exaone4", "deepseek_v2", "deepseek_v3", "phimoe", "granitemoe", "gpt_oss"}
 
 

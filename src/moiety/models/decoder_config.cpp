@@ -676,14 +676,15 @@ DecoderConfig parse_decoder_config(const nlohmann::json& whole) {
   c.hidden = keys.size("hidden_size", -1, 1, kMany);
   const int64_t layers = keys.size("num_hidden_layers", -1, 1, 100000);
   c.heads = keys.size("num_attention_heads", -1, 1, kMany);
-  c.kv_heads = keys.size("num_key_value_heads", c.heads, 1, c.heads);
+  c.kv_heads =
+      keys.size("num_key_value_heads", c.family == "starcoder2" ? std::min<int64_t>(2, c.heads) : c.heads, 1, c.heads);
   check(c.heads % c.kv_heads == 0, "config.json: {} attention heads cannot share {} key/value heads", c.heads,
         c.kv_heads);
   const bool gemma_heads = c.family.rfind("gemma", 0) == 0;
   // Families whose head size does not follow from the hidden size when config.json leaves it out.
-  static const std::map<std::string, int64_t> head_sizes = {{"qwen3", 128},    {"glm", 128},     {"glm4", 128},
-                                                            {"helium", 128},   {"cohere2", 128}, {"ernie4_5", 128},
-                                                            {"seed_oss", 128}, {"gpt_oss", 64}};
+  static const std::map<std::string, int64_t> head_sizes = {{"qwen3", 128},  {"glm", 128},      {"glm4", 128},
+                                                            {"helium", 128}, {"ernie4_5", 128}, {"seed_oss", 128},
+                                                            {"gpt_oss", 64}};
   int64_t head_dim = gemma_heads ? 256 : std::max<int64_t>(1, c.hidden / c.heads);
   if (const auto it = head_sizes.find(c.family); it != head_sizes.end()) head_dim = it->second;
   c.head_dim = keys.size("head_dim", head_dim, 1, kMany);
