@@ -16,6 +16,7 @@
 #include "moiety/tasks/multiple_choice.h"
 #include "moiety/tasks/perplexity.h"
 #include "moiety/tasks/scoring.h"
+#include "open_model.h"
 #include "verb.h"
 
 namespace moiety::cli {
@@ -29,23 +30,6 @@ struct EvalArguments : Common {
   int64_t context = 0, stride = 0, batch_size = 8, limit_tokens = 0, limit = 0;
   bool mutual_info = false, samples = false;
 };
-
-struct Loaded {
-  std::shared_ptr<const Checkpoint> checkpoint;
-  std::shared_ptr<const Tokenizer> tokenizer;
-  std::shared_ptr<CausalModel> model;
-};
-
-Loaded load(const EvalArguments& a) {
-  Loaded l;
-  l.checkpoint = Checkpoint::open(a.model);
-  check(!is_encoder(l.checkpoint->config()), "{} is an encoder: it predicts no next token, so it has no perplexity",
-        a.model);
-  l.tokenizer = Tokenizer::load(*l.checkpoint);
-  l.model = load_causal(*l.checkpoint, {.dtype = a.dtype, .device = torch::Device(a.device)});
-  l.model->eval();
-  return l;
-}
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -63,11 +47,11 @@ json report(const PerplexityResult& r) {
           {"windows", r.windows}};
 }
 
-bool uses_bos(const EvalArguments& a, const Loaded& l) {
+bool uses_bos(const EvalArguments& a, const OpenModel& l) {
   return a.bos == "yes" || (a.bos == "auto" && adds_bos(*l.tokenizer));
 }
 
-json run_perplexity(const EvalArguments& a, Loaded& l) {
+json run_perplexity(const EvalArguments& a, OpenModel& l) {
   PerplexityOptions options;
   options.method = a.method == "llama.cpp" ? PerplexityOptions::llama_cpp : PerplexityOptions::sliding;
   options.bos = a.bos == "yes"  ? PerplexityOptions::always
@@ -141,7 +125,7 @@ std::vector<ChoiceQuestion> read_questions(const std::string& path, int64_t limi
   return questions;
 }
 
-json run_choices(const EvalArguments& a, Loaded& l, const std::string& path) {
+json run_choices(const EvalArguments& a, OpenModel& l, const std::string& path) {
   MultipleChoiceOptions options;
   options.delimiter = a.delimiter;
   options.bos = a.bos == "yes"  ? MultipleChoiceOptions::always
@@ -200,7 +184,7 @@ json run_choices(const EvalArguments& a, Loaded& l, const std::string& path) {
 
 int run_eval(const EvalArguments& a) {
   check(!a.texts.empty() || !a.choices.empty(), "nothing to measure: give --text FILE or --choices FILE");
-  Loaded l = load(a);
+  OpenModel l = open_causal(a);
   json out = {{"model", a.model}, {"dtype", a.dtype}, {"device", a.device}, {"threads", at::get_num_threads()}};
   if (!a.texts.empty()) out["perplexity"] = run_perplexity(a, l);
   for (const auto& path : a.choices) out["multiple_choice"].push_back(run_choices(a, l, path));

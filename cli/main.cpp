@@ -84,8 +84,10 @@ int report(const std::string& who, const Failure& failure, bool json) {
 
 /// What is wrong with a command line that did not parse.
 std::string usage_sentence(const CLI::ParseError& error, CLI::App& app) {
-  std::vector<std::string> flags;
-  for (const CLI::Option* option : app.get_options()) {
+  std::vector<std::string> flags, parts;
+  for (const CLI::App* part : app.get_subcommands([](CLI::App*) { return true; })) parts.push_back(part->get_name());
+  const CLI::App* used = app.get_subcommands().empty() ? &app : app.get_subcommands().front();
+  for (const CLI::Option* option : used->get_options()) {
     for (const std::string& name : option->get_lnames()) flags.push_back("--" + name);
   }
   for (const std::string& extra : app.remaining(true)) {
@@ -95,6 +97,11 @@ std::string usage_sentence(const CLI::ParseError& error, CLI::App& app) {
     }
   }
   auto extras = app.remaining(true);
+  if (!parts.empty() && used == &app) {
+    const std::string known = "say which: " + list_of(parts);
+    if (extras.empty() || extras.front()[0] == '-') return known;
+    return fmt::format("unknown `{}`{}; {}", shown(extras.front()), did_you_mean(extras.front(), parts), known);
+  }
   if (dynamic_cast<const CLI::ExtrasError*>(&error) != nullptr && !extras.empty())
     return fmt::format("unexpected argument `{}`", shown(extras.front()));
   return one_line(error.what());

@@ -25,6 +25,9 @@ expect 2 'unknown option --jsno; did you mean `--json`\?' "$moiety" methods --js
 expect 2 'unexpected argument' "$moiety" methods one two
 expect 2 'excludes' "$moiety" methods --json --markdown
 expect 0 '^EXAMPLES' "$moiety" methods --help
+expect 2 'unknown `routin`; did you mean `routing`' "$moiety" analyze routin x
+expect 2 'say which: routing' "$moiety" analyze
+expect 2 'unknown option --tex; did you mean `--text`' "$moiety" analyze routing x --tex a
 expect 1 'there is no method `no-such-method`' "$moiety" methods no-such-method
 
 # Every verb: help with examples; verbs are sorted.

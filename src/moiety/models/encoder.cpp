@@ -576,6 +576,10 @@ bool is_encoder(const json& config) {
   return std::find(families().begin(), families().end(), family_of(config)) != families().end();
 }
 
+std::vector<std::string> encoder_families() {
+  return families();
+}
+
 std::shared_ptr<EncoderModel> load_encoder(const Checkpoint& checkpoint, const LoadOptions& options) {
   return std::make_shared<Encoder>(checkpoint, options);
 }

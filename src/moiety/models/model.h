@@ -6,6 +6,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <vector>
 
 #include "moiety/io/checkpoint.h"
 #include "moiety/nn/pass.h"
@@ -53,6 +54,8 @@ class EncoderModel : public torch::nn::Module {
 };
 
 bool is_encoder(const nlohmann::json& config);
+/// model_type values of the encoders that load.
+std::vector<std::string> encoder_families();
 /// Throws Error: unknown model_type (naming the nearest), missing or misshapen tensors (naming them).
 std::shared_ptr<CausalModel> load_causal(const Checkpoint& checkpoint, const LoadOptions& options = {});
 /// The same model with random weights drawn from torch's generator: what training from scratch starts from.

@@ -1,0 +1,148 @@
+// moiety analyze: what goes on inside a model while it reads text.
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <chrono>
+#include <iostream>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+#include "moiety/analyze/routing.h"
+#include "moiety/base/error.h"
+#include "moiety/base/files.h"
+#include "moiety/base/progress.h"
+#include "moiety/tasks/scoring.h"
+#include "open_model.h"
+#include "verb.h"
+
+namespace moiety::cli {
+namespace {
+
+using nlohmann::json;
+
+struct Options {
+  Common common;
+  std::vector<std::string> texts;
+  std::string out, html;
+  int64_t context = 0, batch_size = 8, limit_tokens = 0, top_tokens = 8;
+};
+
+/// One bar an expert; of neighbours that share one, the largest. `most` fills it.
+std::string bars(const std::vector<double>& values, double most) {
+  constexpr std::string_view kBars[] = {"▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"};
+  const size_t columns = std::min<size_t>(values.size(), 64);
+  std::string out;
+  for (size_t c = 0; c < columns; ++c) {
+    const size_t begin = c * values.size() / columns, end = std::max(begin + 1, (c + 1) * values.size() / columns);
+    const double value =
+        *std::max_element(values.begin() + static_cast<int64_t>(begin), values.begin() + static_cast<int64_t>(end));
+    out += kBars[static_cast<size_t>(std::clamp(most > 0 ? value / most * 8.0 : 0.0, 0.0, 7.0))];
+  }
+  return out;
+}
+
+void print_table(const json& report) {
+  fmt::print("{:>5} {:<10} {:>7} {:>6} {:>8} {:>8} {:>7} {:>10} {:>7}  load\n", "layer", "site", "experts", "chosen",
+             "even", "largest", "unused", "indecision", "repeat");
+  for (const auto& l : report["layers"]) {
+    const auto share = l["share"].get<std::vector<double>>();
+    const auto round = l["round"].get<int64_t>();
+    fmt::print("{:>5} {:<10} {:>7} {:>6.2f} {:>8.3f} {:>7.2f}x {:>7} {:>10.3f} {:>6.1f}%  {}\n",
+               l["layer"].get<int64_t>(), l["site"].get<std::string>() + (round > 0 ? fmt::format("#{}", round) : ""),
+               share.size(), l["experts_per_token"].get<double>(), l["load_entropy_normalized"].get<double>(),
+               l["imbalance"].get<double>(), l["unused"].get<int64_t>(), l["token_entropy_normalized"].get<double>(),
+               100.0 * l["repetition"].get<double>(), bars(share, *std::max_element(share.begin(), share.end())));
+  }
+  const auto& s = report["summary"];
+  fmt::print("\n{} tokens, {} layers with experts, {} of {} experts unused, largest load {:.2f}x even\n",
+             report["tokens"].get<int64_t>(), s["layers"].get<int64_t>(), s["unused"].get<int64_t>(),
+             s["experts"].get<int64_t>(), s["worst_imbalance"].get<double>());
+}
+
+int run_routing(const Options& o) {
+  OpenModel open = open_causal(o.common);
+  RoutingOptions options;
+  options.context = o.context > 0 ? o.context : std::min<int64_t>(512, open.model->context_length());
+  options.batch_size = o.batch_size;
+  options.count_ids = o.top_tokens > 0;
+  if (adds_bos(*open.tokenizer)) options.bos = *open.tokenizer->bos();
+  std::vector<RoutingText> texts;
+  json files = json::array();
+  int64_t tokens = 0;
+  for (const auto& path : o.texts) {
+    const std::string text = read_text(path, int64_t{4} << 30);
+    auto ids = open.tokenizer->encode(text, false);
+    check(!ids.empty(), "{} gives no tokens", path);
+    if (o.limit_tokens > 0 && static_cast<int64_t>(ids.size()) > o.limit_tokens)
+      ids.resize(static_cast<size_t>(o.limit_tokens));
+    files.push_back({{"file", path}, {"tokens", ids.size()}});
+    tokens += static_cast<int64_t>(ids.size());
+    texts.push_back({path, std::move(ids)});
+  }
+  const auto start = std::chrono::steady_clock::now();
+  std::optional<Progress> progress;
+  const auto statistics = analyze_routing(*open.model, texts, options, [&](int64_t done, int64_t windows) {
+    if (!progress) progress.emplace("routing", windows, "window");
+    progress->set(done);
+  });
+  progress.reset();
+  json report = to_json(statistics, o.texts, open.tokenizer.get(), o.top_tokens);
+  report["model"] = o.common.model;
+  report["family"] = open.checkpoint->config().value("model_type", "");
+  report["texts"] = std::move(files);
+  report["tokens"] = tokens;
+  report["settings"] = {{"context", options.context},
+                        {"batch_size", o.batch_size},
+                        {"limit_tokens", o.limit_tokens},
+                        {"bos", options.bos >= 0},
+                        {"dtype", o.common.dtype}};
+  report["seconds"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const auto dumped = [&] { return report.dump(2, ' ', false, json::error_handler_t::replace) + "\n"; };
+  if (!o.out.empty()) write_file(o.out, dumped());
+  if (!o.html.empty()) write_file(o.html, routing_page(report));
+  if (o.common.json)
+    std::cout << dumped();
+  else
+    print_table(report);
+  return 0;
+}
+
+const Register analyze({
+    "analyze",
+    "See inside a model while it reads text: how its routers use the experts",
+    "moiety analyze routing olmoe/ --text book.txt\n"
+    "moiety analyze routing olmoe/ --text prose.txt code.py --html routing.html\n"
+    "moiety analyze routing olmoe/ --text book.txt --limit-tokens 20000 -o routing.json",
+    [](CLI::App& app) {
+      auto o = std::make_shared<Options>();
+      app.require_subcommand(1);
+      CLI::App& routing = *app.add_subcommand(
+          "routing",
+          "Expert load, co-activation and entropy of every router, as a table, JSON and a page with heatmaps");
+      add_common(routing, o->common);
+      routing.add_option("--text", o->texts, "Text files to read; the load of each is also reported on its own")
+          ->required();
+      routing
+          .add_option("--context", o->context,
+                      "Tokens that the model sees at a time, in windows that do not overlap (default: 512, or the "
+                      "model's limit)")
+          ->check(CLI::Range(1, 1 << 30));
+      routing.add_option("--limit-tokens", o->limit_tokens, "Use only the first tokens of each text; 0: all")
+          ->check(CLI::NonNegativeNumber)
+          ->capture_default_str();
+      routing.add_option("--batch-size", o->batch_size, "Windows at a time")
+          ->check(CLI::Range(1, 65536))
+          ->capture_default_str();
+      routing
+          .add_option("--top-tokens", o->top_tokens,
+                      "How many of its most specific tokens to list for every expert; 0: none")
+          ->check(CLI::Range(0, 1000))
+          ->capture_default_str();
+      routing.add_option("-o,--output", o->out, "Write the JSON to this file");
+      routing.add_option("--html", o->html, "Write a page with heatmaps to this file; it needs nothing else");
+      return [o] { return run_routing(*o); };
+    },
+});
+
+}  // namespace
+}  // namespace moiety::cli

@@ -1,0 +1,266 @@
+#include "moiety/analyze/routing.h"
+
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "moiety/base/error.h"
+#include "moiety/base/html.h"
+#include "moiety/tasks/scoring.h"
+
+namespace moiety {
+namespace pages {
+extern const char analyze_routing[];  // routing.html
+}
+namespace {
+
+using nlohmann::json;
+
+double entropy_of(const torch::Tensor& p) {
+  return torch::special::entr(p).sum().item<double>();
+}
+
+template <class T>
+std::vector<T> values(const torch::Tensor& t) {
+  const auto flat = t.contiguous();
+  return {flat.const_data_ptr<T>(), flat.const_data_ptr<T>() + flat.numel()};
+}
+
+double ratio(double a, double b) {
+  return b == 0.0 ? 0.0 : a / b;
+}
+
+}  // namespace
+
+torch::Tensor SiteStatistics::share() const {
+  const auto total = load.sum().item<int64_t>();
+  return load.to(torch::kFloat64) / static_cast<double>(std::max<int64_t>(total, 1));
+}
+double SiteStatistics::experts_per_token() const {
+  return ratio(load.sum().item<double>(), static_cast<double>(tokens));
+}
+double SiteStatistics::load_entropy() const {
+  return entropy_of(share());
+}
+double SiteStatistics::token_entropy() const {
+  return ratio(entropy_sum, static_cast<double>(scored));
+}
+double SiteStatistics::imbalance() const {
+  return share().max().item<double>() * static_cast<double>(experts);
+}
+double SiteStatistics::variation() const {
+  const auto l = load.to(torch::kFloat64);
+  return ratio(l.std(/*unbiased=*/false).item<double>(), l.mean().item<double>());
+}
+double SiteStatistics::repetition() const {
+  return ratio(static_cast<double>(repeated), static_cast<double>(followed));
+}
+double SiteStatistics::chance_repetition() const {
+  const auto l = load.to(torch::kFloat64);
+  return ratio((l * l).sum().item<double>(), l.sum().item<double>() * static_cast<double>(tokens));
+}
+int64_t SiteStatistics::unused() const {
+  return (load == 0).sum().item<int64_t>();
+}
+
+void RoutingStatistics::add(const Trace::Record& record, const torch::Tensor& ids, const torch::Tensor& counted,
+                            int64_t text) {
+  const auto& routing = record.routing;
+  const int64_t rows = ids.size(0), time = ids.size(1), n = rows * time;
+  check(routing.experts.dim() == 2 && routing.experts.size(0) == n,
+        "a record of {} tokens does not belong to a batch of {}", routing.experts.size(0), n);
+  const torch::Tensor& width = routing.scores.defined() ? routing.scores : routing.logits;
+  check(width.defined(), "a router that reports neither scores nor logits has no statistics");
+  const int64_t experts = width.size(1), slots = routing.experts.size(1);
+  auto& s = sites_[record.site];
+  if (s.experts == 0) {
+    s.site = record.site;
+    s.experts = experts;
+    s.load = torch::zeros({experts}, torch::kInt64);
+    s.coactivation = torch::zeros({experts, experts}, torch::kInt64);
+    s.gates = torch::zeros({experts}, torch::kFloat64);
+    s.probability = torch::zeros({experts}, torch::kFloat64);
+    s.load_by_text = torch::zeros({texts_, experts}, torch::kInt64);
+    if (count_ids_) s.ids.resize(static_cast<size_t>(experts));
+  }
+  check(s.experts == experts, "block {} has {} experts here and had {} before", record.site.block, experts, s.experts);
+  check(text >= 0 && text < texts_, "text {} is none of {}", text, texts_);
+
+  const auto real = counted.reshape({n});
+  const auto chosen = routing.experts.to(torch::kCPU), used = (chosen >= 0) & real.unsqueeze(1);
+  const auto to = chosen.clamp_min(0);
+  // [N, E] of 0 and 1: a token that names an expert twice counts once.
+  const auto hot = torch::zeros({n, experts}).scatter_reduce_(1, to, used.to(torch::kFloat32), "amax");
+  // Whole numbers below 2^24 are exact in f32.
+  check(n < (1 << 24), "a batch of {} tokens is too large for routing statistics", n);
+  const auto load = hot.sum(0).to(torch::kInt64);
+  s.slots = std::max(s.slots, slots);
+  s.tokens += real.sum().item<int64_t>();
+  s.load += load;
+  s.load_by_text.select(0, text) += load;
+  s.coactivation += hot.t().mm(hot).to(torch::kInt64);
+  const auto gates = routing.gates.to(torch::kCPU, torch::kFloat64).masked_fill(~used, 0.0);
+  s.gates.index_add_(0, to.reshape({-1}), gates.reshape({-1}));
+  if (routing.scores.defined()) {
+    const auto all = routing.scores.to(torch::kCPU, torch::kFloat64);
+    const auto p = (all / all.sum(-1, true).clamp_min(1e-300)).masked_fill(~real.unsqueeze(1), 0.0);
+    s.probability += p.sum(0);
+    s.entropy_sum += entropy_of(p);
+    s.scored += real.sum().item<int64_t>();
+  }
+  if (time > 1) {
+    const auto grid = hot.view({rows, time, experts});
+    const auto here = grid.narrow(1, 0, time - 1), next = grid.narrow(1, 1, time - 1);
+    const auto goes_on = counted.narrow(1, 1, time - 1).to(torch::kFloat32).unsqueeze(-1);
+    s.followed += (here * goes_on).sum(torch::kFloat64).item<int64_t>();
+    s.repeated += (here * next).sum(torch::kFloat64).item<int64_t>();
+  }
+  if (count_ids_) {
+    const auto pairs = hot.nonzero();
+    const auto token = ids.reshape({n}).index_select(0, pairs.select(1, 0));
+    const auto* id = token.const_data_ptr<int64_t>();
+    const auto at = pairs.accessor<int64_t, 2>();
+    for (int64_t i = 0; i < pairs.size(0); ++i) ++s.ids[static_cast<size_t>(at[i][1])][id[i]];
+  }
+}
+
+RoutingStatistics analyze_routing(CausalModel& model, const std::vector<RoutingText>& texts,
+                                  const RoutingOptions& options,
+                                  const std::function<void(int64_t, int64_t)>& progress) {
+  int64_t mixtures = 0;
+  for (int64_t b = 0; b < model.blocks(); ++b) mixtures += model.experts(b) > 0;
+  check(mixtures > 0, "the model has no experts: none of its {} blocks is a mixture, so nothing is routed",
+        model.blocks());
+  check(options.context >= 1 && options.context <= model.context_length(),
+        "context {} must be from 1 to the model's {}", options.context, model.context_length());
+  check(options.batch_size >= 1, "batch size {} must be at least 1", options.batch_size);
+  const int64_t lead = options.bos >= 0 ? 1 : 0, fresh = options.context - lead;
+  check(fresh >= 1, "a context of {} has no room for a token behind BOS", options.context);
+  int64_t windows = 0, done = 0;
+  for (const auto& text : texts) windows += (static_cast<int64_t>(text.ids.size()) + fresh - 1) / fresh;
+  check(windows > 0, "there is no token to route");
+
+  RoutingStatistics statistics(static_cast<int64_t>(texts.size()), options.count_ids);
+  torch::NoGradGuard no_grad;
+  if (progress) progress(0, windows);
+  for (size_t t = 0; t < texts.size(); ++t) {
+    const auto& ids = texts[t].ids;
+    const auto count = static_cast<int64_t>(ids.size());
+    for (int64_t from = 0; from < count; from += fresh * options.batch_size) {
+      const int64_t left = count - from, rows = std::min(options.batch_size, (left + fresh - 1) / fresh);
+      const int64_t width = lead + std::min(fresh, left);
+      auto batch = torch::zeros({rows, width}, torch::kInt64), mask = torch::zeros({rows, width}, torch::kBool);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t begin = from + r * fresh, end = std::min(begin + fresh, count);
+        if (lead) batch[r][0] = options.bos;
+        std::copy(ids.begin() + begin, ids.begin() + end, batch.data_ptr<int64_t>() + r * width + lead);
+        mask[r].narrow(0, 0, lead + end - begin).fill_(true);
+      }
+      auto counted = mask.clone();
+      if (lead) counted.select(1, 0).fill_(false);
+      Trace trace;
+      trace.on_record = [&](const Trace::Record& record) {
+        statistics.add(record, batch, counted, static_cast<int64_t>(t));
+      };
+      Pass pass;
+      pass.trace = &trace;
+      const auto device = model.parameters().empty() ? torch::Device(torch::kCPU) : model.parameters().front().device();
+      if (!mask.all().item<bool>()) pass.mask = mask.to(device);
+      model.hidden(batch.to(device), pass);
+      done += rows;
+      if (progress) progress(done, windows);
+    }
+  }
+  return statistics;
+}
+
+json to_json(const RoutingStatistics& statistics, const std::vector<std::string>& names, const Tokenizer* tokenizer,
+             int64_t top_tokens) {
+  json layers = json::array();
+  double load_entropy = 0, token_entropy = 0, worst = 0, repetition = 0;
+  int64_t unused = 0, experts = 0;
+  for (const auto& [site, s] : statistics.sites()) {
+    const double even = std::log(static_cast<double>(s.experts));
+    const double of_even = s.experts > 1 ? s.load_entropy() / even : 1.0;
+    const double sure = s.experts > 1 ? s.token_entropy() / even : 0.0;
+    json layer = {{"layer", site.block},
+                  {"round", site.round},
+                  {"site", site.site},
+                  {"experts", s.experts},
+                  {"slots", s.slots},
+                  {"tokens", s.tokens},
+                  {"experts_per_token", s.experts_per_token()},
+                  {"load", values<int64_t>(s.load)},
+                  {"share", values<double>(s.share())},
+                  {"load_entropy", s.load_entropy()},
+                  {"load_entropy_normalized", of_even},
+                  {"token_entropy", s.token_entropy()},
+                  {"token_entropy_normalized", sure},
+                  {"imbalance", s.imbalance()},
+                  {"variation", s.variation()},
+                  {"unused", s.unused()},
+                  {"repetition", s.repetition()},
+                  {"chance_repetition", s.chance_repetition()}};
+    const auto load = s.load.to(torch::kFloat64).clamp_min(1.0);
+    layer["mean_gate"] = values<double>(s.gates / load);
+    if (s.scored > 0) layer["mean_probability"] = values<double>(s.probability / static_cast<double>(s.scored));
+    json together = json::array();
+    for (int64_t e = 0; e < s.experts; ++e) together.push_back(values<int64_t>(s.coactivation[e]));
+    layer["coactivation"] = std::move(together);
+    json texts = json::array();
+    for (size_t t = 0; t < names.size(); ++t)
+      texts.push_back({{"text", names[t]}, {"load", values<int64_t>(s.load_by_text[static_cast<int64_t>(t)])}});
+    layer["texts"] = std::move(texts);
+    if (tokenizer != nullptr && top_tokens > 0 && !s.ids.empty()) {
+      std::map<int64_t, int64_t> all;  // choices by id, over all experts
+      for (const auto& of_expert : s.ids)
+        for (const auto& [id, count] : of_expert) all[id] += count;
+      json top = json::array();
+      for (const auto& of_expert : s.ids) {
+        std::vector<std::pair<int64_t, int64_t>> best;
+        for (const auto& entry : of_expert)
+          if (entry.second >= 4) best.push_back(entry);
+        const auto specific = [&](const auto& entry) {
+          return static_cast<double>(entry.second) / static_cast<double>(all.at(entry.first));
+        };
+        std::sort(best.begin(), best.end(), [&](const auto& a, const auto& b) {
+          const double x = specific(a), y = specific(b);
+          return x != y ? x > y : a.second != b.second ? a.second > b.second : a.first < b.first;
+        });
+        if (static_cast<int64_t>(best.size()) > top_tokens) best.resize(static_cast<size_t>(top_tokens));
+        json list = json::array();
+        for (const auto& entry : best)
+          list.push_back({{"id", entry.first},
+                          {"piece", tokenizer->piece(entry.first)},
+                          {"count", entry.second},
+                          {"share", specific(entry)}});
+        top.push_back(std::move(list));
+      }
+      layer["top_tokens"] = std::move(top);
+    }
+    layers.push_back(std::move(layer));
+    load_entropy += of_even;
+    token_entropy += sure;
+    repetition += s.repetition();
+    worst = std::max(worst, s.imbalance());
+    unused += s.unused();
+    experts += s.experts;
+  }
+  const auto count = static_cast<double>(std::max<size_t>(layers.size(), 1));
+  return {{"summary",
+           {{"layers", layers.size()},
+            {"experts", experts},
+            {"unused", unused},
+            {"mean_load_entropy_normalized", load_entropy / count},
+            {"mean_token_entropy_normalized", token_entropy / count},
+            {"mean_repetition", repetition / count},
+            {"worst_imbalance", worst}}},
+          {"layers", std::move(layers)}};
+}
+
+std::string routing_page(const json& report) {
+  return html_with_data(pages::analyze_routing, report);
+}
+
+}  // namespace moiety

@@ -1,0 +1,90 @@
+#pragma once
+// What the routers of a mixture-of-experts model do on real text: how evenly experts are used, which are used together,
+// how sure a router is, how much the next token repeats a choice. Read from Trace records; transforms and policies that
+// need such statistics use the same class.
+#include <torch/types.h>
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "moiety/io/tokenizer.h"
+#include "moiety/models/model.h"
+#include "moiety/nn/pass.h"
+
+namespace moiety {
+
+/// Counts of one site (block, round, name). E experts; a token counts once for each expert that it chose.
+struct SiteStatistics {
+  Site site;
+  int64_t experts = 0;  ///< E
+  int64_t slots = 0;    ///< largest K seen
+  int64_t tokens = 0;
+  torch::Tensor load;          ///< [E] int64: tokens that chose the expert
+  torch::Tensor coactivation;  ///< [E, E] int64: tokens that chose both; the diagonal is `load`
+  torch::Tensor gates;         ///< [E] f64: sum of the gates given to the expert
+  torch::Tensor probability;   ///< [E] f64: sum over tokens of the router's scores, normalized to a distribution
+  torch::Tensor load_by_text;  ///< [texts, E] int64
+  double entropy_sum = 0;      ///< sum over tokens of the entropy of that distribution, nats
+  int64_t scored = 0;          ///< tokens whose router gave scores
+  int64_t followed = 0;        ///< choices of tokens that have a next token in their row
+  int64_t repeated = 0;        ///< those that the next token made again
+  std::vector<std::map<int64_t, int64_t>> ids;  ///< per expert: token id -> times chosen; empty unless asked for
+
+  torch::Tensor share() const;       ///< [E] f64: load over all choices; zeros when there is none
+  double experts_per_token() const;  ///< choices over tokens
+  double load_entropy() const;       ///< of share(), nats; log E when the load is even
+  double token_entropy() const;      ///< mean over tokens, nats
+  double imbalance() const;          ///< largest share times E: 1 when even, E when one expert takes all
+  double variation() const;          ///< standard deviation of the load over its mean
+  double repetition() const;         ///< share of choices that the next token repeats
+  double chance_repetition() const;  ///< what repetition() would be if tokens chose independently
+  int64_t unused() const;            ///< experts that no token chose
+};
+
+class RoutingStatistics {
+ public:
+  /// `count_ids`: keep which token ids chose each expert. `texts`: rows of load_by_text.
+  explicit RoutingStatistics(int64_t texts = 1, bool count_ids = false) : texts_(texts), count_ids_(count_ids) {}
+  /// One record of a pass over ids [B, T]; only tokens where `counted` [B, T] bool is true are counted, for text
+  /// `text`.
+  void add(const Trace::Record& record, const torch::Tensor& ids, const torch::Tensor& counted, int64_t text = 0);
+  /// In the order of depth.
+  const std::map<Site, SiteStatistics>& sites() const { return sites_; }
+
+ private:
+  int64_t texts_;
+  bool count_ids_;
+  std::map<Site, SiteStatistics> sites_;
+};
+
+struct RoutingText {
+  std::string name;
+  std::vector<int64_t> ids;
+};
+
+struct RoutingOptions {
+  int64_t context = 512;  ///< tokens of one window; windows do not overlap
+  int64_t batch_size = 8;
+  int64_t bos = -1;        ///< put before every window and not counted; -1: none
+  bool count_ids = false;  ///< see RoutingStatistics
+};
+
+/// Runs the model over the texts. Throws Error: no block has a mixture, or there is no token to route.
+RoutingStatistics analyze_routing(CausalModel& model, const std::vector<RoutingText>& texts,
+                                  const RoutingOptions& options,
+                                  const std::function<void(int64_t done, int64_t windows)>& progress = {});
+
+/// The statistics as JSON: `layers` (one entry a site) and `summary`. `names` are the texts'; with a tokenizer every
+/// expert lists its `top_tokens` most specific token ids: chosen at least 4 times, ordered by the share of their
+/// occurrences that went to the expert, then by count.
+nlohmann::json to_json(const RoutingStatistics& statistics, const std::vector<std::string>& names,
+                       const Tokenizer* tokenizer = nullptr, int64_t top_tokens = 0);
+
+/// A self-contained page with heatmaps over what to_json gave (and `model`, `settings`, if the caller added them).
+std::string routing_page(const nlohmann::json& report);
+
+}  // namespace moiety
