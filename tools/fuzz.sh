@@ -2,6 +2,7 @@
 # Fuzzes the readers: tools/fuzz.sh SECONDS [TARGET...]    SECONDS for each target, all of tests/fuzz/ by default.
 # Two targets run at a time (JOBS=n changes that). New inputs are kept in build-fuzz/corpus, findings in build-fuzz/findings.
 # Executions are added to results/fuzz.json (RECORD=0: not). Exit code 1 when there is a finding.
+# A target's own options for libFuzzer stand in its source ("// libFuzzer: ..."); FUZZ_OPTIONS adds more.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,6 +19,9 @@ fi
 [ -f build-fuzz/build.ninja ] || cmake --preset fuzz >/dev/null
 cmake --build build-fuzz >build-fuzz/build.log 2>&1 || { tail -40 build-fuzz/build.log; exit 1; }
 
+# Short stacks of allocations and a small quarantine make twice as many executions; a finding that is run alone has all.
+export ASAN_OPTIONS=malloc_context_size=2:quarantine_size_mb=16
+
 logs=build-fuzz/logs findings=build-fuzz/findings
 mkdir -p "$logs" "$findings"
 rm -f "$logs"/*
@@ -25,11 +29,12 @@ rm -f "$logs"/*
 fuzz_one() {
   local target=$1 own=build-fuzz/corpus/$1 seeds=tests/fuzz/corpus/$1 dictionary=tests/fuzz/dict/$1.dict
   local options=()
+  read -ra options < <(sed -n 's|^// libFuzzer: ||p' "tests/fuzz/fuzz_$1.cpp" && echo)
   mkdir -p "$own" "$seeds"
   [ -f "$dictionary" ] && options+=("-dict=$dictionary")
   # Files that a target needs are found from the root of the checkout, where this runs.
   if ! nice -n 19 "build-fuzz/bin/fuzz_$target" -max_total_time="$seconds" -rss_limit_mb=512 -malloc_limit_mb=256 -timeout=5 \
-    -print_final_stats=1 -artifact_prefix="$findings/$target-" "${options[@]}" "$own" "$seeds" >"$logs/$target" 2>&1; then
+    -print_final_stats=1 -artifact_prefix="$findings/$target-" "${options[@]}" ${FUZZ_OPTIONS:-} "$own" "$seeds" >"$logs/$target" 2>&1; then
     # Somebody who stops a run is no finding.
     grep -q "libFuzzer: run interrupted" "$logs/$target" || touch "$logs/$target.failed"
   fi

@@ -149,6 +149,8 @@ def make_format():
         put("format", f"decode_{i:02}", bytes([i, 0]) + rng.bytes(512))
         values = rng.normal(size=256).astype("<f4")
         put("format", f"encode_{i:02}", bytes([i, 1]) + values.tobytes())
+    put("format", "decode_empty", bytes([8, 0]))
+    put("format", "encode_empty", bytes([8, 1]))
     put("format", "encode_large", bytes([20, 1]) + np.full(256, 3e38, "<f4").tobytes())
     put("format", "encode_nan", bytes([20, 1]) + np.full(256, np.nan, "<f4").tobytes())
     put("format", "encode_tiny", bytes([20, 1]) + np.full(256, 1e-42, "<f4").tobytes())
@@ -327,6 +329,9 @@ def make_image():
     put("image", "png_interlaced", bytes([0]) + png(3, 3, 0, 8, b"\0a\0b\0cd\0ef\0gh"[:14], interlace=1))
     put("image", "png_huge", bytes([0]) + png(16000, 16000, 2, 8, b"\0" * 100))
     put("image", "png_zero", bytes([0]) + png(0, 5, 2, 8, b""))
+    # The pixels may begin with empty parts.
+    whole = png(2, 2, 0, 8, b"\0ab\0cd")
+    put("image", "png_empty_first", bytes([0]) + whole[:33] + chunk(b"IDAT", b"") + whole[33:])
     pixels = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
     for name, options in [("base", {}), ("progressive", {"progressive": True}), ("subsampled", {"subsampling": 2}),
                           ("restart", {"quality": 30})]:
@@ -336,6 +341,10 @@ def make_image():
     out = io.BytesIO()
     pixels.convert("L").save(out, "JPEG")
     put("image", "jpeg_grey", bytes([2]) + out.getvalue())
+    # Huffman tables of more codes than there are, and more than their part has bytes for.
+    counts = out.getvalue().index(b"\xff\xc4") + 5
+    for name, new in [("overfull", bytes([12]) + bytes(15)), ("long", b"\xff" * 16)]:
+        put("image", "jpeg_huffman_" + name, bytes([2]) + out.getvalue()[:counts] + new + out.getvalue()[counts + 16:])
     put("image", "jpeg_cut", bytes([2]) + out.getvalue()[:200])
     idx = b"\0\0\x08\x03" + struct.pack(">III", 2, 3, 4) + bytes(range(24))
     put("image", "idx", bytes([200]) + idx)

@@ -1,5 +1,6 @@
 // tokenizer.json and text. Input: a byte that picks a way, then
 //   text for one of the tokenizers in tests/data/tokenizers, or a tokenizer.json, a NUL byte, and text for it.
+// libFuzzer: -max_len=1280
 #include <algorithm>
 #include <filesystem>
 

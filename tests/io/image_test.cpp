@@ -84,6 +84,17 @@ TEST(Image, PngIsReadExactly) {
   EXPECT_EQ(decode_image(bytes_of(png(2, 1, 6, "abcdefgh")), "x.png", 3).channels, 3);
 }
 
+// The format allows it; stb copies to a null pointer then.
+TEST(Image, PngPixelsMayBeginWithEmptyParts) {
+  const std::string good = png(2, 2, 0, "abcd"), empty = chunk("IDAT", "");
+  const std::string head = good.substr(0, 33), rest = good.substr(33);
+  const Image image = decode_image(bytes_of(head + empty + empty + rest), "x.png");
+  EXPECT_EQ(std::string(image.pixels.begin(), image.pixels.end()), "abcd");
+  const std::string none = head + empty + chunk("IEND", "");
+  EXPECT_NE(message_of([&] { decode_image(bytes_of(none), "none.png"); }).find("none.png cannot be read"),
+            std::string::npos);
+}
+
 TEST(Image, JpegIsReadClosely) {
   const Image image = read_image(folder + "quarters.jpg");
   ASSERT_EQ(image.height, 16);
@@ -116,6 +127,24 @@ TEST(Image, DamageIsOneSentence) {
   EXPECT_NE(message_of([&] { decode_image(bytes_of(png(16000, 16000, 6, "")), "bomb.png"); }).find("cannot hold"),
             std::string::npos);
   EXPECT_THROW(decode_image(bytes_of(good), "x", 2), Error);
+}
+
+// Code lengths that no Huffman code has: a decoder that trusts them writes past its tables.
+TEST(Image, JpegHuffmanTablesAreChecked) {
+  const std::string good = read_text(folder + "quarters.jpg");
+  int tables = 0;
+  for (size_t at = good.find("\xff\xc4"); at != std::string::npos; at = good.find("\xff\xc4", at + 2)) {
+    ++tables;
+    for (const std::string& counts : {std::string(16, '\xff'), std::string(1, '\x0c') + std::string(15, '\0'),
+                                      std::string(15, '\0') + std::string(1, '\xff')}) {
+      std::string bad = good;
+      bad.replace(at + 5, 16, counts);
+      EXPECT_NE(message_of([&] { decode_image(bytes_of(bad), "bad.jpg"); }).find("bad.jpg cannot be read"),
+                std::string::npos)
+          << at;
+    }
+  }
+  EXPECT_GT(tables, 0);
 }
 
 RC_GTEST_PROP(Image, FlippedBytesEndInPixelsOrError, ()) {

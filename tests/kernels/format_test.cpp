@@ -336,6 +336,20 @@ TEST_F(FormatTest, EveryPathDecodesAsTheDescriptionSays) {
   });
 }
 
+// An empty row has no memory: no path may touch or copy it.
+TEST_F(FormatTest, EmptyRows) {
+  for_each_isa([] {
+    for (const FormatInfo& f : formats()) {
+      EXPECT_EQ(row_bytes(f.format, 0), 0) << f.name;
+      EXPECT_NO_THROW(dequantize_row(f.format, nullptr, nullptr, 0)) << f.name;
+    }
+  });
+  for (const FormatInfo& f : formats()) {
+    const bool encodes = message_of([&] { quantize(f.format, std::vector<float>(256, 1.f)); }).empty();
+    EXPECT_EQ(message_of([&] { quantize_row(f.format, nullptr, nullptr, 0); }).empty(), encodes) << f.name;
+  }
+}
+
 TEST_F(FormatTest, SubnormalHalfScales) {
   for_each_isa([] {
     for (int h : {0x0001, 0x8001, 0x03ff, 0x0400}) {

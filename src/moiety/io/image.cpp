@@ -54,26 +54,39 @@ void check_sides(int width, int height, const std::string& where) {
   fail("{} says it has {} x {} pixels, which its {} bytes cannot hold", where, width, height, bytes);
 }
 
-// stb takes a cut PNG in places: look for the end ourselves.
-bool has_png_end(std::span<const std::byte> bytes) {
+// The parts of a PNG up to its end, for stb takes a cut file in places. Pixels may begin with empty parts, which stb
+// would copy to a null pointer: these are left out of `without`, which stays empty when there are none.
+bool find_png_end(std::span<const std::byte> bytes, std::vector<std::byte>& without) {
   for (size_t at = 8; bytes.size() >= 12 && at <= bytes.size() - 12;) {
     const uint64_t length = big_endian(bytes, at);
-    if (std::memcmp(bytes.data() + at + 4, "IEND", 4) == 0) return true;
-    if (length > bytes.size() - at - 12) return false;
-    at += length + 12;
+    const auto is = [&](const char* kind) { return std::memcmp(bytes.data() + at + 4, kind, 4) == 0; };
+    const bool end = is("IEND"), drop = length == 0 && is("IDAT");
+    if (!end && length > bytes.size() - at - 12) return false;
+    const size_t next = end ? bytes.size() : at + length + 12;
+    if (drop && without.empty()) {
+      without.assign(bytes.begin(), bytes.begin() + static_cast<std::ptrdiff_t>(at));
+    } else if (!drop && !without.empty()) {
+      const auto part = bytes.subspan(at, next - at);
+      without.insert(without.end(), part.begin(), part.end());
+    }
+    if (end) return true;
+    at = next;
   }
   return false;
 }
 
 Image decode_png(std::span<const std::byte> bytes, const std::string& where, int channels) {
-  check(has_png_end(bytes), "{} is truncated: the image's end is missing", where);
+  std::vector<std::byte> without;
+  check(find_png_end(bytes, without), "{} is truncated: the image's end is missing", where);
+  if (!without.empty()) bytes = without;
   const auto* data = reinterpret_cast<const stbi_uc*>(bytes.data());
   const int size = static_cast<int>(bytes.size());
   int width = 0, height = 0, found = 0;
   const auto reason = [] { return stbi_failure_reason() ? stbi_failure_reason() : "damaged"; };
   check(stbi_info_from_memory(data, size, &width, &height, &found) != 0, "{} cannot be read: {}", where, reason());
   check_sides(width, height, where);
-  // The header comes first: bits of a sample at byte 24, kind of pixel at 25. (Apple's variant has another part before.)
+  // The header comes first: bits of a sample at byte 24, kind of pixel at 25. (Apple's variant has another part
+  // before.)
   check(std::memcmp(bytes.data() + 12, "IHDR", 4) == 0, "{} does not begin with the part IHDR of a PNG", where);
   const int depth = static_cast<int>(bytes[24]), kind = static_cast<int>(bytes[25]);
   const int samples = kind == 2 ? 3 : kind == 4 ? 2 : kind == 6 ? 4 : 1;
