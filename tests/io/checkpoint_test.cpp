@@ -7,7 +7,7 @@
 #include <fstream>
 #include <random>
 
-#include "moiety/base/error.h"
+#include "message_of.h"
 #include "moiety/base/files.h"
 #include "moiety/io/checkpoint_writer.h"
 #include "moiety/io/sha256.h"
@@ -55,15 +55,6 @@ void save(const fs::path& file, const std::vector<Tensor>& tensors) {
     writer.write(t.name, std::as_bytes(std::span(values)));
   }
   writer.finish();
-}
-
-std::string message_of(const std::function<void()>& f) {
-  try {
-    f();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "";
 }
 
 TEST(Checkpoint, OneFileAndShards) {

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <set>
 
-#include "moiety/base/error.h"
+#include "message_of.h"
 #include "moiety/base/files.h"
 #include "moiety/io/examples.h"
 
@@ -14,16 +14,6 @@ namespace moiety {
 namespace {
 
 using Json = nlohmann::ordered_json;
-
-template <class F>
-std::string message_of(const F& f) {
-  try {
-    f();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "no error";
-}
 
 class Data : public testing::Test {
  protected:
@@ -74,6 +64,20 @@ TEST_F(Data, EmptyAndOddTextFiles) {
                   "UTF-16"));
   EXPECT_TRUE(has(message_of([&] { Dataset::open((folder / "e.text").string()); }), "did you mean `e.t"));
   EXPECT_TRUE(has(error("x.parquet", "PAR1"), "not read"));
+}
+
+// Files stay mapped: one that was cut must not be read where it has no bytes any more.
+TEST_F(Data, FilesThatChangeAreNoticed) {
+  for (const char* name : {"c.txt", "c.jsonl", "c.csv"}) {
+    std::string text = "\"text\"\n";
+    for (int i = 0; i < 5000; ++i) text += "\"line\"\n";
+    const auto data = open(name, text, {.document = "line"});
+    EXPECT_TRUE(has(data->get(data->size() - 1).text, "line")) << name;
+    std::filesystem::resize_file(folder / name, 20);
+    EXPECT_TRUE(has(message_of([&] { data->get(data->size() - 1); }), "has changed")) << name;
+    std::filesystem::remove(folder / name);
+    EXPECT_TRUE(has(message_of([&] { data->get(0); }), "has changed")) << name;
+  }
 }
 
 TEST_F(Data, FoldersAndPatterns) {

@@ -6,7 +6,7 @@
 
 #include <cstring>
 
-#include "moiety/base/error.h"
+#include "message_of.h"
 #include "moiety/base/files.h"
 
 namespace moiety {
@@ -58,16 +58,6 @@ std::string gzip(const std::string& text) {
   out.resize(z.total_out);
   deflateEnd(&z);
   return out;
-}
-
-template <class F>
-std::string message_of(const F& f) {
-  try {
-    f();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "no error";
 }
 
 TEST(Image, PngIsReadExactly) {
@@ -123,7 +113,7 @@ TEST(Image, DamageIsOneSentence) {
   }
   EXPECT_NE(message_of([&] { decode_image(bytes_of("GIF89a......"), "a.gif"); }).find("neither a PNG nor a JPEG"),
             std::string::npos);
-  EXPECT_NE(message_of([&] { decode_image(bytes_of(png(60000, 60000, 2, "")), "big.png"); }), "no error");
+  EXPECT_NE(message_of([&] { decode_image(bytes_of(png(60000, 60000, 2, "")), "big.png"); }), "");
   EXPECT_NE(message_of([&] { decode_image(bytes_of(png(16000, 16000, 6, "")), "bomb.png"); }).find("cannot hold"),
             std::string::npos);
   EXPECT_THROW(decode_image(bytes_of(good), "x", 2), Error);

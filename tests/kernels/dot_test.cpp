@@ -9,8 +9,8 @@
 #include <random>
 #include <vector>
 
+#include "kernels/each_isa.h"
 #include "moiety/base/error.h"
-#include "moiety/kernels/cpu.h"
 #include "moiety/kernels/half.h"
 
 namespace moiety {
@@ -18,28 +18,7 @@ namespace {
 
 const Format kBlockFormats[] = {Format::Q8_0, Format::Q4_0, Format::Q4_1,  Format::Q5_0,  Format::Q5_1, Format::Q4_K,
                                 Format::Q5_K, Format::Q6_K, Format::TQ1_0, Format::TQ2_0, Format::MXFP4};
-
-class DotTest : public testing::Test {
- protected:
-  void TearDown() override { set_isa(best_isa()); }
-  template <class F>
-  static void for_each_isa(F&& f) {
-    for (Isa each : {Isa::Portable, Isa::Avx2, Isa::Avx512})
-      if (each <= best_isa()) {
-        SCOPED_TRACE(std::string(isa_name(each)));
-        set_isa(each);
-        f();
-      }
-  }
-};
-
-std::vector<float> gaussian(size_t n, unsigned seed, float scale = 1.f) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal(0.f, scale);
-  std::vector<float> x(n);
-  for (float& v : x) v = normal(random);
-  return x;
-}
+using DotTest = EachIsa;
 
 // Any bit pattern of the quants, scales that are finite.
 std::vector<std::byte> random_rows(Format format, int64_t rows, int64_t cols, unsigned seed) {

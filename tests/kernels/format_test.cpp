@@ -11,8 +11,9 @@
 #include <string>
 #include <vector>
 
+#include "kernels/each_isa.h"
+#include "message_of.h"
 #include "moiety/base/error.h"
-#include "moiety/kernels/cpu.h"
 #include "moiety/kernels/half.h"
 
 namespace moiety {
@@ -40,14 +41,6 @@ std::vector<float> dequantize(Format format, const Bytes& blocks) {
   return x;
 }
 
-std::vector<float> gaussian(size_t n, unsigned seed, float scale = 1.f) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal(0.f, scale);
-  std::vector<float> x(n);
-  for (float& v : x) v = normal(random);
-  return x;
-}
-
 double mean_square_error(const std::vector<float>& a, const std::vector<float>& b, const float* weights = nullptr) {
   double sum = 0, norm = 0;
   for (size_t i = 0; i < a.size(); ++i) {
@@ -58,29 +51,6 @@ double mean_square_error(const std::vector<float>& a, const std::vector<float>& 
   return sum / norm;
 }
 
-template <class F>
-std::string message_of(F&& f) {
-  try {
-    f();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "";
-}
-
-class EachIsa : public testing::Test {
- protected:
-  void TearDown() override { set_isa(best_isa()); }
-  template <class F>
-  static void for_each_isa(F&& f) {
-    for (Isa each : {Isa::Portable, Isa::Avx2, Isa::Avx512})
-      if (each <= best_isa()) {
-        SCOPED_TRACE(std::string(isa_name(each)));
-        set_isa(each);
-        f();
-      }
-  }
-};
 using FormatTest = EachIsa;
 
 TEST(Half, EveryHalfSurvivesTheRoundTrip) {

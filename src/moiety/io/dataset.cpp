@@ -12,7 +12,7 @@
 #include "moiety/base/random.h"
 #include "moiety/base/text.h"
 #include "moiety/io/mapped_file.h"
-#include "moiety/io/utf8.h"
+#include "moiety/io/unicode.h"
 
 namespace moiety {
 namespace fs = std::filesystem;
@@ -70,21 +70,31 @@ bool blank(std::string_view text) {
 
 class Files {
  public:
-  explicit Files(std::vector<fs::path> paths) : paths_(std::move(paths)) {}
+  explicit Files(std::vector<fs::path> paths) : paths_(std::move(paths)) {
+    if (paths_.size() > max_mapped) return;
+    for (const auto& path : paths_) mapped_.push_back(MappedFile::open(path));
+  }
   const std::vector<fs::path>& paths() const { return paths_; }
+  std::shared_ptr<const MappedFile> open(uint32_t file) const {
+    return mapped_.empty() ? MappedFile::open(paths_[file]) : mapped_[file];
+  }
   std::string where(const Place& p) const { return fmt::format("{}:{}", paths_[p.file].string(), p.line); }
-  // The bytes of a place. The file is mapped for the call only: a folder may have more files than a process may map.
   template <class Use>
   auto read(const Place& p, const Use& use) const {
-    const auto file = MappedFile::open(paths_[p.file]);
-    const auto text = view(file->bytes());
-    check(p.offset <= text.size() && p.length <= text.size() - p.offset, "{} has changed since it was indexed",
-          paths_[p.file].string());
-    return use(text.substr(p.offset, p.length));
+    const auto file = open(p.file);
+    // A file that was cut has no bytes any more where they are mapped.
+    std::error_code error;
+    const bool whole = fs::file_size(paths_[p.file], error) >= file->bytes().size() && !error;
+    check(whole && p.offset <= file->bytes().size() && p.length <= file->bytes().size() - p.offset,
+          "{} has changed since it was indexed", paths_[p.file].string());
+    return use(view(file->bytes()).substr(p.offset, p.length));
   }
 
  private:
+  // A process may map some ten thousand files: those of a larger folder are mapped for the call only.
+  static constexpr size_t max_mapped = 1000;
   std::vector<fs::path> paths_;
+  std::vector<std::shared_ptr<const MappedFile>> mapped_;
 };
 
 void check_index(int64_t i, int64_t size) {
@@ -98,7 +108,7 @@ class TextData : public Dataset {
  public:
   TextData(std::vector<fs::path> paths, const std::string& document) : files_(std::move(paths)) {
     for (uint32_t f = 0; f < files_.paths().size(); ++f) {
-      const auto file = MappedFile::open(files_.paths()[f]);
+      const auto file = files_.open(f);
       index(view(file->bytes()), f, document);
     }
   }
@@ -109,7 +119,7 @@ class TextData : public Dataset {
     const Place& p = places_[static_cast<size_t>(i)];
     Sample sample;
     sample.where = files_.where(p);
-    sample.text = files_.read(p, [](std::string_view text) { return utf8::repair(text); });
+    sample.text = files_.read(p, [](std::string_view text) { return unicode::sanitize(text); });
     return sample;
   }
 
@@ -174,7 +184,7 @@ class JsonLines : public Dataset {
  public:
   JsonLines(std::vector<fs::path> paths, DataOptions options) : files_(std::move(paths)), options_(std::move(options)) {
     for (uint32_t f = 0; f < files_.paths().size(); ++f) {
-      const auto file = MappedFile::open(files_.paths()[f]);
+      const auto file = files_.open(f);
       const auto text = view(file->bytes());
       for_lines(text, text_begin(text, files_.paths()[f].string()), [&](size_t begin, size_t end, uint32_t line) {
         if (!blank(text.substr(begin, end - begin))) places_.push_back({begin, end - begin, f, line});
@@ -257,7 +267,7 @@ void csv_row(std::string_view text, size_t& at, char separator, std::vector<std:
       if (fields) field = text.substr(at, end - at);
       at = end;
     }
-    if (fields) fields->push_back(utf8::repair(field));
+    if (fields) fields->push_back(unicode::sanitize(field));
     if (at >= text.size()) return;
     const char c = text[at++];
     if (c == separator) continue;
@@ -271,7 +281,7 @@ class Csv : public Dataset {
   Csv(std::vector<fs::path> paths, DataOptions options, char separator)
       : files_(std::move(paths)), options_(std::move(options)), separator_(separator) {
     for (uint32_t f = 0; f < files_.paths().size(); ++f) {
-      const auto file = MappedFile::open(files_.paths()[f]);
+      const auto file = files_.open(f);
       const auto text = view(file->bytes());
       const std::string name = files_.paths()[f].string();
       size_t at = text_begin(text, name);
@@ -540,7 +550,7 @@ Json chat_messages(const Json& found, const std::string& where) {
 
 std::string text_value(const Json& j, const char* what, const std::string& where) {
   check(j.is_string(), "{}: the {} must be text, not {}", where, what, j.type_name());
-  return utf8::repair(j.get_ref<const std::string&>());
+  return unicode::sanitize(j.get_ref<const std::string&>());
 }
 
 }  // namespace
@@ -606,7 +616,7 @@ Sample sample_from_json(const Json& record, const DataOptions& options, const st
       sample.kind = SampleKind::choice;
       sample.prompt = text_value(*question_of(record, options), "question", where);
       sample.choices = choices->texts;
-      for (auto& c : sample.choices) c = utf8::repair(c);
+      for (auto& c : sample.choices) c = unicode::sanitize(c);
       if (const Json* answer = answer_of(record, options)) sample.answer = answer_index(*answer, *choices, where);
       return sample;
     }

@@ -1,7 +1,6 @@
 #include "moiety/io/gguf.h"
 
 #include <fmt/ranges.h>
-#include <utf8proc.h>
 
 #include <algorithm>
 #include <bit>
@@ -14,6 +13,7 @@
 #include "moiety/base/atomic_file.h"
 #include "moiety/base/error.h"
 #include "moiety/base/text.h"
+#include "moiety/io/unicode.h"
 
 namespace moiety {
 namespace {
@@ -94,19 +94,6 @@ std::string supported_formats() {
   for (const FormatInfo& each : formats())
     if (each.gguf_id >= 0) names.emplace_back(each.name);
   return list_of(names, "and");
-}
-
-bool valid_utf8(std::string_view text) {
-  const auto* p = reinterpret_cast<const utf8proc_uint8_t*>(text.data());
-  auto left = static_cast<utf8proc_ssize_t>(text.size());
-  while (left > 0) {
-    utf8proc_int32_t code = 0;
-    const utf8proc_ssize_t n = utf8proc_iterate(p, left, &code);
-    if (n <= 0) return false;
-    p += n;
-    left -= n;
-  }
-  return true;
 }
 
 bool valid_alignment(uint64_t value) {
@@ -302,7 +289,7 @@ struct GgufParser {
       const std::string_view key = in.string("a key");
       check(key.size() <= kMaxKey, "{}: the key at byte {} has {} bytes; {} are allowed", where, at, key.size(),
             kMaxKey);
-      check(valid_utf8(key), "{}: the key {} at byte {} is not valid UTF-8", where, shown(key), at);
+      check(unicode::valid(key), "{}: the key {} at byte {} is not valid UTF-8", where, shown(key), at);
       check(file.keys_.emplace(std::string(key), i).second, "{}: the key {} at byte {} occurs twice", where, shown(key),
             at);
       file.metadata_.emplace_back(std::string(key), value(key));
@@ -329,7 +316,7 @@ struct GgufParser {
       const std::string_view name = in.string("a tensor name");
       check(name.size() <= kMaxName, "{}: the tensor name at byte {} has {} bytes; {} are allowed", where, at,
             name.size(), kMaxName);
-      check(valid_utf8(name), "{}: the tensor name {} at byte {} is not valid UTF-8", where, shown(name), at);
+      check(unicode::valid(name), "{}: the tensor name {} at byte {} is not valid UTF-8", where, shown(name), at);
       TensorInfo& t = file.tensors_.emplace_back();
       t.name = name;
       check(file.index_.emplace(t.name, i).second, "{}: the tensor {} at byte {} occurs twice", where, shown(name), at);
@@ -673,7 +660,7 @@ struct GgufWriter::Impl {
 
   void put_key(const std::string& key, std::string value) {
     check(!header_written, "{}: the key {} is set after the first tensor was written", where, shown(key));
-    check(!key.empty() && key.size() <= kMaxKey && valid_utf8(key),
+    check(!key.empty() && key.size() <= kMaxKey && unicode::valid(key),
           "{}: the key {} is empty, longer than {} bytes or not UTF-8", where, shown(key), kMaxKey);
     const auto [found, fresh] = key_index.emplace(key, keys.size());
     if (fresh)
@@ -785,7 +772,7 @@ void GgufWriter::declare(const TensorInfo& tensor) {
   Impl& w = *impl_;
   const std::string name = shown(tensor.name);
   check(!w.header_written, "{}: tensor {} is declared after the first tensor was written", w.where, name);
-  check(tensor.name.size() <= kMaxName && valid_utf8(tensor.name),
+  check(tensor.name.size() <= kMaxName && unicode::valid(tensor.name),
         "{}: the tensor name {} is longer than {} bytes or not UTF-8", w.where, name, kMaxName);
   check(info(tensor.format).gguf_id >= 0, "{}: tensor {} is in {}, which GGUF cannot hold here (it can: {})", w.where,
         name, info(tensor.format).name, supported_formats());

@@ -10,7 +10,7 @@
 #include <set>
 
 #include "moiety/io/jinja.h"
-#include "moiety/io/utf8.h"
+#include "moiety/io/unicode.h"
 
 namespace moiety::jinja {
 namespace {
@@ -93,16 +93,15 @@ bool is_cased(char32_t c) {
 }
 
 bool all_of(std::string_view text, bool (*test)(char32_t)) {
-  bool ok = true;
   if (text.empty()) return false;
   for (size_t at = 0; at < text.size();)
-    if (!test(utf8::next(text, at, ok))) return false;
+    if (!test(unicode::next_any(text, at))) return false;
   return true;
 }
 bool all_cased(std::string_view text, bool upper_case) {
-  bool any = false, ok = true;
+  bool any = false;
   for (size_t at = 0; at < text.size();) {
-    const char32_t c = utf8::next(text, at, ok);
+    const char32_t c = unicode::next_any(text, at);
     if (upper_case ? is_lower_case(c) || is_title_case(c) : is_upper_case(c) || is_title_case(c)) return false;
     any |= upper_case ? is_upper_case(c) : is_lower_case(c);
   }
@@ -110,7 +109,7 @@ bool all_cased(std::string_view text, bool upper_case) {
 }
 
 std::string capitalize(std::string_view text) {
-  const auto points = utf8::decode(text);
+  const auto points = unicode::decode(text);
   std::string out;
   for (size_t i = 0; i < points.size(); ++i) {
     if (i == 0) {
@@ -123,7 +122,7 @@ std::string capitalize(std::string_view text) {
 }
 
 std::string title(std::string_view text) {
-  const auto points = utf8::decode(text);
+  const auto points = unicode::decode(text);
   std::string out;
   bool inside = false;
   for (size_t i = 0; i < points.size(); ++i) {
@@ -138,7 +137,7 @@ std::string title(std::string_view text) {
 }
 
 std::string swapcase(std::string_view text) {
-  const auto points = utf8::decode(text);
+  const auto points = unicode::decode(text);
   std::string out;
   for (size_t i = 0; i < points.size(); ++i) {
     if (is_upper_case(points[i])) {
@@ -146,7 +145,7 @@ std::string swapcase(std::string_view text) {
     } else if (is_lower_case(points[i])) {
       append_upper(out, points[i]);
     } else {
-      utf8::append(out, points[i]);
+      unicode::append(out, points[i]);
     }
   }
   return out;
@@ -160,14 +159,13 @@ std::string replace(Run& run, const std::string& text, const std::string& from, 
   };
   run.step(text.size() / 16);
   if (from.empty()) {
-    bool ok = true;
     size_t at = 0;
     while (count != 0) {
       out += to;
       --count;
       if (at >= text.size()) return out;
       const size_t before = at;
-      utf8::next(text, at, ok);
+      unicode::next_any(text, at);
       out.append(text, before, at - before);
       guard();
     }
@@ -217,7 +215,6 @@ std::vector<std::string> split(Run& run, const std::string& text, const std::str
     return out;
   }
   std::string_view rest = text;
-  bool ok = true;
   if (!from_right) {
     while (true) {
       rest = strip(rest, nullptr, true, false);
@@ -229,7 +226,7 @@ std::vector<std::string> split(Run& run, const std::string& text, const std::str
       size_t end = 0;
       while (end < rest.size()) {
         size_t at = end;
-        if (is_space(utf8::next(rest, at, ok))) break;
+        if (is_space(unicode::next_any(rest, at))) break;
         end = at;
       }
       out.emplace_back(rest.substr(0, end));
@@ -249,7 +246,7 @@ std::vector<std::string> split(Run& run, const std::string& text, const std::str
       size_t at = begin - 1;
       while (at > 0 && (static_cast<unsigned char>(rest[at]) & 0xC0) == 0x80) --at;
       size_t behind = at;
-      if (is_space(utf8::next(rest, behind, ok))) break;
+      if (is_space(unicode::next_any(rest, behind))) break;
       begin = at;
     }
     out.emplace_back(rest.substr(begin));
@@ -262,11 +259,10 @@ std::vector<std::string> split(Run& run, const std::string& text, const std::str
 
 std::vector<std::string> splitlines(const std::string& text, bool keep) {
   std::vector<std::string> out;
-  bool ok = true;
   size_t begin = 0;
   for (size_t at = 0; at < text.size();) {
     const size_t before = at;
-    const char32_t c = utf8::next(text, at, ok);
+    const char32_t c = unicode::next_any(text, at);
     const bool end = (c >= 0x0A && c <= 0x0D) || (c >= 0x1C && c <= 0x1E) || c == 0x85 || c == 0x2028 || c == 0x2029;
     if (!end) continue;
     if (c == '\r' && at < text.size() && text[at] == '\n') ++at;
@@ -297,8 +293,7 @@ std::string_view part(const Bound& b, size_t start, const std::string& text, siz
   possible = from <= to && from <= size;
   const auto byte = [&](int64_t point) {
     size_t at = 0;
-    bool ok = true;
-    for (; point > 0 && at < text.size(); --point) utf8::next(text, at, ok);
+    for (; point > 0 && at < text.size(); --point) unicode::next_any(text, at);
     return at;
   };
   offset = byte(std::min(from, size));
@@ -485,10 +480,9 @@ const std::unordered_map<std::string_view, TextMethod>& text_methods() {
          check(size < 1000, "a tab size of {} is too large", size);
          std::string out;
          int64_t column = 0;
-         bool ok = true;
          for (size_t at = 0; at < s.text().size();) {
            const size_t before = at;
-           const char32_t c = utf8::next(s.text(), at, ok);
+           const char32_t c = unicode::next_any(s.text(), at);
            if (c == '\t') {
              if (size > 0) {
                const int64_t gap = size - column % size;
@@ -628,7 +622,7 @@ Value strftime_now(Run& run, const Arguments& a) {
   std::vector<char> buffer(format.size() * 64 + 256);
   const size_t size = std::strftime(buffer.data(), buffer.size(), (format + "|").c_str(), &local);
   check(size > 0, "strftime_now(): the date is too long");
-  return run.text(utf8::repair(std::string_view(buffer.data(), size - 1)));
+  return run.text(unicode::sanitize(std::string_view(buffer.data(), size - 1)));
 }
 
 const std::set<std::string> globals = {"range",           "dict",        "namespace", "cycler", "joiner",
@@ -894,14 +888,14 @@ Value truncating(Run& run, const Value& v, const Arguments& a) {
 
 std::string filter_title(const std::string& text) {
   std::string out;
-  const auto points = utf8::decode(text);
+  const auto points = unicode::decode(text);
   const auto breaks = [](char32_t c) {
     return c == '-' || c == '(' || c == '{' || c == '[' || c == '<' || is_space(c);
   };
   bool start = true;
   for (size_t i = 0; i < points.size(); ++i) {
     if (breaks(points[i])) {
-      utf8::append(out, points[i]);
+      unicode::append(out, points[i]);
       start = true;
     } else if (start) {
       append_upper(out, points[i]);
@@ -1259,8 +1253,7 @@ const std::unordered_map<std::string, Filter>& filters() {
       {"last",
        [](Run& r, const Value& v, const Arguments& a) {
          Bound("last", a, {});
-         if (v.is(Kind::list) && v.list().shape == Shape::iterator)
-           fail("'{}' object is not reversible", type_name(v));
+         if (v.is(Kind::list) && v.list().shape == Shape::iterator) fail("'{}' object is not reversible", type_name(v));
          const auto items = iterate(r, v);
          return items.empty() ? Value::undefined("No last item, sequence was empty.") : items.back();
        }},
@@ -1324,9 +1317,9 @@ const std::unordered_map<std::string, Filter>& filters() {
          const std::string text = to_text(r, v);
          r.step(text.size() / 16);
          int64_t count = 0;
-         bool inside = false, ok = true;
+         bool inside = false;
          for (size_t at = 0; at < text.size();) {
-           const char32_t c = utf8::next(text, at, ok);
+           const char32_t c = unicode::next_any(text, at);
            const bool word = is_alpha(c) || is_numeric(c) || c == '_';
            count += word && !inside;
            inside = word;

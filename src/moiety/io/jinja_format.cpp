@@ -2,7 +2,7 @@
 #include <cmath>
 
 #include "moiety/io/jinja.h"
-#include "moiety/io/utf8.h"
+#include "moiety/io/unicode.h"
 
 namespace moiety::jinja {
 namespace {
@@ -36,9 +36,9 @@ std::string pad(std::string text, const Spec& spec, char default_align) {
       head += 2;
   }
   std::string out = text.substr(0, head);
-  for (int64_t i = 0; i < left; ++i) utf8::append(out, spec.fill);
+  for (int64_t i = 0; i < left; ++i) unicode::append(out, spec.fill);
   out += text.substr(head);
-  for (int64_t i = 0; i < right; ++i) utf8::append(out, spec.fill);
+  for (int64_t i = 0; i < right; ++i) unicode::append(out, spec.fill);
   return out;
 }
 
@@ -134,7 +134,7 @@ std::string real_text_spec(double value, Spec spec) {
 std::string with_spec(Run& run, const Value& value, const std::string& text) {
   if (text.empty()) return to_text(run, value);
   Spec spec;
-  const auto points = utf8::decode(text);
+  const auto points = unicode::decode(text);
   size_t at = 0;
   const auto is_align = [](char32_t c) { return c == '<' || c == '>' || c == '^' || c == '='; };
   if (points.size() > 1 && is_align(points[1])) {
@@ -189,8 +189,8 @@ std::string with_spec(Run& run, const Value& value, const std::string& text) {
       if (spec.type == 'c') {
         std::string out;
         check(value.integer() >= 0 && value.integer() < 0x110000, "%c arg not in range(0x110000)");
-        utf8::append(out, static_cast<char32_t>(value.integer()));
-        return pad(utf8::repair(out), spec, '<');
+        unicode::append(out, static_cast<char32_t>(value.integer()));
+        return pad(unicode::sanitize(out), spec, '<');
       }
       check(spec.type == 0 || std::string_view("dnxXob").find(spec.type) != std::string_view::npos,
             "Unknown format code '{}' for object of type 'int'", spec.type);
@@ -312,8 +312,8 @@ std::string percent_format(Run& run, const std::string& format, const Value& val
         } else {
           check(value->is_integral() && value->integer() >= 0 && value->integer() < 0x110000,
                 "%c requires int or char");
-          utf8::append(piece, static_cast<char32_t>(value->integer()));
-          piece = utf8::repair(piece);
+          unicode::append(piece, static_cast<char32_t>(value->integer()));
+          piece = unicode::sanitize(piece);
         }
         numeric = false;
         break;

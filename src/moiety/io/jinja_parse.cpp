@@ -6,7 +6,7 @@
 #include <unordered_set>
 
 #include "moiety/io/jinja.h"
-#include "moiety/io/utf8.h"
+#include "moiety/io/unicode.h"
 
 namespace moiety::jinja {
 namespace {
@@ -49,7 +49,7 @@ class Lexer {
       }
     }
     if (!source_.empty() && source_.back() == '\n') source_.pop_back();
-    source_ = utf8::repair(source_);
+    source_ = unicode::sanitize(source_);
   }
 
   [[noreturn]] void fail_at(size_t at, const std::string& what) const {
@@ -141,10 +141,9 @@ class Lexer {
   }
 
   size_t skip_space(size_t at) const {
-    bool ok = true;
     while (at < source_.size()) {
       size_t behind = at;
-      if (!is_space(utf8::next(source_, behind, ok))) break;
+      if (!is_space(unicode::next_any(source_, behind))) break;
       at = behind;
     }
     return at;
@@ -329,7 +328,7 @@ class Lexer {
       }
       if (value > 0x10FFFF || (value >= 0xD800 && value <= 0xDFFF))
         fail_at(start, "this string has an escape that is no character");
-      utf8::append(out, value);
+      unicode::append(out, value);
     };
     while (true) {
       if (at_ >= source_.size()) fail_at(start, "this string is not closed");
@@ -386,7 +385,7 @@ class Lexer {
             char32_t value = static_cast<char32_t>(e - '0');
             for (int i = 0; i < 2 && at_ < source_.size() && source_[at_] >= '0' && source_[at_] <= '7'; ++i)
               value = value * 8 + static_cast<char32_t>(source_[at_++] - '0');
-            utf8::append(out, value);
+            unicode::append(out, value);
           } else {
             out += '\\';
             out += e;

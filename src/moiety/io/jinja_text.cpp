@@ -5,7 +5,7 @@
 #include <array>
 
 #include "moiety/io/jinja.h"
-#include "moiety/io/utf8.h"
+#include "moiety/io/unicode.h"
 
 namespace moiety::jinja {
 namespace {
@@ -180,17 +180,17 @@ size_t text_length(std::string_view text) {
 
 void append_upper(std::string& out, char32_t c) {
   if (const auto* s = special(c)) {
-    for (const char32_t* p = s->upper; *p; ++p) utf8::append(out, *p);
+    for (const char32_t* p = s->upper; *p; ++p) unicode::append(out, *p);
   } else {
-    utf8::append(out, static_cast<char32_t>(utf8proc_toupper(static_cast<utf8proc_int32_t>(c))));
+    unicode::append(out, static_cast<char32_t>(utf8proc_toupper(static_cast<utf8proc_int32_t>(c))));
   }
 }
 
 void append_title(std::string& out, char32_t c) {
   if (const auto* s = special(c)) {
-    for (const char32_t* p = s->title; *p; ++p) utf8::append(out, *p);
+    for (const char32_t* p = s->title; *p; ++p) unicode::append(out, *p);
   } else {
-    utf8::append(out, static_cast<char32_t>(utf8proc_totitle(static_cast<utf8proc_int32_t>(c))));
+    unicode::append(out, static_cast<char32_t>(utf8proc_totitle(static_cast<utf8proc_int32_t>(c))));
   }
 }
 
@@ -199,44 +199,42 @@ void append_lower(std::string& out, const std::vector<char32_t>& text, size_t at
   if (c == 0x130) {
     out += "i\xCC\x87";
   } else if (c == 0x3A3) {
-    utf8::append(out, final_sigma(text, at) ? 0x3C2 : 0x3C3);
+    unicode::append(out, final_sigma(text, at) ? 0x3C2 : 0x3C3);
   } else {
-    utf8::append(out, static_cast<char32_t>(utf8proc_tolower(static_cast<utf8proc_int32_t>(c))));
+    unicode::append(out, static_cast<char32_t>(utf8proc_tolower(static_cast<utf8proc_int32_t>(c))));
   }
 }
 
 std::string upper(std::string_view text) {
   std::string out;
-  bool ok = true;
-  for (size_t at = 0; at < text.size();) append_upper(out, utf8::next(text, at, ok));
+  for (size_t at = 0; at < text.size();) append_upper(out, unicode::next_any(text, at));
   return out;
 }
 
 std::string lower(std::string_view text) {
   std::string out;
-  const auto points = utf8::decode(text);
+  const auto points = unicode::decode(text);
   for (size_t i = 0; i < points.size(); ++i) append_lower(out, points, i);
   return out;
 }
 
 std::string_view strip(std::string_view text, const std::string* characters, bool left, bool right) {
   std::vector<char32_t> set;
-  if (characters) set = utf8::decode(*characters);
+  if (characters) set = unicode::decode(*characters);
   const auto drop = [&](char32_t c) {
     return characters ? std::find(set.begin(), set.end(), c) != set.end() : is_space(c);
   };
   size_t begin = 0, end = text.size();
-  bool ok = true;
   while (left && begin < end) {
     size_t at = begin;
-    if (!drop(utf8::next(text, at, ok))) break;
+    if (!drop(unicode::next_any(text, at))) break;
     begin = at;
   }
   while (right && end > begin) {
     size_t at = end - 1;
     while (at > begin && (static_cast<unsigned char>(text[at]) & 0xC0) == 0x80) --at;
     size_t behind = at;
-    if (!drop(utf8::next(text.substr(0, end), behind, ok))) break;
+    if (!drop(unicode::next_any(text.substr(0, end), behind))) break;
     end = at;
   }
   return text.substr(begin, end - begin);

@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "moiety/io/jinja.h"
-#include "moiety/io/utf8.h"
+#include "moiety/io/unicode.h"
 
 namespace moiety::jinja {
 namespace {
@@ -271,10 +271,9 @@ namespace {
 std::string quote(std::string_view text) {
   const char mark = text.find('\'') != std::string_view::npos && text.find('"') == std::string_view::npos ? '"' : '\'';
   std::string out(1, mark);
-  bool ok = true;
   for (size_t at = 0; at < text.size();) {
     const size_t before = at;
-    const char32_t c = utf8::next(text, at, ok);
+    const char32_t c = unicode::next_any(text, at);
     if (c == static_cast<char32_t>(mark) || c == '\\') {
       out += '\\';
       out += static_cast<char>(c);
@@ -402,10 +401,9 @@ namespace {
 
 void write_json_text(const std::string& text, bool ascii, std::string& out) {
   out += '"';
-  bool ok = true;
   for (size_t at = 0; at < text.size();) {
     const size_t before = at;
-    const char32_t c = utf8::next(text, at, ok);
+    const char32_t c = unicode::next_any(text, at);
     switch (c) {
       case '"':
         out += "\\\"";
@@ -565,7 +563,7 @@ Value from_json(const nlohmann::ordered_json& json, int depth) {
     case nlohmann::ordered_json::value_t::number_float:
       return Value(json.get<double>());
     case nlohmann::ordered_json::value_t::string:
-      return Value(utf8::repair(json.get_ref<const std::string&>()));
+      return Value(unicode::sanitize(json.get_ref<const std::string&>()));
     case nlohmann::ordered_json::value_t::array: {
       std::vector<Value> items;
       items.reserve(json.size());
@@ -574,7 +572,8 @@ Value from_json(const nlohmann::ordered_json& json, int depth) {
     }
     case nlohmann::ordered_json::value_t::object: {
       auto dict = std::make_shared<Dict>();
-      for (const auto& [key, value] : json.items()) dict->set(Value(utf8::repair(key)), from_json(value, depth + 1));
+      for (const auto& [key, value] : json.items())
+        dict->set(Value(unicode::sanitize(key)), from_json(value, depth + 1));
       return Value(std::shared_ptr<const Dict>(std::move(dict)));
     }
     default:
@@ -698,10 +697,9 @@ std::vector<Value> iterate(Run& run, const Value& v) {
       return out;
     case Kind::text: {
       run.step(v.text().size());
-      bool ok = true;
       for (size_t at = 0; at < v.text().size();) {
         const size_t before = at;
-        utf8::next(v.text(), at, ok);
+        unicode::next_any(v.text(), at);
         out.emplace_back(v.text().substr(before, at - before));
       }
       return out;
@@ -789,12 +787,11 @@ std::optional<Value> indexed(Run& run, const Value& object, const Value& key) {
     const auto size = static_cast<int64_t>(text_length(text));
     if (i < 0) i += size;
     if (i < 0 || i >= size) return std::nullopt;
-    bool ok = true;
     size_t at = 0, before = 0;
     if (size == static_cast<int64_t>(text.size())) at = static_cast<size_t>(i), i = 0;
     for (; i >= 0; --i) {
       before = at;
-      utf8::next(text, at, ok);
+      unicode::next_any(text, at);
     }
     return Value(text.substr(before, at - before), object.markup());
   }
@@ -867,7 +864,7 @@ Value slice(Run& run, const Value& object, const Value& start, const Value& stop
   if (text) {
     run.step(text->size() / 16);
     ascii = text_length(*text) == text->size();
-    if (!ascii) points = utf8::decode(*text);
+    if (!ascii) points = unicode::decode(*text);
     size = static_cast<int64_t>(ascii ? text->size() : points.size());
   } else {
     size = static_cast<int64_t>(object.list().items.size());
@@ -889,7 +886,7 @@ Value slice(Run& run, const Value& object, const Value& start, const Value& stop
     } else if (ascii) {
       out += (*text)[static_cast<size_t>(i)];
     } else {
-      utf8::append(out, points[static_cast<size_t>(i)]);
+      unicode::append(out, points[static_cast<size_t>(i)]);
     }
   };
   if (by > 0) {

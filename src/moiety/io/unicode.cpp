@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
-#include <vector>
 
 #include "moiety/base/error.h"
 
@@ -109,6 +108,29 @@ int well_formed(std::string_view bytes, size_t at) {
     low = 0x80, high = 0xBF;
   }
   return static_cast<int>(n);
+}
+
+char32_t next_any(std::string_view bytes, size_t& at) {
+  const int n = well_formed(bytes, at);
+  if (n > 0) return next(bytes, at);
+  at = n == 0 ? bytes.size() : at + static_cast<size_t>(-n);
+  return 0xFFFD;
+}
+
+std::vector<char32_t> decode(std::string_view bytes) {
+  std::vector<char32_t> out;
+  out.reserve(bytes.size());
+  for (size_t at = 0; at < bytes.size();) out.push_back(next_any(bytes, at));
+  return out;
+}
+
+bool valid(std::string_view bytes) {
+  for (size_t at = 0; at < bytes.size();) {
+    const int n = well_formed(bytes, at);
+    if (n <= 0) return false;
+    at += static_cast<size_t>(n);
+  }
+  return true;
 }
 
 std::string sanitize(std::string_view bytes) {

@@ -5,6 +5,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace moiety::unicode {
 
@@ -18,11 +19,16 @@ char32_t next(std::string_view text, size_t& at);
 char32_t previous(std::string_view text, size_t at);
 void append(std::string& out, char32_t c);
 
-/// Length of the well-formed character at `bytes[at]`, or minus the length of the maximal ill-formed sequence there. An
-/// ill-formed sequence that only lacks bytes at the end of `bytes` gives 0.
+/// Length of the well-formed character at `bytes[at]`, or minus the length of the maximal ill-formed sequence there
+/// (Unicode, chapter 3: surrogates, overlong forms and values above U+10FFFF are ill-formed). An ill-formed sequence
+/// that only lacks bytes at the end of `bytes` gives 0.
 int well_formed(std::string_view bytes, size_t at);
-/// Any bytes to valid UTF-8: U+FFFD for each maximal ill-formed sequence.
+/// The character at `bytes[at]`, U+FFFD for a maximal ill-formed sequence; moves `at` behind it.
+char32_t next_any(std::string_view bytes, size_t& at);
+/// Any bytes to characters, or to valid UTF-8: U+FFFD for each maximal ill-formed sequence.
+std::vector<char32_t> decode(std::string_view bytes);
 std::string sanitize(std::string_view bytes);
+bool valid(std::string_view bytes);
 
 bool is_white_space(char32_t c);  ///< the property White_Space
 bool is_word(char32_t c);         ///< \w of the Rust regex package
