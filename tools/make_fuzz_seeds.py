@@ -271,6 +271,12 @@ def make_tokenizer():
                "pre_tokenizer": pre[i % len(pre)], "post_processor": post[i % len(post)], "decoder": decoders[i % len(decoders)],
                "model": models[i % len(models)]}
         put("tokenizer", f"json_{i:02}", bytes([0, i % 8]) + json.dumps(one).encode() + b"\0" + TEXTS[i % len(TEXTS)].encode())
+    old = {"H": 0, "e": 1, "He": 2, "\u0120": 3, "<s>": 4, "</s>": 5, "<unk>": 6, "<|endoftext|>": 7}
+    for i, kind in enumerate(["gpt2", "roberta", "qwen2"]):
+        put("tokenizer", "old_" + kind, bytes([96 + i, 1]) + json.dumps(old).encode() + b"\0#version: 0.2\nH e\n\0" + json.dumps(
+            {"add_prefix_space": i == 1, "mask_token": {"content": "<mask>", "lstrip": True}, "pad_token": "<pad>"}).encode() + b"\0He He <mask>")
+    put("tokenizer", "old_bert", bytes([99, 1]) + b"[PAD]\n[UNK]\n[CLS]\r\n[SEP]\n[MASK]\nhe\n##he\n\0\0" + json.dumps(
+        {"do_lower_case": True, "added_tokens_decoder": {"7": {"content": "<x>", "special": True}}}).encode() + b"\0Hehe <x>")
     put("tokenizer", "json_gap", bytes([0, 0]) + json.dumps({"model": {"type": "BPE", "vocab": {"a": 2**60}, "merges": []}}).encode())
     put("tokenizer", "json_regex", bytes([0, 0]) + json.dumps({"model": models[0], "pre_tokenizer": {
         "type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Removed"}}).encode() + b"\0" + b"a" * 40 + b"b")

@@ -1,5 +1,6 @@
 // tokenizer.json and text. Input: a byte that picks a way, then
-//   text for one of the tokenizers in tests/data/tokenizers, or a tokenizer.json, a NUL byte, and text for it.
+//   text for one of the tokenizers in tests/data/tokenizers, or a tokenizer.json, a NUL byte, and text for it, or
+//   vocab.json (vocab.txt), merges.txt, tokenizer_config.json, each before a NUL byte, and text.
 // libFuzzer: -max_len=1280
 #include <algorithm>
 #include <filesystem>
@@ -8,6 +9,7 @@
 #include "moiety/base/config.h"
 #include "moiety/base/files.h"
 #include "moiety/io/tokenizer.h"
+#include "moiety/io/tokenizer_files.h"
 
 using namespace moiety;
 
@@ -47,12 +49,32 @@ void use(const std::shared_ptr<const Tokenizer>& tokenizer, std::string_view tex
 
 }  // namespace
 
+// Reading the fixtures is no part of the first input's time.
+extern "C" int LLVMFuzzerInitialize(int*, char***) {
+  known();
+  return 0;
+}
+
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   fuzz::Input input(data, size);
   uint8_t choice = input.byte(), way = input.byte();
   const Tokenizers& fixed = known();
   if (choice >= 128) {
     use(fixed[choice % fixed.size()], input.rest_text(), way);
+    return 0;
+  }
+  if (choice >= 96) {
+    constexpr const char* kinds[] = {"GPT2", "Roberta", "Qwen2", "Bert"};
+    VocabularyFiles files;
+    files.kind = kinds[choice % 4];
+    files.vocabulary = input.text();
+    files.merges = input.text();
+    fuzz::accepted([&] {
+      std::string_view config = input.text();
+      if (!config.empty()) files.config = parse_json(config, "config");
+      HfTokenizer made = from_vocabulary(files, "fuzz");
+      use(Tokenizer::from_json(made.tokenizer, made.config), input.rest_text(), way);
+    });
     return 0;
   }
   std::string_view json = input.text();

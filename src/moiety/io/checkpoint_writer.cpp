@@ -17,6 +17,7 @@
 #include "moiety/base/text.h"
 #include "moiety/io/gguf_names.h"
 #include "moiety/io/gguf_tokenizer.h"
+#include "moiety/io/tokenizer_files.h"
 #include "moiety/io/hf_defaults.h"
 
 namespace fs = std::filesystem;
@@ -608,28 +609,10 @@ Plan plan_gguf(const Checkpoint& ckpt, const json& config) {
   return plan;
 }
 
-/// Hugging Face files of the tokenizer, or nothing when the folder has no tokenizer.json.
+/// Hugging Face files of the tokenizer, or nothing when there are none.
 std::optional<HfTokenizer> tokenizer_files(const Checkpoint& ckpt) {
   if (ckpt.gguf()) return hf_tokenizer(*ckpt.gguf());
-  const fs::path folder = fs::is_directory(ckpt.path()) ? ckpt.path() : ckpt.path().parent_path();
-  auto load = [&](const char* name) {
-    if (!fs::exists(folder / name)) return json(json::object());
-    return parse_json(read_text(folder / name, int64_t{1} << 30), (folder / name).string());
-  };
-  if (!fs::exists(folder / "tokenizer.json")) return std::nullopt;
-  HfTokenizer out{load("tokenizer.json"), load("tokenizer_config.json"), "", load("special_tokens_map.json")};
-  if (fs::exists(folder / "chat_template.jinja")) {
-    out.chat_template = read_text(folder / "chat_template.jinja");
-  } else if (out.config.is_object() && out.config.contains("chat_template")) {
-    const json& t = out.config["chat_template"];
-    if (t.is_string()) out.chat_template = t.get<std::string>();
-    if (t.is_array())
-      for (const auto& named : t)
-        if (named.is_object() && named.value("name", "") == "default" && named.contains("template") &&
-            named["template"].is_string())
-          out.chat_template = named["template"].get<std::string>();
-  }
-  return out;
+  return read_tokenizer_files(fs::is_directory(ckpt.path()) ? ckpt.path() : ckpt.path().parent_path());
 }
 
 void report(WriteReport& out, const std::vector<Target>& targets) {
@@ -697,7 +680,7 @@ WriteReport write_gguf_checked(const Checkpoint& ckpt, const fs::path& file, con
   std::optional<HfTokenizer> tokenizer;
   if (!source) {
     tokenizer = tokenizer_files(ckpt);
-    if (!tokenizer) out.warnings.push_back("there is no tokenizer.json: the file will have no tokenizer");
+    if (!tokenizer) out.warnings.push_back("there is no tokenizer: the file will have none");
   }
   if (options.dry_run) return out;
 

@@ -2,8 +2,7 @@
 
 #include <algorithm>
 
-#include "moiety/base/config.h"
-#include "moiety/base/files.h"
+#include "moiety/io/tokenizer_files.h"
 #include "moiety/io/tokenizer_pipeline.h"
 #include "moiety/io/unicode.h"
 
@@ -615,21 +614,17 @@ std::shared_ptr<const Tokenizer> build(const nlohmann::json& tokenizer, const nl
   return p;
 }
 
-nlohmann::json read_json(const std::filesystem::path& path) { return parse_json(read_text(path), path.string()); }
-
-bool is_file(const std::filesystem::path& path) {
-  std::error_code error;
-  return std::filesystem::is_regular_file(path, error);
+std::shared_ptr<const Tokenizer> of_files(const HfTokenizer& files, const std::filesystem::path& where) {
+  return build(files.tokenizer, files.config, where.string(), files.chat_template);
 }
 
-/// From tokenizer.json and what lies beside it.
-std::shared_ptr<const Tokenizer> from_files(const std::filesystem::path& json) {
-  const auto folder = json.parent_path();
-  nlohmann::json config = nlohmann::json::object();
-  if (const auto path = folder / "tokenizer_config.json"; is_file(path)) config = read_json(path);
-  std::string chat;
-  if (const auto path = folder / "chat_template.jinja"; is_file(path)) chat = read_text(path);
-  return build(read_json(json), config, json.string(), chat);
+/// nullptr when the folder has none.
+std::shared_ptr<const Tokenizer> of_folder(const std::filesystem::path& folder) {
+  const auto files = read_tokenizer_files(folder);
+  if (!files) return nullptr;
+  const auto json = folder / "tokenizer.json";
+  std::error_code error;
+  return of_files(*files, std::filesystem::exists(json, error) ? json : folder);
 }
 
 }  // namespace
@@ -645,19 +640,19 @@ std::shared_ptr<const Tokenizer> Tokenizer::load(const Checkpoint& checkpoint) {
   std::error_code error;
   auto folder = checkpoint.path();
   if (!std::filesystem::is_directory(folder, error)) folder = folder.parent_path();
-  const auto json = folder / "tokenizer.json";
-  check(tokenizer::is_file(json), "{}: there is no tokenizer: looked for {} and for GGUF metadata.",
-        checkpoint.path().string(), json.string());
-  return tokenizer::from_files(json);
+  if (auto found = tokenizer::of_folder(folder)) return found;
+  fail("{}: there is no tokenizer: looked for {}, for vocab.json with merges.txt, for vocab.txt and for GGUF metadata.",
+       checkpoint.path().string(), (folder / "tokenizer.json").string());
 }
 
 std::shared_ptr<const Tokenizer> Tokenizer::open(const std::string& location) {
   const auto path = resolve_model(location);
   std::error_code error;
-  if (std::filesystem::is_directory(path, error) && tokenizer::is_file(path / "tokenizer.json"))
-    return tokenizer::from_files(path / "tokenizer.json");
-  if (tokenizer::is_file(path) && path.extension() == ".json") return tokenizer::from_files(path);
-  if (tokenizer::is_file(path) && path.extension() == ".gguf") return from_gguf(*GgufFile::open(path));
+  if (std::filesystem::is_directory(path, error))
+    if (auto found = tokenizer::of_folder(path)) return found;
+  const bool file = std::filesystem::is_regular_file(path, error);
+  if (file && path.extension() == ".json") return tokenizer::of_files(read_tokenizer_json(path), path);
+  if (file && path.extension() == ".gguf") return from_gguf(*GgufFile::open(path));
   return load(*Checkpoint::open(location));
 }
 

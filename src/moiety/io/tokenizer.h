@@ -24,10 +24,11 @@ class Tokenizer {
   static std::shared_ptr<const Tokenizer> from_json(const nlohmann::json& tokenizer, const nlohmann::json& config = {},
                                                     const std::string& where = "tokenizer.json");
   static std::shared_ptr<const Tokenizer> from_gguf(const GgufFile& file);
-  /// From whatever the checkpoint carries; Error naming what was looked for when it has none.
+  /// From whatever the checkpoint carries (of a folder, see read_tokenizer_files); Error naming what was looked for when
+  /// it has none.
   static std::shared_ptr<const Tokenizer> load(const Checkpoint& checkpoint);
-  /// From a tokenizer.json, a directory that holds one (with tokenizer_config.json and chat_template.jinja beside it),
-  /// or anything Checkpoint::open takes.
+  /// From a tokenizer.json, a folder that holds one or the vocabulary files that came before it (with
+  /// tokenizer_config.json and chat_template.jinja beside it), or anything Checkpoint::open takes.
   static std::shared_ptr<const Tokenizer> open(const std::string& location);
   virtual ~Tokenizer() = default;
 
