@@ -13,7 +13,16 @@ namespace {
 
 double number(const nlohmann::json& p, const char* key, double fallback) {
   const auto it = p.find(key);
-  return it == p.end() || it->is_null() ? fallback : it->get<double>();
+  if (it == p.end() || it->is_null()) return fallback;
+  check(it->is_number(), "rope parameters: '{}' is {}, not a number", key, it->dump());
+  return it->get<double>();
+}
+
+bool flag(const nlohmann::json& p, const char* key, bool fallback) {
+  const auto it = p.find(key);
+  if (it == p.end() || it->is_null()) return fallback;
+  check(it->is_boolean(), "rope parameters: '{}' is {}, not true or false", key, it->dump());
+  return it->get<bool>();
 }
 
 double need(const nlohmann::json& p, const char* key, const std::string& type) {
@@ -30,6 +39,8 @@ double yarn_mscale(double scale, double mscale) {
 
 Rope::Rope(const RopeConfig& config) : config_(config) {
   if (config_.type == "su") config_.type = "longrope";
+  check(config_.partial >= 0.0 && config_.partial <= 1.0, "the share of features to rotate must lie in 0 .. 1, not {}",
+        config_.partial);
   dim_ = static_cast<int64_t>(static_cast<double>(config_.head_dim) * config_.partial);
   check(dim_ > 0 && dim_ % 2 == 0,
         "rotary dimension must be even and positive, not {} (head size {}, partial factor {})", dim_, config_.head_dim,
@@ -48,7 +59,12 @@ Rope::Rope(const RopeConfig& config) : config_(config) {
     attention_factor_ =
         number(p, "attention_factor", factor <= 1.0 ? 1.0 : std::sqrt(1.0 + std::log(factor) / std::log(original)));
   }
-  frequencies(1);  // reports a bad configuration now
+  check(std::isfinite(attention_factor_), "rope parameters of type '{}' give an attention factor that is not finite",
+        config_.type);
+  // Reports a bad configuration now, for short and for long sequences.
+  for (const int64_t length : {int64_t{1}, int64_t{1} << 40})
+    for (const float f : frequencies(length))
+      check(std::isfinite(f) && f >= 0.0f, "rope parameters of type '{}' give a frequency of {}", config_.type, f);
 }
 
 std::vector<float> Rope::frequencies(int64_t length) const {
@@ -95,7 +111,7 @@ std::vector<float> Rope::frequencies(int64_t length) const {
       return d * std::log(old / (rotations * 2.0 * std::numbers::pi)) / (2.0 * std::log(config_.theta));
     };
     double low = correction(beta_fast), high = correction(beta_slow);
-    if (p.value("truncate", true)) {
+    if (flag(p, "truncate", true)) {
       low = std::floor(low);
       high = std::ceil(high);
     }
@@ -112,7 +128,10 @@ std::vector<float> Rope::frequencies(int64_t length) const {
     const auto it = p.find(key);
     check(it != p.end() && it->is_array() && static_cast<int64_t>(it->size()) == n,
           "rope scaling of type 'longrope' needs '{}' with {} numbers", key, n);
-    for (int64_t i = 0; i < n; ++i) f[i] /= it->at(i).get<float>();
+    for (int64_t i = 0; i < n; ++i) {
+      check(it->at(i).is_number(), "rope parameters: '{}' holds {}, not a number", key, it->at(i).dump());
+      f[i] /= it->at(i).get<float>();
+    }
   } else {
     fail("unknown rope type '{}'; known are default, linear, dynamic, yarn, longrope, llama3", config_.type);
   }
