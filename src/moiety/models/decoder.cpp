@@ -42,8 +42,8 @@ std::shared_ptr<Norm> make_head_norm(WeightsSource& w, const string& at, const D
     // StableLM keeps one norm a head.
     std::vector<torch::Tensor> rows;
     for (int64_t h = 0; h < heads; ++h)
-      rows.push_back(w.tensor(at + q + "_layernorm.norms." + std::to_string(h) + ".weight", {c.head_dim}, 1.0));
-    return std::make_shared<LayerNorm>(torch::stack(rows), torch::Tensor(), c.norm_eps);
+      rows.push_back(w.values(w.view(at + q + "_layernorm.norms." + std::to_string(h) + ".weight", {c.head_dim})));
+    return std::make_shared<LayerNorm>(w.parameter(torch::stack(rows)), torch::Tensor(), c.norm_eps);
   }
   const string name = w.pick({at + q + "_norm.weight", at + (q == "q" ? "query" : "key") + "_layernorm.weight"});
   const NormKind kind = c.norm == NormKind::rms_offset ? NormKind::rms_offset : NormKind::rms;
@@ -56,10 +56,9 @@ Linear make_kv_b(WeightsSource& w, const string& at, const DecoderConfig& c) {
   const auto& m = c.mla;
   if (w.random() || !w.has(at + "k_b_proj", false))
     return w.linear(at + "kv_b_proj", m.rank, c.heads * (m.nope + m.v), false);
-  const auto keys = w.floats(w.view(at + "k_b_proj", {c.heads, m.rank, m.nope})).transpose(1, 2);
-  const auto values = w.floats(w.view(at + "v_b_proj", {c.heads, m.v, m.rank}));
-  const auto joined = torch::cat({keys, values}, 1).reshape({c.heads * (m.nope + m.v), m.rank}).detach();
-  return Linear(joined.requires_grad_(w.trainable()));
+  const auto keys = w.values(w.view(at + "k_b_proj", {c.heads, m.rank, m.nope})).transpose(1, 2);
+  const auto values = w.values(w.view(at + "v_b_proj", {c.heads, m.v, m.rank}));
+  return Linear(w.parameter(torch::cat({keys, values}, 1).reshape({c.heads * (m.nope + m.v), m.rank})));
 }
 
 std::shared_ptr<AttentionBase> make_attention(WeightsSource& w, const string& layer, const DecoderConfig& c,
@@ -140,7 +139,7 @@ std::shared_ptr<FeedForward> make_feed_forward(WeightsSource& w, const string& a
 // E matrices [out, in] that lie in one stored stack, rows [begin, begin + out) of each element.
 LinearStack stack_of(WeightsSource& w, const TensorView& stack, int64_t begin, int64_t out, torch::Tensor bias) {
   const int64_t experts = stack.shape[0];
-  if (!is_block(stack.format)) return LinearStack(w.floats(stack).narrow(1, begin, out), bias);
+  if (!is_block(stack.format)) return LinearStack(w.parameter(w.values(stack).narrow(1, begin, out)), bias);
   std::vector<Linear> list;
   for (int64_t e = 0; e < experts; ++e)
     list.push_back(w.matrix(slice_rows(select_first(stack, e), begin, begin + out)));
@@ -183,8 +182,9 @@ LinearStack mxfp4_stack(WeightsSource& w, const string& name, int64_t experts, i
 }
 
 ExpertStacks gpt_oss_experts(WeightsSource& w, const string& at, int64_t experts, int64_t hidden, int64_t width) {
-  const auto bias = w.tensor(at + "gate_up_proj_bias", {experts, 2 * width}, 0.0).view({experts, width, 2});
-  const auto gate_bias = bias.select(2, 0).contiguous(), up_bias = bias.select(2, 1).contiguous();
+  const auto bias = w.values(w.view(at + "gate_up_proj_bias", {experts, 2 * width})).view({experts, width, 2});
+  const auto gate_bias = w.parameter(bias.select(2, 0).contiguous()),
+             up_bias = w.parameter(bias.select(2, 1).contiguous());
   const auto down_bias = w.tensor(at + "down_proj_bias", {experts, hidden}, 0.0);
   ExpertStacks s;
   if (w.has(at + "gate_up_proj_blocks", false)) {
@@ -195,11 +195,11 @@ ExpertStacks gpt_oss_experts(WeightsSource& w, const string& at, int64_t experts
   }
   // Stored as x W: [E, d, 2f] with gate and up columns alternating, and [E, f, d].
   const auto gate_up =
-      w.floats(w.view(at + "gate_up_proj", {experts, hidden, 2 * width})).view({experts, hidden, width, 2});
-  s.gate = LinearStack(gate_up.select(3, 0).transpose(1, 2).contiguous(), gate_bias);
-  s.up = LinearStack(gate_up.select(3, 1).transpose(1, 2).contiguous(), up_bias);
-  s.down =
-      LinearStack(w.floats(w.view(at + "down_proj", {experts, width, hidden})).transpose(1, 2).contiguous(), down_bias);
+      w.values(w.view(at + "gate_up_proj", {experts, hidden, 2 * width})).view({experts, hidden, width, 2});
+  const auto columns = [&](const torch::Tensor& t) { return w.parameter(t.transpose(1, 2).contiguous()); };
+  s.gate = LinearStack(columns(gate_up.select(3, 0)), gate_bias);
+  s.up = LinearStack(columns(gate_up.select(3, 1)), up_bias);
+  s.down = LinearStack(columns(w.values(w.view(at + "down_proj", {experts, width, hidden}))), down_bias);
   return s;
 }
 
@@ -267,12 +267,11 @@ std::shared_ptr<FeedForwardBase> make_mixture(WeightsSource& w, const string& la
               layer + "block_sparse_moe.router.layer.weight", layer + "block_sparse_moe.router.weight"});
   const string mlp = layer + (router.find("block_sparse_moe") != string::npos ? "block_sparse_moe." : "mlp.");
   const string router_name = router.substr(0, router.size() - 7);
-  const bool trainable = w.trainable();
   // The router computes in f32 whatever the weights are.
   Linear projection{nullptr};
   if (w.random()) {
     Linear fresh(c.hidden, m.experts, m.router_bias);
-    fresh->weight.set_requires_grad(trainable);
+    for (auto& t : fresh->parameters()) t.set_requires_grad(w.trainable());
     projection = fresh;
   } else {
     projection = w.linear(router_name, c.hidden, m.experts, m.router_bias);

@@ -3,16 +3,21 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <map>
 
 #include "moiety/base/error.h"
 #include "moiety/base/text.h"
 #include "moiety/io/gguf_names.h"
+#include "moiety/io/hf_defaults.h"
 
 namespace moiety {
 namespace {
 
 using Json = nlohmann::json;
+
+// Limits far above any model that exists, so that products of a few sizes stay far below 63 bits.
+constexpr int64_t kMany = int64_t{1} << 28, kLongest = int64_t{1} << 40, kWidest = 65536;
 
 // config.json with typed access and errors that name the key. null counts as absent.
 class Keys {
@@ -23,10 +28,6 @@ class Keys {
     return it != json_.end() && !it->is_null();
   }
   int64_t integer(const char* key, int64_t fallback) const { return has(key) ? whole(key) : fallback; }
-  int64_t integer(const char* key) const {
-    check(has(key), "config.json: '{}' is missing", key);
-    return whole(key);
-  }
   double number(const char* key, double fallback) const {
     if (!has(key)) return fallback;
     check(json_[key].is_number(), "config.json: '{}' is {}, not a number", key, json_[key].dump());
@@ -43,8 +44,17 @@ class Keys {
     return json_[key].get<std::string>();
   }
   const Json& at(const char* key) const { return json_.at(key); }
+  /// A number that must be finite and above zero.
+  double positive(const char* key, double fallback) const {
+    const double value = number(key, fallback);
+    check(std::isfinite(value) && value > 0.0, "config.json: '{}' is {}, it must be positive", key, value);
+    return value;
+  }
+  /// A count or a size: 0 to kMany.
+  int64_t count(const char* key, int64_t fallback) const { return size(key, fallback, 0, kMany); }
   /// A number in an inclusive range.
   int64_t size(const char* key, int64_t fallback, int64_t low, int64_t high) const {
+    check(has(key) || fallback >= low, "config.json: '{}' is missing", key);
     const int64_t value = integer(key, fallback);
     check(value >= low && value <= high, "config.json: '{}' is {}, allowed is {} to {}", key, value, low, high);
     return value;
@@ -52,13 +62,14 @@ class Keys {
 
  private:
   int64_t whole(const char* key) const {
-    check(json_[key].is_number_integer(), "config.json: '{}' is {}, not a whole number", key, json_[key].dump());
-    return json_[key].get<int64_t>();
+    const Json& value = json_[key];
+    const bool fits = !value.is_number_unsigned() || value.get<uint64_t>() <= std::numeric_limits<int64_t>::max();
+    check(value.is_number_integer() && fits, "config.json: '{}' is {}, not a whole number of 63 bits", key,
+          value.dump());
+    return value.get<int64_t>();
   }
   const Json& json_;
 };
-
-constexpr int64_t kMany = int64_t{1} << 40;
 
 RopeConfig rope_of(const Keys& keys, const DecoderConfig& c, const Json& parameters, double theta, double partial) {
   RopeConfig r;
@@ -77,38 +88,37 @@ RopeConfig rope_of(const Keys& keys, const DecoderConfig& c, const Json& paramet
     check(r.theta > 0.0 && std::isfinite(r.theta), "config.json: rope_theta must be positive, not {}", r.theta);
   }
   if (keys.has("moiety_rope_divisors"))
-    for (const Json& x : keys.at("moiety_rope_divisors")) r.frequency_divisors.push_back(x.get<float>());
+    for (const Json& x : keys.at("moiety_rope_divisors")) {
+      check(x.is_number(), "config.json: 'moiety_rope_divisors' holds {}, not a number", x.dump());
+      r.frequency_divisors.push_back(x.get<float>());
+    }
   return r;
 }
 
 // One rope, or one for full and one for sliding layers (index 1) where the family has two.
-void set_ropes(const Keys& keys, DecoderConfig& c, double theta, double partial, bool interleaved, bool two = false,
-               double local_theta = 10000.0) {
-  partial = keys.number("partial_rotary_factor", partial);
-  theta = keys.number("rope_theta", theta);
+void set_ropes(const Keys& keys, DecoderConfig& c, bool interleaved = false, bool two = false) {
+  const double partial = keys.number("partial_rotary_factor", 1.0), theta = keys.number("rope_theta", 10000.0);
   const Json none;
   const Json* full = &none;
   const Json* sliding = &none;
   bool nested = false;
-  if (keys.has("rope_parameters")) {
-    const Json& p = keys.at("rope_parameters");
-    nested = p.is_object() && (p.contains("full_attention") || p.contains("sliding_attention"));
+  const char* key = keys.has("rope_parameters") ? "rope_parameters" : "rope_scaling";
+  if (keys.has(key)) {
+    const Json& p = keys.at(key);
+    check(p.is_object(), "config.json: '{}' is {}, not an object", key, p.dump());
+    nested = p.contains("full_attention") || p.contains("sliding_attention");
     full = nested ? (p.contains("full_attention") ? &p.at("full_attention") : &none) : &p;
     if (nested && p.contains("sliding_attention")) sliding = &p.at("sliding_attention");
-  } else if (keys.has("rope_scaling")) {
-    full = &keys.at("rope_scaling");
   }
   c.ropes.push_back(rope_of(keys, c, *full, theta, partial));
   if (two || nested)
-    c.ropes.push_back(rope_of(keys, c, *sliding, keys.number("rope_local_base_freq", local_theta), partial));
+    c.ropes.push_back(rope_of(keys, c, *sliding, keys.number("rope_local_base_freq", two ? 10000.0 : theta), partial));
   for (RopeConfig& r : c.ropes) r.interleaved = interleaved || keys.flag("moiety_rope_interleaved", false);
 }
 
 // Window and rope of every layer from layer_types, or from the family's own rule.
-void set_layers(const Keys& keys, DecoderConfig& c, int64_t count, const std::function<bool(int64_t)>& sliding_rule,
-                int64_t default_window = 0) {
-  const int64_t window = keys.integer("sliding_window", default_window);
-  check(window >= 0, "config.json: 'sliding_window' is {}, it must not be negative", window);
+void set_layers(const Keys& keys, DecoderConfig& c, int64_t count, const std::function<bool(int64_t)>& sliding_rule) {
+  const int64_t window = keys.size("sliding_window", 0, 0, kLongest);
   const bool listed = keys.has("layer_types");
   if (listed)
     check(keys.at("layer_types").is_array() && static_cast<int64_t>(keys.at("layer_types").size()) >= count,
@@ -144,23 +154,37 @@ void all_mixture(DecoderConfig& c) {
   for (LayerConfig& layer : c.layers) layer.mixture = true;
 }
 
-void llama(Context& x) {
-  x.c.qkv_bias = x.c.o_bias = x.keys.flag("attention_bias", x.keys.flag("use_bias", false));
-  x.c.mlp_bias = x.keys.flag("mlp_bias", x.keys.flag("use_bias", false));
-  set_ropes(x.keys, x.c, 10000.0, 1.0, false);
+// One rope; every layer looks at everything, unless layer_types say otherwise.
+void plain_layers(Context& x, bool interleaved = false) {
+  set_ropes(x.keys, x.c, interleaved);
   set_layers(x.keys, x.c, x.layers, kNever);
 }
 
-void mistral(Context& x) {
-  set_ropes(x.keys, x.c, 10000.0, 1.0, false);
+// One rope; every layer has the window of the config, if there is one.
+void windowed_layers(Context& x) {
+  set_ropes(x.keys, x.c);
   set_layers(x.keys, x.c, x.layers, kAlways);
+}
+
+void llama_biases(Context& x) {
+  x.c.qkv_bias = x.c.o_bias = x.keys.flag("attention_bias", x.keys.flag("use_bias", false));
+  x.c.mlp_bias = x.keys.flag("mlp_bias", x.keys.flag("use_bias", false));
+}
+
+void llama(Context& x) {
+  llama_biases(x);
+  plain_layers(x);
+}
+
+void mistral(Context& x) {
+  windowed_layers(x);
 }
 
 void qwen2(Context& x) {
   x.c.qkv_bias = true;
-  set_ropes(x.keys, x.c, 10000.0, 1.0, false);
+  set_ropes(x.keys, x.c);
   const bool use = x.keys.flag("use_sliding_window", false);
-  const int64_t from = x.keys.integer("max_window_layers", 28);
+  const int64_t from = x.keys.count("max_window_layers", 28);
   set_layers(x.keys, x.c, x.layers, [=](int64_t i) { return use && i >= from; });
 }
 
@@ -172,9 +196,9 @@ void qwen3(Context& x) {
 
 void qwen_mixture(Context& x) {
   auto& m = x.c.moe;
-  m.experts = x.keys.integer("num_experts", x.keys.integer("num_local_experts", 0));
-  m.width = x.keys.integer("moe_intermediate_size", 0);
-  m.router.top_k = x.keys.integer("num_experts_per_tok", 4);
+  m.experts = x.keys.count("num_experts", x.keys.count("num_local_experts", 0));
+  m.width = x.keys.count("moe_intermediate_size", 0);
+  m.router.top_k = x.keys.count("num_experts_per_tok", 1);
   m.router.normalize = x.keys.flag("norm_topk_prob", false);
   const int64_t step = x.keys.size("decoder_sparse_step", 1, 1, kMany);
   for (int64_t i = 0; i < x.layers; ++i) x.c.layers[i].mixture = m.experts > 0 && (i + 1) % step == 0;
@@ -184,90 +208,83 @@ void qwen_mixture(Context& x) {
 }
 
 void qwen2_moe(Context& x) {
-  x.c.qkv_bias = x.keys.flag("qkv_bias", true);
-  set_ropes(x.keys, x.c, 10000.0, 1.0, false);
+  x.c.qkv_bias = x.keys.flag("qkv_bias", false);
+  set_ropes(x.keys, x.c);
   const bool use = x.keys.flag("use_sliding_window", false);
-  const int64_t below = x.keys.integer("max_window_layers", 28);
+  const int64_t below = x.keys.count("max_window_layers", 28);
   set_layers(x.keys, x.c, x.layers, [=](int64_t i) { return use && i % 2 == 0 && i < below; });
   qwen_mixture(x);
-  x.c.moe.shared_width = x.keys.integer("shared_expert_intermediate_size", 0);
+  x.c.moe.shared_width = x.keys.count("shared_expert_intermediate_size", 0);
   x.c.moe.shared_gate = x.c.moe.shared_width > 0;
 }
 
 void qwen3_moe(Context& x) {
   x.c.qkv_bias = x.c.o_bias = x.keys.flag("attention_bias", false);
   x.c.qk_norm = true;
-  set_ropes(x.keys, x.c, 10000.0, 1.0, false);
+  set_ropes(x.keys, x.c);
   const bool use = x.keys.flag("use_sliding_window", false);
   set_layers(x.keys, x.c, x.layers, [=](int64_t) { return use; });
   qwen_mixture(x);
 }
 
-void gemma(Context& x) {
+void gemma_switches(Context& x) {
   auto& c = x.c;
   c.norm = x.keys.flag("moiety_norm_offset_folded", false) ? NormKind::rms : NormKind::rms_offset;
-  c.act = x.keys.string("hidden_activation", x.keys.string("hidden_act", "gelu_pytorch_tanh"));
+  c.act = x.keys.string("hidden_activation", c.act);
   // Gemma 1 checkpoints say "gelu" and mean the tanh form.
   if (c.act == "gelu") c.act = "gelu_pytorch_tanh";
   c.embedding_scale = std::sqrt(static_cast<double>(c.hidden));
   c.qkv_bias = c.o_bias = x.keys.flag("attention_bias", false);
-  set_ropes(x.keys, c, 10000.0, 1.0, false);
-  set_layers(x.keys, c, x.layers, kNever);
+}
+
+void gemma(Context& x) {
+  gemma_switches(x);
+  plain_layers(x);
+}
+
+// Gemma 2 and 3: norms on both sides, soft caps, the query scale apart from the head size.
+void sandwich_gemma_switches(Context& x) {
+  gemma_switches(x);
+  auto& c = x.c;
+  c.placement = Placement::sandwich;
+  c.attention_scale = 1.0 / std::sqrt(x.keys.positive("query_pre_attn_scalar", 256.0));
+  c.attention_softcap = x.keys.number("attn_logit_softcapping", 0.0);
+  c.logits_softcap = x.keys.number("final_logit_softcapping", 0.0);
 }
 
 void gemma2(Context& x) {
-  gemma(x);
-  auto& c = x.c;
-  c.layers.clear();
-  c.placement = Placement::sandwich;
-  c.attention_scale = 1.0 / std::sqrt(x.keys.number("query_pre_attn_scalar", 256.0));
-  c.attention_softcap = x.keys.has("attn_logit_softcapping") ? x.keys.number("attn_logit_softcapping", 0.0) : 0.0;
-  c.logits_softcap = x.keys.has("final_logit_softcapping") ? x.keys.number("final_logit_softcapping", 0.0) : 0.0;
-  set_layers(
-      x.keys, c, x.layers, [](int64_t i) { return i % 2 == 0; }, 4096);
+  sandwich_gemma_switches(x);
+  set_ropes(x.keys, x.c);
+  set_layers(x.keys, x.c, x.layers, [](int64_t i) { return i % 2 == 0; });
 }
 
 void gemma3(Context& x) {
-  gemma(x);
-  auto& c = x.c;
-  c.layers.clear();
-  c.ropes.clear();
-  c.placement = Placement::sandwich;
-  c.qk_norm = true;
-  c.attention_scale = 1.0 / std::sqrt(x.keys.number("query_pre_attn_scalar", 256.0));
-  c.attention_softcap = x.keys.number("attn_logit_softcapping", 0.0);
-  c.logits_softcap = x.keys.number("final_logit_softcapping", 0.0);
-  set_ropes(x.keys, c, 1000000.0, 1.0, false, /*two=*/true);
-  const int64_t pattern = x.keys.size("sliding_window_pattern", x.keys.integer("_sliding_window_pattern", 6), 1, kMany);
-  set_layers(
-      x.keys, c, x.layers, [=](int64_t i) { return (i + 1) % pattern != 0; }, 4096);
+  sandwich_gemma_switches(x);
+  x.c.qk_norm = true;
+  set_ropes(x.keys, x.c, false, /*two=*/true);
+  const int64_t pattern =
+      x.keys.size("sliding_window_pattern", x.keys.size("_sliding_window_pattern", 6, 1, kMany), 1, kMany);
+  set_layers(x.keys, x.c, x.layers, [=](int64_t i) { return (i + 1) % pattern != 0; });
 }
 
 void phi3(Context& x) {
-  x.c.norm_eps = x.keys.number("rms_norm_eps", 1e-5);
-  set_ropes(x.keys, x.c, 10000.0, 1.0, false);
-  set_layers(x.keys, x.c, x.layers, kAlways);
+  windowed_layers(x);
 }
 
 void phi(Context& x) {
   auto& c = x.c;
   c.norm = NormKind::layer;
-  c.norm_eps = x.keys.number("layer_norm_eps", 1e-5);
-  c.act = x.keys.string("hidden_act", "gelu_new");
   c.gated = false;
   c.placement = Placement::parallel;
   c.qkv_bias = c.o_bias = c.mlp_bias = c.head_bias = true;
   check(!x.keys.flag("qk_layernorm", false), "config.json: 'qk_layernorm' of phi models is not supported");
-  set_ropes(x.keys, c, 10000.0, 0.5, false);
-  set_layers(x.keys, c, x.layers, kNever);
+  plain_layers(x);
 }
 
 void smollm3(Context& x) {
-  llama(x);
+  llama_biases(x);
   auto& c = x.c;
-  c.layers.clear();
-  c.ropes.clear();
-  set_ropes(x.keys, c, 2000000.0, 1.0, false);
+  set_ropes(x.keys, c);
   const int64_t interval = x.keys.size("no_rope_layer_interval", 4, 1, kMany);
   std::vector<bool> rope(x.layers);
   for (int64_t i = 0; i < x.layers; ++i) rope[i] = (i + 1) % interval != 0;
@@ -286,14 +303,12 @@ void smollm3(Context& x) {
 }
 
 void mixtral(Context& x) {
-  x.c.norm_eps = x.keys.number("rms_norm_eps", 1e-5);
-  set_ropes(x.keys, x.c, 1000000.0, 1.0, false);
-  set_layers(x.keys, x.c, x.layers, kAlways);
+  windowed_layers(x);
   all_mixture(x.c);
   auto& m = x.c.moe;
-  m.experts = x.keys.integer("num_local_experts", x.keys.integer("num_experts", 8));
+  m.experts = x.keys.count("num_local_experts", x.keys.count("num_experts", 0));
   m.width = x.c.intermediate;
-  m.router.top_k = x.keys.integer("num_experts_per_tok", 2);
+  m.router.top_k = x.keys.count("num_experts_per_tok", 1);
   m.router.normalize = true;
 }
 
@@ -301,11 +316,10 @@ void phimoe(Context& x) {
   mixtral(x);
   auto& c = x.c;
   c.norm = NormKind::layer;
-  c.norm_eps = x.keys.number("rms_norm_eps", 1e-5);
   c.qkv_bias = c.o_bias = x.keys.flag("attention_bias", false);
   c.head_bias = x.keys.flag("lm_head_bias", false);
   c.moe.sparse_mixer = true;
-  c.moe.sparse_mixer_jitter = x.keys.number("router_jitter_noise", 0.01);
+  c.moe.sparse_mixer_jitter = x.keys.number("router_jitter_noise", 0.0);
   for (RopeConfig& r : c.ropes) r.scale_by_length = r.type == "longrope" && r.parameters.contains("short_mscale");
 }
 
@@ -314,21 +328,17 @@ void olmoe(Context& x) {
   auto& c = x.c;
   c.mlp_bias = false;
   c.qk_norm = c.qk_norm_all_heads = true;
-  c.norm_eps = x.keys.number("rms_norm_eps", 1e-5);
   c.clip_qkv = x.keys.number("clip_qkv", 0.0);
   all_mixture(c);
   auto& m = c.moe;
-  m.experts = x.keys.integer("num_experts", x.keys.integer("num_local_experts", 64));
+  m.experts = x.keys.count("num_experts", x.keys.count("num_local_experts", 0));
   m.width = c.intermediate;
-  m.router.top_k = x.keys.integer("num_experts_per_tok", 8);
+  m.router.top_k = x.keys.count("num_experts_per_tok", 1);
   m.router.normalize = x.keys.flag("norm_topk_prob", false);
 }
 
 void flex_olmo(Context& x) {
   olmoe(x);
-  x.c.norm_eps = x.keys.number("rms_norm_eps", 1e-6);
-  x.c.ropes.clear();
-  set_ropes(x.keys, x.c, 500000.0, 1.0, false);
   x.c.placement = Placement::post;
 }
 
@@ -340,33 +350,32 @@ void olmo(Context& x) {
   x.c.clip_qkv = x.keys.number("clip_qkv", 0.0);
 }
 
-void olmo2(Context& x) {
-  llama(x);
+void olmo2_switches(Context& x) {
+  llama_biases(x);
   x.c.mlp_bias = false;
-  x.c.norm_eps = x.keys.number("rms_norm_eps", 1e-5);
   x.c.placement = Placement::post;
   x.c.qk_norm = x.c.qk_norm_all_heads = true;
 }
 
-void olmo3(Context& x) {
-  olmo2(x);
-  x.c.layers.clear();
-  x.c.ropes.clear();
-  set_ropes(x.keys, x.c, 500000.0, 1.0, false);
-  set_layers(
-      x.keys, x.c, x.layers, [](int64_t i) { return (i + 1) % 4 != 0; }, 4096);
+void olmo2(Context& x) {
+  olmo2_switches(x);
+  plain_layers(x);
 }
 
-void deepseek_mixture(Context& x, int64_t shared_by_default = 0, int64_t dense_by_default = 0,
-                      double scale_by_default = 1.0) {
+void olmo3(Context& x) {
+  olmo2_switches(x);
+  set_ropes(x.keys, x.c);
+  set_layers(x.keys, x.c, x.layers, [](int64_t i) { return (i + 1) % 4 != 0; });
+}
+
+void deepseek_mixture(Context& x) {
   auto& m = x.c.moe;
-  m.experts = x.keys.integer("n_routed_experts", x.keys.integer("num_experts", x.keys.integer("num_local_experts", 0)));
-  m.width = x.keys.integer("moe_intermediate_size", 0);
-  m.router.top_k = x.keys.integer("num_experts_per_tok", 1);
-  m.router.scale = x.keys.number("routed_scaling_factor", scale_by_default);
-  m.shared_width = x.keys.integer("n_shared_experts", shared_by_default) * m.width;
-  const int64_t dense = x.keys.integer("first_k_dense_replace", dense_by_default),
-                every = x.keys.size("moe_layer_freq", 1, 1, kMany);
+  m.experts = x.keys.count("n_routed_experts", x.keys.count("num_experts", x.keys.count("num_local_experts", 0)));
+  m.width = x.keys.count("moe_intermediate_size", 0);
+  m.router.top_k = x.keys.count("num_experts_per_tok", 1);
+  m.router.scale = x.keys.number("routed_scaling_factor", 1.0);
+  m.shared_width = x.keys.count("n_shared_experts", 0) * m.width;
+  const int64_t dense = x.keys.count("first_k_dense_replace", 0), every = x.keys.size("moe_layer_freq", 1, 1, kMany);
   for (int64_t i = 0; i < x.layers; ++i) x.c.layers[i].mixture = m.experts > 0 && i >= dense && i % every == 0;
 }
 
@@ -375,8 +384,8 @@ void sigmoid_routing(Context& x) {
   m.router.scoring = Scoring::sigmoid;
   m.router.normalize = x.keys.flag("norm_topk_prob", true);
   m.router.normalize_eps = 1e-20;
-  m.router.groups = x.keys.integer("n_group", 1);
-  m.router.top_groups = x.keys.integer("topk_group", 1);
+  m.router.groups = x.keys.count("n_group", 1);
+  m.router.top_groups = x.keys.count("topk_group", 1);
   m.router.group_by_top2 = true;
   m.choice_bias = true;
 }
@@ -384,20 +393,20 @@ void sigmoid_routing(Context& x) {
 void latent(Context& x) {
   auto& c = x.c;
   c.latent = true;
-  c.mla = {.q_rank = x.keys.integer("q_lora_rank", 0),
+  c.mla = {.q_rank = x.keys.count("q_lora_rank", 0),
            .rank = x.keys.size("kv_lora_rank", 512, 1, kMany),
-           .nope = x.keys.size("qk_nope_head_dim", 128, 0, kMany),
-           .rope = x.keys.size("qk_rope_head_dim", 64, 2, kMany),
-           .v = x.keys.size("v_head_dim", 128, 1, kMany)};
+           .nope = x.keys.size("qk_nope_head_dim", 128, 0, kWidest),
+           .rope = x.keys.size("qk_rope_head_dim", 64, 2, kWidest),
+           .v = x.keys.size("v_head_dim", 128, 1, kWidest)};
   c.o_bias = x.keys.flag("attention_bias", false);
   c.mlp_bias = x.keys.flag("mlp_bias", false);
   c.head_dim = c.mla.nope + c.mla.rope;
   // Rows of the rotary part are in neighbour order in every file of this family.
-  set_ropes(x.keys, c, 10000.0, 1.0, x.keys.flag("rope_interleave", true));
-  set_layers(x.keys, c, x.layers, kNever);
+  plain_layers(x, x.keys.flag("rope_interleave", true));
   c.attention_scale = 1.0 / std::sqrt(static_cast<double>(c.head_dim));
   const RopeConfig& r = c.ropes[0];
-  const double all = r.parameters.value("mscale_all_dim", 0.0), factor = r.parameters.value("factor", 1.0);
+  const Keys p(r.parameters);
+  const double all = p.number("mscale_all_dim", 0.0), factor = p.number("factor", 1.0);
   if (r.type != "default" && all != 0.0 && factor > 1.0) {
     const double m = 0.1 * all * std::log(factor) + 1.0;
     c.attention_scale *= m * m;
@@ -406,20 +415,17 @@ void latent(Context& x) {
 
 void deepseek_v2(Context& x) {
   latent(x);
-  deepseek_mixture(x, 2);
+  deepseek_mixture(x);
   if (x.keys.string("topk_method", "greedy") == "group_limited_greedy") {
-    x.c.moe.router.groups = x.keys.integer("n_group", 1);
-    x.c.moe.router.top_groups = x.keys.integer("topk_group", 1);
+    x.c.moe.router.groups = x.keys.count("n_group", 1);
+    x.c.moe.router.top_groups = x.keys.count("topk_group", 1);
   }
 }
 
 void deepseek_v3(Context& x) {
   latent(x);
-  deepseek_mixture(x, 1, 3, 2.5);
+  deepseek_mixture(x);
   sigmoid_routing(x);
-  x.c.moe.router.top_k = x.keys.integer("num_experts_per_tok", 8);
-  x.c.moe.router.groups = x.keys.integer("n_group", 8);
-  x.c.moe.router.top_groups = x.keys.integer("topk_group", 4);
 }
 
 // DeepSeekMoE 16B: Llama attention, softmax routing.
@@ -435,9 +441,7 @@ void glm4_moe(Context& x) {
   auto& c = x.c;
   c.qkv_bias = x.keys.flag("attention_bias", false);
   c.qk_norm = x.keys.flag("use_qk_norm", false);
-  c.norm_eps = x.keys.number("rms_norm_eps", 1e-5);
-  set_ropes(x.keys, c, 10000.0, 0.5, false);
-  set_layers(x.keys, c, x.layers, kNever);
+  plain_layers(x);
   deepseek_mixture(x);
   sigmoid_routing(x);
 }
@@ -446,8 +450,7 @@ void dots1(Context& x) {
   auto& c = x.c;
   c.qkv_bias = c.o_bias = x.keys.flag("attention_bias", false);
   c.qk_norm = true;
-  set_ropes(x.keys, c, 10000.0, 1.0, false);
-  set_layers(x.keys, c, x.layers, kNever);
+  plain_layers(x);
   deepseek_mixture(x);
   sigmoid_routing(x);
   x.c.moe.router.normalize = x.keys.flag("norm_topk_prob", false);
@@ -458,7 +461,7 @@ void granite(Context& x) {
   auto& c = x.c;
   c.embedding_scale = x.keys.number("embedding_multiplier", 1.0);
   c.residual_scale = x.keys.number("residual_multiplier", 1.0);
-  c.logits_scale = 1.0 / x.keys.number("logits_scaling", 1.0);
+  c.logits_scale = 1.0 / x.keys.positive("logits_scaling", 1.0);
   c.attention_scale = x.keys.number("attention_multiplier", 1.0);
 }
 
@@ -467,26 +470,24 @@ void granitemoe(Context& x) {
   x.c.mlp_bias = false;
   all_mixture(x.c);
   auto& m = x.c.moe;
-  m.experts = x.keys.integer("num_local_experts", 8);
+  m.experts = x.keys.count("num_local_experts", 0);
   m.width = x.c.intermediate;
-  m.router.top_k = x.keys.integer("num_experts_per_tok", 2);
+  m.router.top_k = x.keys.count("num_experts_per_tok", 1);
   m.router.scoring = Scoring::softmax_kept;
-  m.shared_width = x.keys.integer("shared_intermediate_size", 0);
+  m.shared_width = x.keys.count("shared_intermediate_size", 0);
 }
 
 void gpt_oss(Context& x) {
   auto& c = x.c;
-  c.qkv_bias = c.o_bias = x.keys.flag("attention_bias", true);
+  c.qkv_bias = c.o_bias = x.keys.flag("attention_bias", false);
   c.sinks = true;
-  c.norm_eps = x.keys.number("rms_norm_eps", 1e-5);
-  set_ropes(x.keys, c, 150000.0, 1.0, false);
-  set_layers(
-      x.keys, c, x.layers, [](int64_t i) { return i % 2 == 0; }, 128);
+  set_ropes(x.keys, c);
+  set_layers(x.keys, c, x.layers, [](int64_t i) { return i % 2 == 0; });
   all_mixture(c);
   auto& m = c.moe;
-  m.experts = x.keys.integer("num_local_experts", 128);
+  m.experts = x.keys.count("num_local_experts", 0);
   m.width = c.intermediate;
-  m.router.top_k = x.keys.integer("num_experts_per_tok", x.keys.integer("experts_per_token", 4));
+  m.router.top_k = x.keys.count("num_experts_per_tok", x.keys.count("experts_per_token", 1));
   m.router.scoring = Scoring::softmax_kept;
   m.router_bias = true;
   m.clamped = true;
@@ -497,70 +498,54 @@ void gpt_oss(Context& x) {
 void starcoder2(Context& x) {
   auto& c = x.c;
   c.norm = NormKind::layer;
-  c.norm_eps = x.keys.number("norm_epsilon", 1e-5);
-  c.act = x.keys.string("hidden_act", "gelu_pytorch_tanh");
   c.gated = false;
-  c.qkv_bias = c.o_bias = c.mlp_bias = x.keys.flag("use_bias", true);
-  set_ropes(x.keys, c, 10000.0, 1.0, false);
-  set_layers(x.keys, c, x.layers, kAlways);
+  c.qkv_bias = c.o_bias = c.mlp_bias = x.keys.flag("use_bias", false);
+  windowed_layers(x);
 }
 
 void stablelm(Context& x) {
   auto& c = x.c;
   c.norm = NormKind::layer;
-  c.norm_eps = x.keys.number("layer_norm_eps", 1e-5);
   c.qkv_bias = x.keys.flag("use_qkv_bias", false);
   c.qk_norm = c.qk_norm_per_head_layer = x.keys.flag("qk_layernorm", false);
   if (x.keys.flag("use_parallel_residual", false)) c.placement = Placement::parallel;
-  set_ropes(x.keys, c, 10000.0, 0.25, false);
-  set_layers(x.keys, c, x.layers, kNever);
+  plain_layers(x);
+}
+
+void cohere_switches(Context& x) {
+  auto& c = x.c;
+  c.norm = NormKind::layer_without_bias;
+  c.placement = Placement::parallel;
+  c.logits_scale = x.keys.number("logit_scale", 1.0);
+  c.qkv_bias = c.o_bias = x.keys.flag("attention_bias", false);
+  c.qk_norm = c.qk_norm_per_head_layer = x.keys.flag("use_qk_norm", false);
 }
 
 void cohere(Context& x) {
-  auto& c = x.c;
-  c.norm = NormKind::layer_without_bias;
-  c.norm_eps = x.keys.number("layer_norm_eps", 1e-5);
-  c.placement = Placement::parallel;
-  c.logits_scale = x.keys.number("logit_scale", 0.0625);
-  c.qkv_bias = c.o_bias = x.keys.flag("attention_bias", false);
-  c.qk_norm = c.qk_norm_per_head_layer = x.keys.flag("use_qk_norm", false);
-  set_ropes(x.keys, c, 500000.0, 1.0, true);
-  set_layers(x.keys, c, x.layers, kNever);
+  cohere_switches(x);
+  plain_layers(x, /*interleaved=*/true);
 }
 
 void cohere2(Context& x) {
-  cohere(x);
+  cohere_switches(x);
   auto& c = x.c;
-  c.layers.clear();
-  c.ropes.clear();
-  set_ropes(x.keys, c, 10000.0, 1.0, true);
+  set_ropes(x.keys, c, /*interleaved=*/true);
   const int64_t pattern = x.keys.size("sliding_window_pattern", 4, 1, kMany);
-  set_layers(
-      x.keys, c, x.layers, [=](int64_t i) { return (i + 1) % pattern != 0; }, 4096);
+  set_layers(x.keys, c, x.layers, [=](int64_t i) { return (i + 1) % pattern != 0; });
   for (LayerConfig& layer : c.layers)
     if (layer.window == 0) layer.rope = -1;
 }
 
-void helium(Context& x) {
-  llama(x);
-  x.c.norm_eps = x.keys.number("rms_norm_eps", 1e-8);
-  x.c.ropes.clear();
-  set_ropes(x.keys, x.c, 100000.0, 1.0, true);
-}
-
-void ernie(Context& x) {
-  llama(x);
-  x.c.norm_eps = x.keys.number("rms_norm_eps", 1e-5);
-  x.c.ropes.clear();
-  set_ropes(x.keys, x.c, 500000.0, 1.0, true);
+// Helium and ERNIE 4.5: Llama with neighbouring features rotated.
+void interleaved_llama(Context& x) {
+  llama_biases(x);
+  plain_layers(x, /*interleaved=*/true);
 }
 
 void glm(Context& x) {
   auto& c = x.c;
-  c.qkv_bias = x.keys.flag("attention_bias", true);
-  c.norm_eps = x.keys.number("rms_norm_eps", 1.5625e-7);
-  set_ropes(x.keys, c, 10000.0, 0.5, true);
-  set_layers(x.keys, c, x.layers, kNever);
+  c.qkv_bias = x.keys.flag("attention_bias", false);
+  plain_layers(x, /*interleaved=*/true);
 }
 
 void glm4(Context& x) {
@@ -570,15 +555,14 @@ void glm4(Context& x) {
 
 void exaone4(Context& x) {
   auto& c = x.c;
-  c.norm_eps = x.keys.number("rms_norm_eps", 1e-5);
   c.placement = Placement::post;
   c.qk_norm = true;
-  set_ropes(x.keys, c, 10000.0, 1.0, false);
+  set_ropes(x.keys, c);
   const bool hybrid = x.keys.has("sliding_window");
-  const int64_t pattern =
-      hybrid && x.keys.has("sliding_window_pattern") && x.keys.at("sliding_window_pattern").is_number_integer()
-          ? x.keys.integer("sliding_window_pattern", 4)
-          : 0;
+  // Older files spell the pattern "LLLG".
+  const bool number =
+      hybrid && x.keys.has("sliding_window_pattern") && !x.keys.at("sliding_window_pattern").is_string();
+  const int64_t pattern = number ? x.keys.count("sliding_window_pattern", 0) : 0;
   const int64_t layers = x.layers;
   set_layers(x.keys, c, layers, [=](int64_t i) { return pattern > 0 && (i + 1) % pattern != 0; });
   // Hybrid models: full-attention layers have no positions.
@@ -589,20 +573,17 @@ void exaone4(Context& x) {
 
 void seed_oss(Context& x) {
   llama(x);
-  x.c.qkv_bias = x.keys.flag("attention_bias", true);
+  x.c.qkv_bias = x.keys.flag("attention_bias", false);
   x.c.o_bias = x.keys.flag("attention_out_bias", false);
 }
 
 void hunyuan(Context& x) {
   llama(x);
-  x.c.norm_eps = x.keys.number("rms_norm_eps", 1e-5);
   x.c.qk_norm = x.c.qk_norm_after_rope = true;
 }
 
 void ungated_llama(Context& x) {
   llama(x);
-  x.c.norm_eps = x.keys.number("rms_norm_eps", 1e-5);
-  x.c.act = x.keys.string("hidden_act", "relu2");
   x.c.gated = false;
 }
 
@@ -644,8 +625,8 @@ const std::map<std::string, Family>& families() {
       {"stablelm", stablelm},
       {"cohere", cohere},
       {"cohere2", cohere2},
-      {"helium", helium},
-      {"ernie4_5", ernie},
+      {"helium", interleaved_llama},
+      {"ernie4_5", interleaved_llama},
       {"exaone4", exaone4},
       {"seed_oss", seed_oss},
       {"hunyuan_v1_dense", hunyuan},
@@ -664,44 +645,44 @@ std::vector<std::string> decoder_families() {
 
 DecoderConfig parse_decoder_config(const nlohmann::json& whole) {
   check(whole.is_object(), "config.json must be an object");
-  const Json& json = text_config(whole);
+  Json json = with_defaults(whole);
+  // Some multimodal models say this only beside the text model.
+  if (const Json& text = text_config(whole);
+      !text.contains("tie_word_embeddings") && whole.contains("tie_word_embeddings"))
+    json["tie_word_embeddings"] = whole["tie_word_embeddings"];
   const Keys keys(json);
   DecoderConfig c;
   c.family = keys.string("model_type", Keys(whole).string("model_type", ""));
   check(!c.family.empty(), "config.json: 'model_type' is missing");
   const auto family = families().find(c.family);
   if (family == families().end())
-    fail("config.json: model_type '{}' is not supported{}", c.family, did_you_mean(c.family, decoder_families()));
+    fail("config.json: model_type '{}' is not supported{}", shown(c.family),
+         did_you_mean(c.family, decoder_families()));
   c.vocab = keys.size("vocab_size", -1, 1, kMany);
   c.hidden = keys.size("hidden_size", -1, 1, kMany);
   const int64_t layers = keys.size("num_hidden_layers", -1, 1, 100000);
-  c.heads = keys.size("num_attention_heads", -1, 1, kMany);
-  c.kv_heads =
-      keys.size("num_key_value_heads", c.family == "starcoder2" ? std::min<int64_t>(2, c.heads) : c.heads, 1, c.heads);
+  c.heads = keys.size("num_attention_heads", -1, 1, kWidest);
+  c.kv_heads = keys.size("num_key_value_heads", c.heads, 1, c.heads);
   check(c.heads % c.kv_heads == 0, "config.json: {} attention heads cannot share {} key/value heads", c.heads,
         c.kv_heads);
-  const bool gemma_heads = c.family.rfind("gemma", 0) == 0;
-  // Families whose head size does not follow from the hidden size when config.json leaves it out.
-  static const std::map<std::string, int64_t> head_sizes = {{"qwen3", 128},  {"glm", 128},      {"glm4", 128},
-                                                            {"helium", 128}, {"ernie4_5", 128}, {"seed_oss", 128},
-                                                            {"gpt_oss", 64}};
-  int64_t head_dim = gemma_heads ? 256 : std::max<int64_t>(1, c.hidden / c.heads);
-  if (const auto it = head_sizes.find(c.family); it != head_sizes.end()) head_dim = it->second;
-  c.head_dim = keys.size("head_dim", head_dim, 1, kMany);
-  c.intermediate = keys.size("intermediate_size", 4 * c.hidden, 0, kMany);
-  c.context = keys.size("max_position_embeddings", 2048, 1, kMany);
+  c.head_dim = keys.size("head_dim", std::max<int64_t>(1, c.hidden / c.heads), 1, kWidest);
+  c.intermediate = keys.count("intermediate_size", 4 * c.hidden);
+  c.context = keys.size("max_position_embeddings", 2048, 1, kLongest);
   c.act = keys.string("hidden_act", "silu");
-  c.norm_eps = keys.number("rms_norm_eps", 1e-6);
+  c.norm_eps = keys.number("rms_norm_eps", keys.number("layer_norm_eps", keys.number("norm_epsilon", 1e-6)));
+  check(c.norm_eps >= 0.0 && std::isfinite(c.norm_eps), "config.json: the epsilon of norms is {}", c.norm_eps);
   c.init_std = keys.number("initializer_range", 0.02);
-  const bool tied_by_default = gemma_heads || c.family.rfind("cohere", 0) == 0 || c.family == "smollm3" ||
-                               c.family == "starcoder2" || c.family == "ernie4_5";
-  c.tied = keys.flag("tie_word_embeddings", Keys(whole).flag("tie_word_embeddings", tied_by_default));
+  c.tied = keys.flag("tie_word_embeddings", false);
   Context context{keys, c, layers};
   family->second(context);
   if (c.attention_scale == 0.0) c.attention_scale = 1.0 / std::sqrt(static_cast<double>(c.head_dim));
-  if (c.moe.experts > 0)
+  const bool mixture = std::any_of(c.layers.begin(), c.layers.end(), [](const LayerConfig& l) { return l.mixture; });
+  if (mixture || c.moe.experts > 0) {
     check(c.moe.router.top_k >= 1 && c.moe.router.top_k <= c.moe.experts,
           "config.json: {} of {} experts per token is impossible", c.moe.router.top_k, c.moe.experts);
+    check(c.moe.width >= 1,
+          "config.json: experts of {} hidden units are impossible; is 'moe_intermediate_size' missing?", c.moe.width);
+  }
   return c;
 }
 

@@ -5,12 +5,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
-#include <map>
 #include <optional>
 
 #include "moiety/base/error.h"
-#include "moiety/base/text.h"
+#include "moiety/models/encoder_config.h"
 #include "moiety/models/model.h"
 #include "moiety/models/sentence.h"
 #include "moiety/models/weights_source.h"
@@ -24,257 +22,6 @@ namespace {
 
 using nlohmann::json;
 using torch::Tensor;
-
-/// Tensor names of a family, without the prefix that models with a head put before them. "" means the family has no
-/// such part.
-struct Names {
-  std::string word, position, type, embedding_norm, projection, relative, final_norm, pooler;
-  std::string layer;  ///< before the layer's number
-  std::string q, k, v, qkv, out, attention_norm, up, gate, gate_up, down, ffn_norm;
-};
-
-Names bert_names() {
-  Names n;
-  n.word = "embeddings.word_embeddings";
-  n.position = "embeddings.position_embeddings";
-  n.type = "embeddings.token_type_embeddings";
-  n.embedding_norm = "embeddings.LayerNorm";
-  n.pooler = "pooler.dense";
-  n.layer = "encoder.layer.";
-  n.q = "attention.self.query";
-  n.k = "attention.self.key";
-  n.v = "attention.self.value";
-  n.out = "attention.output.dense";
-  n.attention_norm = "attention.output.LayerNorm";
-  n.up = "intermediate.dense";
-  n.down = "output.dense";
-  n.ffn_norm = "output.LayerNorm";
-  return n;
-}
-
-Names electra_names() {
-  Names n = bert_names();
-  n.projection = "embeddings_project";
-  n.pooler = "";
-  return n;
-}
-
-Names mpnet_names() {
-  Names n = bert_names();
-  n.type = "";
-  n.q = "attention.attn.q";
-  n.k = "attention.attn.k";
-  n.v = "attention.attn.v";
-  n.out = "attention.attn.o";
-  n.attention_norm = "attention.LayerNorm";
-  n.relative = "encoder.relative_attention_bias";
-  return n;
-}
-
-Names distilbert_names() {
-  Names n = bert_names();
-  n.type = n.pooler = "";
-  n.layer = "transformer.layer.";
-  n.q = "attention.q_lin";
-  n.k = "attention.k_lin";
-  n.v = "attention.v_lin";
-  n.out = "attention.out_lin";
-  n.attention_norm = "sa_layer_norm";
-  n.up = "ffn.lin1";
-  n.down = "ffn.lin2";
-  n.ffn_norm = "output_layer_norm";
-  return n;
-}
-
-/// As the model's authors publish it: q, k and v in one matrix.
-Names nomic_names() {
-  Names n;
-  n.word = "embeddings.word_embeddings";
-  n.type = "embeddings.token_type_embeddings";
-  n.embedding_norm = "emb_ln";
-  n.layer = "encoder.layers.";
-  n.qkv = "attn.Wqkv";
-  n.out = "attn.out_proj";
-  n.attention_norm = "norm1";
-  n.up = "mlp.fc11";
-  n.gate = "mlp.fc12";
-  n.down = "mlp.fc2";
-  n.ffn_norm = "norm2";
-  return n;
-}
-
-/// As transformers names the modules.
-Names nomic_transformers_names() {
-  Names n = nomic_names();
-  n.embedding_norm = "embeddings.LayerNorm";
-  n.layer = "layers.";
-  n.qkv = "";
-  n.q = "self_attn.q_proj";
-  n.k = "self_attn.k_proj";
-  n.v = "self_attn.v_proj";
-  n.out = "self_attn.o_proj";
-  n.attention_norm = "post_attention_layernorm";
-  n.up = "mlp.up_proj";
-  n.gate = "mlp.gate_proj";
-  n.down = "mlp.down_proj";
-  n.ffn_norm = "post_mlp_layernorm";
-  return n;
-}
-
-Names modernbert_names() {
-  Names n;
-  n.word = "embeddings.tok_embeddings";
-  n.embedding_norm = "embeddings.norm";
-  n.final_norm = "final_norm";
-  n.layer = "layers.";
-  n.qkv = "attn.Wqkv";
-  n.out = "attn.Wo";
-  n.attention_norm = "attn_norm";
-  n.gate_up = "mlp.Wi";
-  n.down = "mlp.Wo";
-  n.ffn_norm = "mlp_norm";
-  return n;
-}
-
-/// What config.json says, in one vocabulary.
-struct Spec {
-  std::string family;
-  int64_t vocabulary = 0, hidden = 0, embedding = 0, heads = 0, head_dim = 0, layers = 0, intermediate = 0,
-          positions = 0, types = 0;
-  double eps = 1e-12;
-  std::string activation = "gelu";
-  int64_t padding =
-      -1;  ///< RoBERTa and MPNet: positions start behind this id and padding stays on it; -1: they start at 0
-  bool pre_norm = false;
-  bool rotary = false;
-  int64_t window = 0;       ///< ModernBERT: distance that its local layers see
-  std::vector<bool> local;  ///< per layer
-  json rope, local_rope;    ///< rope parameters
-};
-
-const std::vector<std::string>& families() {
-  static const std::vector<std::string> names = {"bert",    "roberta", "xlm-roberta", "camembert", "distilbert",
-                                                 "electra", "mpnet",   "nomic_bert",  "modernbert"};
-  return names;
-}
-
-std::string family_of(const json& config) {
-  const auto it = config.find("model_type");
-  return it != config.end() && it->is_string() ? it->get<std::string>() : "";
-}
-
-int64_t integer(const json& config, std::initializer_list<const char*> keys,
-                std::optional<int64_t> fallback = std::nullopt) {
-  for (const char* key : keys) {
-    const auto it = config.find(key);
-    if (it == config.end() || it->is_null()) continue;
-    check(it->is_number_integer(), "config.json: {} must be a whole number, not {}", key, it->dump());
-    const auto value = it->get<int64_t>();
-    check(value >= 0 && value <= std::numeric_limits<int32_t>::max(), "config.json: {} is {}, outside 0 .. 2147483647",
-          key, value);
-    return value;
-  }
-  check(fallback.has_value(), "config.json has no {}", *keys.begin());
-  return *fallback;
-}
-
-double real(const json& config, const char* key, double fallback) {
-  const auto it = config.find(key);
-  if (it == config.end() || it->is_null()) return fallback;
-  check(it->is_number(), "config.json: {} must be a number, not {}", key, it->dump());
-  return it->get<double>();
-}
-
-std::string text(const json& config, const char* key, const std::string& fallback) {
-  const auto it = config.find(key);
-  if (it == config.end() || it->is_null()) return fallback;
-  check(it->is_string(), "config.json: {} must be a string, not {}", key, it->dump());
-  return it->get<std::string>();
-}
-
-json object(const json& config, const char* key) {
-  const auto it = config.find(key);
-  if (it == config.end() || it->is_null()) return json::object();
-  check(it->is_object(), "config.json: {} must be an object, not {}", key, it->dump());
-  return *it;
-}
-
-Spec read_spec(const json& config) {
-  Spec s;
-  s.family = family_of(config);
-  check(std::find(families().begin(), families().end(), s.family) != families().end(),
-        "config.json: model_type `{}` is not an encoder that moiety knows{}; known are {}", shown(s.family),
-        did_you_mean(s.family, families()), list_of(families(), "and"));
-  const bool distil = s.family == "distilbert", nomic = s.family == "nomic_bert", modern = s.family == "modernbert";
-  s.vocabulary = integer(config, {"vocab_size"});
-  s.hidden = integer(config, {"hidden_size", "dim", "n_embd"});
-  s.heads = integer(config, {"num_attention_heads", "n_heads", "n_head"});
-  s.layers = integer(config, {"num_hidden_layers", "n_layers", "n_layer"});
-  s.intermediate = integer(config, {distil ? "hidden_dim" : "intermediate_size", "n_inner"});
-  s.positions = integer(config, {"max_position_embeddings", "n_positions"});
-  s.types = integer(config, {"type_vocab_size"}, 0);
-  s.embedding = s.family == "electra" ? integer(config, {"embedding_size"}, s.hidden) : s.hidden;
-  check(s.hidden > 0 && s.heads > 0 && s.hidden % s.heads == 0,
-        "config.json: hidden_size {} must be a positive multiple of num_attention_heads {}", s.hidden, s.heads);
-  s.head_dim = integer(config, {"head_dim"}, s.hidden / s.heads);
-  check(s.head_dim > 0, "config.json: head_dim is 0");
-  s.activation = distil   ? text(config, "activation", "gelu")
-                 : modern ? text(config, "hidden_activation", "gelu")
-                          : text(config, "hidden_act", nomic ? "silu" : "gelu");
-  // Nomic's own config.json names the gated activation.
-  const std::string own = text(config, "activation_function", "");
-  if (nomic && own == "swiglu") s.activation = "silu";
-  if (nomic && own == "geglu") s.activation = "gelu";
-  s.eps = distil   ? 1e-12
-          : modern ? real(config, "norm_eps", 1e-5)
-                   : real(config, "layer_norm_eps", real(config, "layer_norm_epsilon", 1e-12));
-  if (s.family == "roberta" || s.family == "xlm-roberta" || s.family == "camembert")
-    s.padding = integer(config, {"pad_token_id"}, 1);
-  if (s.family == "mpnet") s.padding = 1;  // fixed in the model, whatever the config says
-  const std::string kind = text(config, "position_embedding_type", "absolute");
-  check(kind == "absolute", "config.json: position_embedding_type '{}' is not supported; only 'absolute' is", kind);
-  if (nomic) {
-    s.rotary = true;
-    s.rope = object(config, "rope_parameters");
-    if (!s.rope.contains("rope_theta"))
-      s.rope["rope_theta"] = real(config, "rotary_emb_base", real(config, "rope_theta", 1000.0));
-    const double fraction = real(config, "rotary_emb_fraction", 1.0);
-    check(fraction == 1.0, "config.json: rotary_emb_fraction {} is not supported; only 1 is", fraction);
-    check(!config.value("rotary_emb_interleaved", false) && !config.value("prenorm", false),
-          "config.json: rotary_emb_interleaved and prenorm are not supported in nomic_bert");
-  }
-  if (modern) {
-    s.rotary = s.pre_norm = true;
-    s.window = integer(config, {"local_attention"}, 128) / 2;
-    const json both = object(config, "rope_parameters");
-    s.rope = object(both, "full_attention");
-    s.local_rope = object(both, "sliding_attention");
-    if (!s.rope.contains("rope_theta")) s.rope["rope_theta"] = real(config, "global_rope_theta", 160000.0);
-    if (!s.local_rope.contains("rope_theta")) s.local_rope["rope_theta"] = real(config, "local_rope_theta", 10000.0);
-    const auto kinds = config.find("layer_types");
-    if (kinds != config.end() && !kinds->is_null()) {
-      check(kinds->is_array() && static_cast<int64_t>(kinds->size()) == s.layers,
-            "config.json: layer_types must be a list of {} names, one a layer", s.layers);
-      for (const auto& k : *kinds) {
-        check(k == "sliding_attention" || k == "full_attention",
-              "config.json: layer_types holds {}; known are full_attention, sliding_attention", k.dump());
-        s.local.push_back(k == "sliding_attention");
-      }
-    }
-  }
-  return s;
-}
-
-/// RoPE of one kind of layer.
-std::shared_ptr<const Rope> make_rope(const Spec& s, const json& parameters) {
-  RopeConfig config;
-  config.theta = real(parameters, "rope_theta", 10000.0);
-  config.type = text(parameters, "rope_type", text(parameters, "type", "default"));
-  config.parameters = parameters;
-  config.head_dim = s.head_dim;
-  config.max_positions = s.positions;
-  return std::make_shared<Rope>(config);
-}
 
 /// What stands before the encoder's own names: "", "bert.", "roberta.", "model.", ... The shortest wins, for a
 /// checkpoint may hold several encoders.
@@ -349,8 +96,8 @@ struct Shared {
 class Encoder : public EncoderModel {
  public:
   Encoder(const Checkpoint& checkpoint, const LoadOptions& options)
-      : config_(checkpoint.config()), spec_(read_spec(config_)), activation_(activation(spec_.activation)) {
-    const Names n = names(checkpoint);
+      : config_(checkpoint.config()), spec_(parse_encoder_config(config_)), activation_(activation(spec_.activation)) {
+    const EncoderNames n = names(checkpoint);
     WeightsSource weights(checkpoint, options, prefix_of(checkpoint, n.word));
     dtype_ = weights.dtype();
     Parts parts(weights, *this);
@@ -361,13 +108,12 @@ class Encoder : public EncoderModel {
     if (!n.projection.empty() && spec_.embedding != spec_.hidden)
       projection_ = parts.linear(n.projection, spec_.hidden, spec_.embedding);
     if (!n.relative.empty()) {
-      const int64_t rows = integer(config_, {"relative_attention_num_buckets"}, kBuckets);
-      check(rows >= kBuckets,
-            "config.json: relative_attention_num_buckets is {}, fewer than the {} that the model uses", rows, kBuckets);
-      relative_ = parts.linear(n.relative, rows, spec_.heads);
+      check(spec_.buckets >= kBuckets,
+            "config.json: relative_attention_num_buckets is {}, fewer than the {} that the model uses", spec_.buckets,
+            kBuckets);
+      relative_ = parts.linear(n.relative, spec_.buckets, spec_.heads);
     }
-    const int64_t inner = spec_.heads * spec_.head_dim, every = integer(config_, {"global_attn_every_n_layers"}, 3);
-    check(every > 0, "config.json: global_attn_every_n_layers is 0");
+    const int64_t inner = spec_.heads * spec_.head_dim;
     for (int64_t i = 0; i < spec_.layers; ++i) {
       const std::string at = n.layer + std::to_string(i) + ".";
       Block b;
@@ -388,14 +134,14 @@ class Encoder : public EncoderModel {
       }
       b.down = parts.linear(at + n.down, spec_.hidden, spec_.intermediate);
       b.ffn_norm = parts.norm(at + n.ffn_norm, spec_.hidden, spec_.eps);
-      b.local = spec_.window > 0 && (spec_.local.empty() ? i % every != 0 : bool(spec_.local[i]));
+      b.local = spec_.window > 0 && spec_.local[i];
       blocks_.push_back(std::move(b));
     }
     if (!n.final_norm.empty()) final_norm_ = parts.norm(n.final_norm, spec_.hidden, spec_.eps);
     if (!n.pooler.empty() && parts.has(n.pooler + ".weight"))
       pooler_ = parts.linear(n.pooler, spec_.hidden, spec_.hidden);
-    if (spec_.rotary) rope_ = make_rope(spec_, spec_.rope);
-    if (spec_.window > 0) local_rope_ = make_rope(spec_, spec_.local_rope);
+    if (spec_.rotary) rope_ = std::make_shared<const Rope>(spec_.rope);
+    if (spec_.window > 0) local_rope_ = std::make_shared<const Rope>(spec_.local_rope);
     head_ = register_module("sentence", std::make_shared<SentenceHead>(checkpoint, options));
     eval();
   }
@@ -444,17 +190,11 @@ class Encoder : public EncoderModel {
   const json& config() const override { return config_; }
 
  private:
-  Names names(const Checkpoint& checkpoint) const {
-    if (spec_.family == "electra") return electra_names();
-    if (spec_.family == "mpnet") return mpnet_names();
-    if (spec_.family == "distilbert") return distilbert_names();
-    if (spec_.family == "modernbert") return modernbert_names();
-    if (spec_.family == "nomic_bert") {
-      for (const auto& t : checkpoint.tensors())
-        if (t.name.ends_with("self_attn.q_proj.weight")) return nomic_transformers_names();
-      return nomic_names();
-    }
-    return bert_names();
+  EncoderNames names(const Checkpoint& checkpoint) const {
+    const auto& tensors = checkpoint.tensors();
+    return encoder_names(spec_.family, std::any_of(tensors.begin(), tensors.end(), [](const TensorInfo& t) {
+                           return t.name.ends_with("self_attn.q_proj.weight");
+                         }));
   }
 
   static void in_range(const Tensor& values, int64_t end, const char* what) {
@@ -560,7 +300,7 @@ class Encoder : public EncoderModel {
   static constexpr int64_t kBuckets = 32;  // of MPNet, fixed in its code
 
   json config_;
-  Spec spec_;
+  EncoderSpec spec_;
   Activation activation_;
   torch::Dtype dtype_ = torch::kFloat32;
   Linear word_{nullptr}, position_{nullptr}, type_{nullptr}, projection_{nullptr}, relative_{nullptr}, pooler_{nullptr};
@@ -573,7 +313,9 @@ class Encoder : public EncoderModel {
 }  // namespace
 
 bool is_encoder(const json& config) {
-  return std::find(families().begin(), families().end(), family_of(config)) != families().end();
+  const auto known = encoder_families();
+  const auto it = config.find("model_type");
+  return it != config.end() && std::find(known.begin(), known.end(), *it) != known.end();
 }
 
 std::vector<std::string> encoder_families() {

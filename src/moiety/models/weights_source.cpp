@@ -86,26 +86,22 @@ TensorView WeightsSource::view(const std::string& name, const std::vector<int64_
   return v;
 }
 
-torch::Tensor WeightsSource::place(torch::Tensor t) const {
-  const bool fresh = t.scalar_type() != dtype_ || t.device() != options_.device;
-  t = t.to(options_.device, dtype_);
-  if (options_.trainable) {
-    if (!fresh) t = t.clone();
-    t.requires_grad_(true);
-  }
-  return t;
+torch::Tensor WeightsSource::values(const TensorView& v) const {
+  return (is_block(v.format) ? dequantize(v) : as_tensor(v)).to(options_.device, dtype_);
 }
 
-torch::Tensor WeightsSource::floats(const TensorView& v) {
-  return place(is_block(v.format) ? dequantize(v) : as_tensor(v));
+torch::Tensor WeightsSource::parameter(const torch::Tensor& t) const {
+  if (!options_.trainable) return t;
+  return t.detach().clone(torch::MemoryFormat::Contiguous).requires_grad_(true);
 }
 
 torch::Tensor WeightsSource::random_matrix(std::vector<int64_t> shape) {
-  return place(torch::randn(shape) * std_);
+  return parameter((torch::randn(shape) * std_).to(options_.device, dtype_));
 }
 
 torch::Tensor WeightsSource::tensor(const std::string& name, std::vector<int64_t> shape, double fill) {
-  return random() ? place(torch::full(shape, fill)) : floats(view(name, shape));
+  if (!random()) return floats(view(name, shape));
+  return parameter(torch::full(shape, fill, torch::TensorOptions().dtype(dtype_).device(options_.device)));
 }
 
 Linear WeightsSource::matrix(const TensorView& v, torch::Tensor bias) {
@@ -122,8 +118,12 @@ Linear WeightsSource::linear(const std::string& name, int64_t in, int64_t out, b
 
 Linear WeightsSource::rows(const std::string& name, int64_t in, int64_t total, int64_t begin, int64_t out, bool bias) {
   torch::Tensor b;
-  if (has(name + ".bias", bias)) b = tensor(name + ".bias", {total}, 0.0);
-  if (b.defined() && out != total) b = b.narrow(0, begin, out);
+  if (has(name + ".bias", bias)) {
+    if (random())
+      b = tensor(name + ".bias", {out}, 0.0);
+    else
+      b = parameter(values(view(name + ".bias", {total})).narrow(0, begin, out));
+  }
   if (random()) return b.defined() ? Linear(random_matrix({out, in}), b) : Linear(random_matrix({out, in}));
   TensorView v = view(name + ".weight", {total, in});
   if (out != total) v = slice_rows(v, begin, begin + out);

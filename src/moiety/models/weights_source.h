@@ -40,8 +40,13 @@ class WeightsSource {
   TensorView view(const std::string& name, const std::vector<int64_t>& shape);
   /// A stored matrix as a Linear.
   Linear matrix(const TensorView& view, torch::Tensor bias = {});
-  /// A view as a float tensor in the compute dtype.
-  torch::Tensor floats(const TensorView& view);
+  /// A view as a float tensor in the compute dtype: a parameter of its own, see parameter().
+  torch::Tensor floats(const TensorView& view) const { return parameter(values(view)); }
+  /// The same without a gradient and perhaps shared with the file: what parameters are cut or joined from.
+  torch::Tensor values(const TensorView& view) const;
+  /// What a module may register. Trainable models get a contiguous copy that asks for gradients, always a leaf; others
+  /// `t` itself.
+  torch::Tensor parameter(const torch::Tensor& t) const;
   torch::Tensor random_matrix(std::vector<int64_t> shape);
   bool trainable() const { return options_.trainable; }
 
@@ -51,7 +56,6 @@ class WeightsSource {
 
  private:
   std::string full(const std::string& name) const;
-  torch::Tensor place(torch::Tensor t) const;
 
   const Checkpoint* checkpoint_ = nullptr;
   LoadOptions options_;
