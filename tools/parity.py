@@ -12,8 +12,11 @@ a checkpoint are checked with the left-padded batch only. A number is the larges
 difference over all real positions, divided by the standard deviation of transformers' logits: logits of unit scale.
 
 Tolerance: 1e-4 in f32, in whatever type the checkpoint is stored. Checkpoints in bf16 are compared once more with both sides
-computing in bf16: rounding differs by the order of sums and may flip a choice of experts, so no maximum is meaningful there;
-the mean error against the f32 result must not exceed twice the mean error of transformers in bf16, plus 0.002.
+computing in bf16, each against the f32 result. Roundings differ by the order of sums and by where attention rounds, and a near tie
+between experts may fall either way. A token whose experts flip is off by ten times the error of its neighbours, so that means over
+positions say who had more flips: transformers' own eager and sdpa attention differ by a factor of 1.6 there (qwen3_moe: 0.015 and
+0.025), while their medians agree. So the median position must be as good as transformers' (within 1.25 times the larger of the two
+attentions, plus 0.001), and the mean within 1.5 times the larger of the two, plus 0.002.
 Sentence encoders are compared with sentence-transformers (embeddings, 1e-5).
 """
 
@@ -36,7 +39,7 @@ import make_fixtures  # starts again with .venv/bin/python when needed
 
 F32_TOLERANCE = 1e-4
 EMBED_TOLERANCE = 1e-5
-BF16_FACTOR, BF16_FLOOR = 2.0, 0.002
+BF16_MEDIAN, BF16_MEAN = (1.25, 0.001), (1.5, 0.002)  # factor of the error of transformers, and what is added
 LENGTHS = (40, 17, 29, 1, 33)
 LOADING = threading.Lock()  # transformers patches torch while it loads: two threads at once leave tied weights undefined
 MODES = ("single", "left", "right", "cache1", "cache3")
@@ -96,14 +99,19 @@ def reference_logits(model, mode, rows):
         return torch.cat(parts, 1), mask
 
 
-def load_reference(fixture, dtype):
+def load_reference(fixture, dtype, attention="eager"):
     import torch
     import transformers
 
     path = Path(fixture["path"]).parent / (fixture["reference"] if fixture["layout"] == "mxfp4" else fixture["name"])
     cls = getattr(transformers, fixture["cls"]) if fixture["cls"] else transformers.AutoModelForCausalLM
     with LOADING:
-        return cls.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
+        return cls.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation=attention).eval()
+
+
+def bf16_attentions(fixture):
+    """transformers refuses sdpa where attention has sinks or caps its logits."""
+    return ("eager",) if fixture["family"] in ("gpt_oss", "gemma2") else ("eager", "sdpa")
 
 
 def run(command):
@@ -126,8 +134,24 @@ def moiety_logits(binary, path, mode, rows, dtype):
         return load_file(out)
 
 
+def position_errors(logits, expected, mask):
+    """Mean difference of every real position, on logits of unit scale."""
+    errors = ((logits - expected)[mask].abs() / expected[mask].std()).mean(-1)
+    return errors.nan_to_num(nan=float("inf"))
+
+
 def compare(got, expected, mask):
-    """Largest and mean difference at real positions on logits of unit scale."""
+    """Largest difference at real positions on logits of unit scale."""
+    import torch
+
+    logits = checked(got, expected, mask)
+    real = expected[mask]
+    worst = ((logits[mask] - real).abs() / real.std()).max().item()
+    return worst if worst == worst else float("inf")
+
+
+def checked(got, expected, mask):
+    """The logits of moiety, when they have the shape and the mask of transformers' ones."""
     import torch
 
     logits = got["logits"].float()
@@ -135,10 +159,7 @@ def compare(got, expected, mask):
         raise RuntimeError(f"logits have shape {list(logits.shape)}, expected {list(expected.shape)}")
     if "mask" in got and not torch.equal(got["mask"].bool(), mask):
         raise RuntimeError("the padding mask differs")
-    real = expected[mask]
-    difference = (logits[mask] - real).abs() / real.std()
-    worst, mean = difference.max().item(), difference.mean().item()
-    return (worst if worst == worst else float("inf")), (mean if mean == mean else float("inf"))
+    return logits
 
 
 def check_causal(binary, fixture, gguf):
@@ -154,30 +175,33 @@ def check_causal(binary, fixture, gguf):
         references[mode] = reference_logits(model, mode, rows)
         try:
             got = moiety_logits(binary, fixture["path"], mode, rows, "f32")
-            result[mode] = compare(got, *references[mode])[0]
+            result[mode] = compare(got, *references[mode])
         except Exception as error:
             result[mode] = None
             result["errors"][mode] = str(error)
     passed = all(result[m] is not None and result[m] <= F32_TOLERANCE for m in modes)
     if fixture["dtype"] == "bfloat16":
-        low = load_reference(fixture, "bfloat16")
         expected, mask = references["left"]
-        theirs = reference_logits(low, "left", rows)[0]
-        limit = BF16_FACTOR * ((theirs - expected)[mask].abs() / expected[mask].std()).mean().item() + BF16_FLOOR
+        theirs = [position_errors(reference_logits(load_reference(fixture, "bfloat16", attention), "left", rows)[0], expected, mask)
+                  for attention in bf16_attentions(fixture)]
+        median, mean = max(e.median().item() for e in theirs), max(e.mean().item() for e in theirs)
+        result["bf16_limit"] = BF16_MEDIAN[0] * median + BF16_MEDIAN[1]
+        result["bf16_mean_limit"] = BF16_MEAN[0] * mean + BF16_MEAN[1]
         try:
-            result["bf16"] = compare(moiety_logits(binary, fixture["path"], "left", rows, "bf16"), expected, mask)[1]
+            ours = position_errors(checked(moiety_logits(binary, fixture["path"], "left", rows, "bf16"), expected, mask), expected, mask)
+            result["bf16"], result["bf16_mean"] = ours.median().item(), ours.mean().item()
         except Exception as error:
             result["bf16"] = None
             result["errors"]["bf16"] = str(error)
-        result["bf16_limit"] = limit
-        passed = passed and result["bf16"] is not None and result["bf16"] <= limit
+        passed = passed and result["bf16"] is not None and result["bf16"] <= result["bf16_limit"] \
+            and result["bf16_mean"] <= result["bf16_mean_limit"]
     if gguf and fixture["gguf"]:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 file = Path(folder) / "x.gguf"
                 run([binary, "convert", fixture["path"], "-o", str(file), "--type", "f32"])
                 got = moiety_logits(binary, file, "left", rows, "f32")
-                result["gguf"] = compare(got, *references["left"])[0]
+                result["gguf"] = compare(got, *references["left"])
             except Exception as error:
                 result["gguf"] = None
                 result["errors"]["gguf"] = str(error)
