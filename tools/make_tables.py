@@ -80,7 +80,18 @@ def parity():
     return lines
 
 
-PARTS = {"systems": systems, "perplexity": perplexity, "parity": parity}
+def load_time():
+    record = load("results/load.json")
+    if not record:
+        return ["Not measured yet: `python3 tools/load_time.py --write`."]
+    lines = ["| model | best | median | processor time |", "| --- | --- | --- | --- |"]
+    for m in [*record["models"], {"name": "the program alone (`--version`)", **record["start"]}]:
+        lines.append(f"| {m['name']} | {m['best_s']:.2f} s | {m['median_s']:.2f} s | {m['cpu_s']:.2f} s |")
+    lines += ["", f"{record['runs']} runs each; {where(record)}."]
+    return lines
+
+
+PARTS = {"systems": systems, "perplexity": perplexity, "parity": parity, "load": load_time}
 
 
 def render(text, name):
