@@ -318,10 +318,6 @@ bool is_encoder(const json& config) {
   return it != config.end() && std::find(known.begin(), known.end(), *it) != known.end();
 }
 
-std::vector<std::string> encoder_families() {
-  return families();
-}
-
 std::shared_ptr<EncoderModel> load_encoder(const Checkpoint& checkpoint, const LoadOptions& options) {
   return std::make_shared<Encoder>(checkpoint, options);
 }

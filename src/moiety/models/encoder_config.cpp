@@ -8,6 +8,7 @@
 
 #include "moiety/base/error.h"
 #include "moiety/base/text.h"
+#include "moiety/models/model.h"
 
 namespace moiety {
 namespace {

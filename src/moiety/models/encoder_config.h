@@ -25,8 +25,6 @@ struct EncoderSpec {
   int64_t buckets = 32;  ///< MPNet: rows of the relative position bias
 };
 
-/// model_type values of encoders.
-std::vector<std::string> encoder_families();
 /// Throws Error: an unknown model_type (naming the nearest), missing or impossible values (naming the key).
 EncoderSpec parse_encoder_config(const nlohmann::json& config);
 
