@@ -401,7 +401,8 @@ struct GgufParser {
       check(part->integer("split.no") == i, "{}: split.no is {}, but the file's name says {}", at,
             part->integer("split.no").value_or(-1), i);
       if (const auto count = part->integer("split.tensors.count")) {
-        check(!total || total == count, "{}: split.tensors.count is {}, but {} in another part", at, *count, *total);
+        check(!total || total == count, "{}: split.tensors.count is {}, but {} in another part", at, *count,
+              total.value_or(0));
         total = count;
       }
       if (i == 0) {
