@@ -7,12 +7,56 @@
 #include "moiety/base/error.h"
 #include "moiety/models/weights_source.h"
 #include "moiety/moe/mixture.h"
+#include "moiety/nn/recompute.h"
 #include "moiety/nn/weights.h"
 
 namespace moiety {
 namespace {
 
 using std::string;
+
+// What transformers calls a tensor of a new model of this family, from the name that most families give it.
+string family_name(const string& family, string name) {
+  using Pairs = std::vector<std::pair<const char*, const char*>>;
+  static const Pairs phi = {
+      {".self_attn.o_proj.", ".self_attn.dense."}, {".mlp.up_proj.", ".mlp.fc1."}, {".mlp.down_proj.", ".mlp.fc2."}};
+  static const Pairs router = {{".mlp.gate.", ".mlp.router."}};
+  static const Pairs granite = {{".mlp.gate.", ".block_sparse_moe.router."},
+                                {".mlp.experts.", ".block_sparse_moe.experts."},
+                                {".mlp.shared_experts.gate_up_proj.", ".shared_mlp.input_linear."},
+                                {".mlp.shared_experts.down_proj.", ".shared_mlp.output_linear."}};
+  static const std::map<string, Pairs> families = {
+      {"phi", phi},
+      {"starcoder2", {{".mlp.up_proj.", ".mlp.c_fc."}, {".mlp.down_proj.", ".mlp.c_proj."}}},
+      {"gpt_oss", router},
+      {"phimoe", router},
+      {"granitemoe", granite},
+      {"granitemoeshared", granite},
+      {"qwen2_moe", {{".mlp.shared_experts.", ".mlp.shared_expert."}}},
+      {"hunyuan_v1_dense",
+       {{".self_attn.q_norm.", ".self_attn.query_layernorm."}, {".self_attn.k_norm.", ".self_attn.key_layernorm."}}},
+      {"glm4",
+       {{".post_attention_layernorm.", ".post_self_attn_layernorm."},
+        {".pre_feedforward_layernorm.", ".post_attention_layernorm."},
+        {".post_feedforward_layernorm.", ".post_mlp_layernorm."}}}};
+  if (family == "phi" && name.rfind("norm.", 0) == 0) return "final_layer" + name;
+  const auto pairs = families.find(family);
+  if (pairs == families.end()) return name;
+  for (const auto& [from, to] : pairs->second) {
+    const auto at = name.find(from);
+    if (at == string::npos) continue;
+    return name.replace(at, std::char_traits<char>::length(from), to);
+  }
+  return name;
+}
+
+bool fused_qkv(const DecoderConfig& c) {
+  return c.family == "phi3";
+}
+
+bool fused_gate_up(const DecoderConfig& c) {
+  return c.family == "phi3" || c.family == "glm" || c.family == "glm4" || c.family == "granitemoeshared";
+}
 
 std::shared_ptr<Norm> make_norm(WeightsSource& w, const string& name, std::vector<int64_t> shape, NormKind kind,
                                 double eps) {
@@ -37,13 +81,16 @@ std::shared_ptr<Norm> make_head_norm(WeightsSource& w, const string& at, const D
                                      int64_t heads) {
   const string q = which;
   if (c.qk_norm_per_head_layer) {
-    if (w.random() || w.has(at + q + "_norm.weight", false))
+    if (w.has(at + q + "_norm.weight", c.family != "stablelm"))
       return make_norm(w, at + q + "_norm", {heads, c.head_dim}, NormKind::layer_without_bias, c.norm_eps);
     // StableLM keeps one norm a head.
     std::vector<torch::Tensor> rows;
+    const auto row = [&](int64_t h) { return at + q + "_layernorm.norms." + std::to_string(h) + ".weight"; };
     for (int64_t h = 0; h < heads; ++h)
-      rows.push_back(w.values(w.view(at + q + "_layernorm.norms." + std::to_string(h) + ".weight", {c.head_dim})));
-    return std::make_shared<LayerNorm>(w.parameter(torch::stack(rows)), torch::Tensor(), c.norm_eps);
+      rows.push_back(w.random() ? torch::ones({c.head_dim}) : w.values(w.view(row(h), {c.head_dim})));
+    const auto weight = w.parameter(torch::stack(rows));
+    for (int64_t h = 0; h < heads; ++h) w.store(row(h), [weight, h] { return weight[h]; });
+    return std::make_shared<LayerNorm>(weight, torch::Tensor(), c.norm_eps);
   }
   const string name = w.pick({at + q + "_norm.weight", at + (q == "q" ? "query" : "key") + "_layernorm.weight"});
   const NormKind kind = c.norm == NormKind::rms_offset ? NormKind::rms_offset : NormKind::rms;
@@ -58,7 +105,9 @@ Linear make_kv_b(WeightsSource& w, const string& at, const DecoderConfig& c) {
     return w.linear(at + "kv_b_proj", m.rank, c.heads * (m.nope + m.v), false);
   const auto keys = w.values(w.view(at + "k_b_proj", {c.heads, m.rank, m.nope})).transpose(1, 2);
   const auto values = w.values(w.view(at + "v_b_proj", {c.heads, m.v, m.rank}));
-  return Linear(w.parameter(torch::cat({keys, values}, 1).reshape({c.heads * (m.nope + m.v), m.rank})));
+  const auto joined = w.parameter(torch::cat({keys, values}, 1).reshape({c.heads * (m.nope + m.v), m.rank}));
+  w.store(at + "kv_b_proj.weight", [joined] { return joined; });
+  return Linear(joined);
 }
 
 std::shared_ptr<AttentionBase> make_attention(WeightsSource& w, const string& layer, const DecoderConfig& c,
@@ -90,7 +139,7 @@ std::shared_ptr<AttentionBase> make_attention(WeightsSource& w, const string& la
   }
   AttentionParts p;
   const int64_t q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim;
-  if (!w.random() && w.has(at + "qkv_proj.weight", false)) {
+  if (w.has(at + "qkv_proj.weight", fused_qkv(c))) {
     p.q = w.rows(at + "qkv_proj", c.hidden, q + 2 * kv, 0, q, c.qkv_bias);
     p.k = w.rows(at + "qkv_proj", c.hidden, q + 2 * kv, q, kv, c.qkv_bias);
     p.v = w.rows(at + "qkv_proj", c.hidden, q + 2 * kv, q + kv, kv, c.qkv_bias);
@@ -119,7 +168,7 @@ std::shared_ptr<FeedForward> make_feed_forward(WeightsSource& w, const string& a
                                                int64_t width) {
   const Activation act = activation(c.act);
   for (const char* fused : {"gate_up_proj", "input_linear"})
-    if (!w.random() && w.has(at + fused + ".weight", false)) {
+    if (w.has(at + fused + ".weight", fused_gate_up(c))) {
       auto gate = w.rows(at + fused, c.hidden, 2 * width, 0, width, c.mlp_bias),
            up = w.rows(at + fused, c.hidden, 2 * width, width, width, c.mlp_bias);
       const string down = w.pick({at + "down_proj.weight", at + "output_linear.weight"});
@@ -149,6 +198,29 @@ LinearStack stack_of(WeightsSource& w, const TensorView& stack, int64_t begin, i
 struct ExpertStacks {
   LinearStack gate{nullptr}, up{nullptr}, down{nullptr};
 };
+
+torch::Tensor stacked(const LinearStack& s) {
+  if (s->weight.defined()) return s->weight;
+  std::vector<torch::Tensor> all;
+  for (int64_t e = 0; e < s->count(); ++e) all.push_back(s->dense(e, torch::kFloat32));
+  return torch::stack(all);
+}
+
+void store_stack(WeightsSource& w, const string& name, const LinearStack& s, int64_t begin = 0) {
+  w.store(
+      name, [s] { return stacked(s); }, 1, begin);
+}
+
+// gpt-oss stores x W: [E, d, 2f] with gate and up columns alternating, and [E, f, d].
+void store_gpt_oss(WeightsSource& w, const string& at, const ExpertStacks& s) {
+  const auto pairs = [](const torch::Tensor& gate, const torch::Tensor& up) {
+    return torch::stack({gate, up}, -1).flatten(-2);
+  };
+  w.store(at + "gate_up_proj", [=] { return pairs(stacked(s.gate).transpose(1, 2), stacked(s.up).transpose(1, 2)); });
+  w.store(at + "gate_up_proj_bias", [=] { return pairs(s.gate->bias, s.up->bias); });
+  w.store(at + "down_proj", [=] { return stacked(s.down).transpose(1, 2); });
+  w.store(at + "down_proj_bias", [=] { return s.down->bias; });
+}
 
 // gpt-oss in MXFP4: NAME_blocks [E, rows, in/32, 16] with neighbouring nibbles, NAME_scales [E, rows, in/32]. Returns
 // GGUF-style blocks of rows `first`, `first + step`, ... of every expert (gate and up rows alternate).
@@ -211,13 +283,20 @@ ExpertStacks make_experts(WeightsSource& w, const string& layer, const string& m
   if (w.random()) {
     torch::Tensor gb, ub, db;
     if (c.moe.clamped) {
-      gb = w.tensor("", {experts, width}, 0.0);
-      ub = w.tensor("", {experts, width}, 0.0);
-      db = w.tensor("", {experts, hidden}, 0.0);
+      gb = w.parameter(torch::zeros({experts, width}));
+      ub = w.parameter(torch::zeros({experts, width}));
+      db = w.parameter(torch::zeros({experts, hidden}));
     }
     s.gate = LinearStack(w.random_matrix({experts, width, hidden}), gb);
     s.up = LinearStack(w.random_matrix({experts, width, hidden}), ub);
     s.down = LinearStack(w.random_matrix({experts, hidden, width}), db);
+    if (c.moe.clamped) {
+      store_gpt_oss(w, at, s);
+    } else {
+      store_stack(w, at + "gate_up_proj", s.gate);
+      store_stack(w, at + "gate_up_proj", s.up, width);
+      store_stack(w, at + "down_proj", s.down);
+    }
     return s;
   }
   // Separate gate, up and down stacks (GGUF).
@@ -228,9 +307,16 @@ ExpertStacks make_experts(WeightsSource& w, const string& layer, const string& m
     s.gate = stack_of(w, w.view(at + "gate_proj", {experts, width, hidden}), 0, width, bias("gate_proj_bias", width));
     s.up = stack_of(w, w.view(at + "up_proj", {experts, width, hidden}), 0, width, bias("up_proj_bias", width));
     s.down = stack_of(w, w.view(at + "down_proj", {experts, hidden, width}), 0, hidden, bias("down_proj_bias", hidden));
+    store_stack(w, at + "gate_proj", s.gate);
+    store_stack(w, at + "up_proj", s.up);
+    store_stack(w, at + "down_proj", s.down);
     return s;
   }
-  if (c.moe.clamped) return gpt_oss_experts(w, at, experts, hidden, width);
+  if (c.moe.clamped) {
+    s = gpt_oss_experts(w, at, experts, hidden, width);
+    store_gpt_oss(w, at, s);
+    return s;
+  }
   // Gate and up fused in one stack (current transformers; GraniteMoE always).
   for (const auto& [fused, down] : {std::pair{at + "gate_up_proj", at + "down_proj"},
                                     std::pair{mlp + "input_linear.weight", mlp + "output_linear.weight"}})
@@ -239,20 +325,34 @@ ExpertStacks make_experts(WeightsSource& w, const string& layer, const string& m
       s.gate = stack_of(w, view, 0, width, {});
       s.up = stack_of(w, view, width, width, {});
       s.down = stack_of(w, w.view(down, {experts, hidden, width}), 0, hidden, {});
+      store_stack(w, fused, s.gate);
+      store_stack(w, fused, s.up, width);
+      store_stack(w, down, s.down);
       return s;
     }
   // One tensor an expert and projection.
   const auto separate = [&](const std::vector<string>& names, int64_t out, int64_t in) {
     std::vector<Linear> list;
+    std::vector<string> picked;
     for (int64_t e = 0; e < experts; ++e) {
       std::vector<string> candidates;
       for (const string& name : names) candidates.push_back(at + std::to_string(e) + "." + name + ".weight");
-      list.push_back(w.matrix(w.view(w.pick(candidates), {out, in})));
+      picked.push_back(w.pick(candidates));
+      list.push_back(w.matrix(w.view(picked.back(), {out, in})));
     }
-    if (!w.trainable() || list[0]->quantized()) return LinearStack(std::move(list));
-    std::vector<torch::Tensor> weights;
-    for (const Linear& l : list) weights.push_back(l->weight.detach());
-    return LinearStack(torch::stack(weights).requires_grad_(true));
+    LinearStack stack{nullptr};
+    if (!w.trainable() || list[0]->quantized()) {
+      stack = LinearStack(std::move(list));
+    } else {
+      std::vector<torch::Tensor> weights;
+      for (const Linear& l : list) weights.push_back(l->weight.detach());
+      stack = LinearStack(torch::stack(weights).requires_grad_(true));
+    }
+    for (int64_t e = 0; e < experts; ++e)
+      w.store(picked[e], [stack, e] {
+        return stack->weight.defined() ? stack->weight.select(0, e) : stack->dense(e, torch::kFloat32);
+      });
+    return stack;
   };
   s.gate = separate({"gate_proj", "w1"}, width, hidden);
   s.up = separate({"up_proj", "w3"}, width, hidden);
@@ -273,6 +373,8 @@ std::shared_ptr<FeedForwardBase> make_mixture(WeightsSource& w, const string& la
     Linear fresh(c.hidden, m.experts, m.router_bias);
     for (auto& t : fresh->parameters()) t.set_requires_grad(w.trainable());
     projection = fresh;
+    w.store(router_name + ".weight", [fresh] { return fresh->weight; });
+    if (m.router_bias) w.store(router_name + ".bias", [fresh] { return fresh->bias; });
   } else {
     projection = w.linear(router_name, c.hidden, m.experts, m.router_bias);
   }
@@ -281,10 +383,11 @@ std::shared_ptr<FeedForwardBase> make_mixture(WeightsSource& w, const string& la
     r = std::make_shared<SparseMixerRouter>(projection, m.router.top_k, m.sparse_mixer_jitter);
   } else {
     torch::Tensor bias;
-    if (m.choice_bias)
-      bias = w.random() ? torch::zeros({m.experts})
-                        : dequantize(w.view(w.pick({mlp + "gate.e_score_correction_bias"}), {m.experts}));
-    r = std::make_shared<TopKRouter>(projection, m.router, bias);
+    const string bias_name = mlp + "gate.e_score_correction_bias";
+    if (m.choice_bias) bias = w.random() ? torch::zeros({m.experts}) : dequantize(w.view(bias_name, {m.experts}));
+    const auto top = std::make_shared<TopKRouter>(projection, m.router, bias);
+    if (m.choice_bias) w.store(bias_name, [top] { return top->choice_bias; });
+    r = top;
   }
   const ExpertStacks s = make_experts(w, layer, mlp, c);
   std::shared_ptr<Experts> experts;
@@ -371,7 +474,9 @@ std::shared_ptr<CausalModel> assemble(WeightsSource& w, const nlohmann::json& js
     // Blocks behind the last are extra heads that predict several tokens (DeepSeek-V3).
     return std::regex_match(name, found, layer) && std::stoll(found[1]) >= layers;
   });
-  return std::make_shared<Decoder>(json, c, embed, std::move(blocks), norm, head, w.dtype());
+  auto decoder = std::make_shared<Decoder>(json, c, embed, std::move(blocks), norm, head, w.dtype());
+  decoder->stored_tensors = w.stored();
+  return decoder;
 }
 
 }  // namespace
@@ -454,9 +559,10 @@ torch::Tensor Decoder::hidden(const torch::Tensor& ids, Pass& pass) {
                     ? positions + pass.cache->next_position().unsqueeze(1)
                     : positions + past;
   }
-  const AttentionContext context(positions, past, padding, pass.segments);
+  const auto context = std::make_shared<const AttentionContext>(positions, past, padding, pass.segments);
   auto x = embed->rows(ids, dtype_);
   if (parsed.embedding_scale != 1.0) x = x * torch::scalar_tensor(parsed.embedding_scale, x.options());
+  const bool recomputed = pass.recompute_blocks && torch::GradMode::is_enabled();
   for (int64_t i = 0; i < blocks(); ++i) {
     pass.block = i;
     int64_t repeats = 1;
@@ -464,7 +570,12 @@ torch::Tensor Decoder::hidden(const torch::Tensor& ids, Pass& pass) {
     for (int64_t r = 0; r < repeats; ++r) {
       pass.round = r;
       pass.slot = r * blocks() + i;
-      x = layers[i]->forward(x, context, pass);
+      if (recomputed)
+        x = recompute(x, pass, [block = layers[i], context](const torch::Tensor& input, Pass& again) {
+          return block->forward(input, *context, again);
+        });
+      else
+        x = layers[i]->forward(x, *context, pass);
     }
   }
   pass.round = 0;
@@ -490,15 +601,25 @@ torch::Tensor Decoder::forward(const torch::Tensor& ids, Pass& pass) {
   return logits;
 }
 
+std::vector<StoredTensor> CausalModel::stored() const {
+  fail("this model cannot be written: it does not say what its tensors are called");
+}
+
 std::shared_ptr<CausalModel> load_causal(const Checkpoint& checkpoint, const LoadOptions& options) {
-  const DecoderConfig config = parse_decoder_config(checkpoint.config());
+  return load_causal(checkpoint, checkpoint.config(), options);
+}
+
+std::shared_ptr<CausalModel> load_causal(const Checkpoint& checkpoint, const nlohmann::json& config,
+                                         const LoadOptions& options) {
+  const DecoderConfig parsed = parse_decoder_config(config);
   WeightsSource source(checkpoint, options);
-  return assemble(source, checkpoint.config(), config);
+  return assemble(source, config, parsed);
 }
 
 std::shared_ptr<CausalModel> make_causal(const nlohmann::json& config, const LoadOptions& options) {
   const DecoderConfig parsed = parse_decoder_config(config);
   WeightsSource source(parsed.init_std, options);
+  source.rename = [&](const string& name) { return family_name(parsed.family, name); };
   return assemble(source, config, parsed);
 }
 

@@ -41,11 +41,13 @@ class Decoder : public CausalModel {
   int64_t blocks() const override { return static_cast<int64_t>(layers.size()); }
   int64_t experts(int64_t block) const override;
   const nlohmann::json& config() const override { return json_; }
+  std::vector<StoredTensor> stored() const override { return stored_tensors; }
 
   DecoderConfig parsed;
   Linear embed{nullptr}, head{nullptr};  ///< the same module when tied
   std::vector<std::shared_ptr<Block>> layers;
   std::shared_ptr<Norm> norm;
+  std::vector<StoredTensor> stored_tensors;
 
  private:
   nlohmann::json json_;

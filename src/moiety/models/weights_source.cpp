@@ -86,8 +86,12 @@ TensorView WeightsSource::view(const std::string& name, const std::vector<int64_
   return v;
 }
 
+torch::Dtype WeightsSource::parameter_dtype() const {
+  return options_.trainable ? torch::kFloat32 : dtype_;
+}
+
 torch::Tensor WeightsSource::values(const TensorView& v) const {
-  return (is_block(v.format) ? dequantize(v) : as_tensor(v)).to(options_.device, dtype_);
+  return (is_block(v.format) ? dequantize(v) : as_tensor(v)).to(options_.device, parameter_dtype());
 }
 
 torch::Tensor WeightsSource::parameter(const torch::Tensor& t) const {
@@ -96,12 +100,40 @@ torch::Tensor WeightsSource::parameter(const torch::Tensor& t) const {
 }
 
 torch::Tensor WeightsSource::random_matrix(std::vector<int64_t> shape) {
-  return parameter((torch::randn(shape) * std_).to(options_.device, dtype_));
+  return parameter((torch::randn(shape) * std_).to(options_.device, parameter_dtype()));
+}
+
+torch::Tensor WeightsSource::fresh(const std::vector<int64_t>& shape, double fill) const {
+  return parameter(torch::full(shape, fill, torch::TensorOptions().dtype(parameter_dtype()).device(options_.device)));
 }
 
 torch::Tensor WeightsSource::tensor(const std::string& name, std::vector<int64_t> shape, double fill) {
-  if (!random()) return floats(view(name, shape));
-  return parameter(torch::full(shape, fill, torch::TensorOptions().dtype(dtype_).device(options_.device)));
+  const auto t = random() ? fresh(shape, fill) : floats(view(name, shape));
+  store(name, [t] { return t; });
+  return t;
+}
+
+void WeightsSource::store(const std::string& name, Value value, int64_t dim, int64_t begin) {
+  const bool head = name.rfind("lm_head", 0) == 0;
+  auto& parts = stored_[!random() ? full(name) : (head ? "" : "model.") + (rename ? rename(name) : name)];
+  parts.dim = dim;
+  parts.values[begin] = std::move(value);
+}
+
+std::vector<StoredTensor> WeightsSource::stored() const {
+  std::vector<StoredTensor> out;
+  for (const auto& [name, parts] : stored_) {
+    if (parts.values.size() == 1) {
+      out.push_back({name, parts.values.begin()->second});
+      continue;
+    }
+    out.push_back({name, [parts = parts] {
+                     std::vector<torch::Tensor> pieces;
+                     for (const auto& [begin, value] : parts.values) pieces.push_back(value());
+                     return torch::cat(pieces, parts.dim);
+                   }});
+  }
+  return out;
 }
 
 Linear WeightsSource::matrix(const TensorView& v, torch::Tensor bias) {
@@ -119,15 +151,22 @@ Linear WeightsSource::linear(const std::string& name, int64_t in, int64_t out, b
 Linear WeightsSource::rows(const std::string& name, int64_t in, int64_t total, int64_t begin, int64_t out, bool bias) {
   torch::Tensor b;
   if (has(name + ".bias", bias)) {
-    if (random())
-      b = tensor(name + ".bias", {out}, 0.0);
-    else
-      b = parameter(values(view(name + ".bias", {total})).narrow(0, begin, out));
+    b = random() ? fresh({out}, 0.0) : parameter(values(view(name + ".bias", {total})).narrow(0, begin, out));
+    store(
+        name + ".bias", [b] { return b; }, 0, begin);
   }
-  if (random()) return b.defined() ? Linear(random_matrix({out, in}), b) : Linear(random_matrix({out, in}));
-  TensorView v = view(name + ".weight", {total, in});
-  if (out != total) v = slice_rows(v, begin, begin + out);
-  return matrix(v, b);
+  Linear linear{nullptr};
+  if (random()) {
+    linear = Linear(random_matrix({out, in}), b);
+  } else {
+    TensorView v = view(name + ".weight", {total, in});
+    if (out != total) v = slice_rows(v, begin, begin + out);
+    linear = matrix(v, b);
+  }
+  store(
+      name + ".weight", [linear] { return linear->quantized() ? linear->dense(torch::kFloat32) : linear->weight; }, 0,
+      begin);
+  return linear;
 }
 
 void WeightsSource::check_all_used(const std::function<bool(const std::string&)>& ignored) const {

@@ -4,6 +4,7 @@
 #include <torch/types.h>
 
 #include <functional>
+#include <map>
 #include <set>
 #include <string>
 #include <vector>
@@ -48,6 +49,16 @@ class WeightsSource {
   /// `t` itself.
   torch::Tensor parameter(const torch::Tensor& t) const;
   torch::Tensor random_matrix(std::vector<int64_t> shape);
+
+  using Value = std::function<torch::Tensor()>;
+  /// Records what a checkpoint holds under `name`: `value` of the parameters as they will be, or, when several are
+  /// recorded under one name, the part of it that begins at `begin` of dimension `dim`. tensor(), linear() and rows()
+  /// record what they hand out by themselves.
+  void store(const std::string& name, Value value, int64_t dim = 0, int64_t begin = 0);
+  /// Everything recorded, by name.
+  std::vector<StoredTensor> stored() const;
+  /// Random: what the family calls a tensor; unset: names stay.
+  std::function<std::string(std::string)> rename;
   bool trainable() const { return options_.trainable; }
 
   /// Error naming tensors of the checkpoint that the model has no place for, except those that `ignored` accepts.
@@ -55,7 +66,14 @@ class WeightsSource {
   torch::Dtype dtype() const { return dtype_; }
 
  private:
+  struct Parts {
+    int64_t dim = 0;
+    std::map<int64_t, Value> values;  // by where they begin
+  };
+
   std::string full(const std::string& name) const;
+  torch::Tensor fresh(const std::vector<int64_t>& shape, double fill) const;
+  torch::Dtype parameter_dtype() const;
 
   const Checkpoint* checkpoint_ = nullptr;
   LoadOptions options_;
@@ -63,6 +81,7 @@ class WeightsSource {
   std::string prefix_;
   torch::Dtype dtype_;
   std::set<std::string> used_;
+  std::map<std::string, Parts> stored_;
 };
 
 }  // namespace moiety

@@ -61,6 +61,8 @@ struct Pass {
   Trace* trace = nullptr;
   Edits edits;
   bool training = false;
+  bool recompute_blocks = false;  ///< keep only the input of every block and run it again in the backward pass
+  bool recomputing = false;       ///< this is such a second run: change nothing outside of the gradient
   bool last_logits_only = false;  ///< logits [B, 1, V] of the last position only (decoding)
 
   // While it runs.

@@ -1,0 +1,167 @@
+// moiety train: trains a model as a YAML file says; goes on by itself after a stop or a crash.
+#include <fmt/format.h>
+
+#include <atomic>
+#include <csignal>
+#include <iostream>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+#include "moiety/base/error.h"
+#include "moiety/base/files.h"
+#include "moiety/base/log.h"
+#include "moiety/base/progress.h"
+#include "moiety/train/trainer.h"
+#include "verb.h"
+
+namespace moiety::cli {
+namespace {
+
+using nlohmann::json;
+
+std::atomic<int> interrupts{0};
+
+// The first signal asks for a checkpoint and an end after this step; the second ends at once, as signals do.
+extern "C" void train_interrupt(int signal) {
+  if (interrupts.fetch_add(1) == 0) return;
+  std::signal(signal, SIG_DFL);
+  std::raise(signal);
+}
+
+struct TrainArguments : Common {
+  std::string file;
+  std::vector<std::string> set;
+  bool dry_run = false, resume = false, restart = false, list = false;
+};
+
+std::string megabytes(int64_t bytes) {
+  return bytes >= int64_t{1} << 30 ? fmt::format("{:.2f} GiB", static_cast<double>(bytes) / (1 << 30))
+                                   : fmt::format("{:.1f} MiB", static_cast<double>(bytes) / (1 << 20));
+}
+
+int dry_run(const TrainArguments& a, const TrainConfig& config) {
+  const TrainPlan plan = plan_training(config);
+  const int64_t sum =
+      plan.weights_bytes + plan.gradient_bytes + plan.optimizer_bytes + plan.ema_bytes + plan.activation_bytes;
+  if (a.json) {
+    json out = {{"parameters", plan.parameters},
+                {"trained", plan.trained},
+                {"steps", plan.steps},
+                {"tokens_per_step", plan.tokens_per_step},
+                {"documents", plan.documents},
+                {"rows_of_an_epoch", plan.rows_of_an_epoch ? json(*plan.rows_of_an_epoch) : json()},
+                {"bytes",
+                 {{"weights", plan.weights_bytes},
+                  {"gradients", plan.gradient_bytes},
+                  {"optimizer", plan.optimizer_bytes},
+                  {"average", plan.ema_bytes},
+                  {"activations", plan.activation_bytes},
+                  {"sum", sum}}},
+                {"settings", dump(config)}};
+    for (const Slot& s : plan.slots)
+      out["trained_parameters"].push_back(
+          {{"name", s.name}, {"shape", s.parameter.sizes().vec()}, {"lr", s.lr}, {"weight_decay", s.weight_decay}});
+    std::cout << out.dump(2) << "\n";
+    return 0;
+  }
+  std::cout << fmt::format(
+      "parameters   {} ({} learn)\nsteps        {} of {} tokens: {} tokens\ndocuments    {}{}\n"
+      "memory       {}: weights {}, gradients {}, optimizer {}, {}activations about {}\n",
+      plan.parameters, plan.trained, plan.steps, plan.tokens_per_step, plan.steps * plan.tokens_per_step,
+      plan.documents, plan.rows_of_an_epoch ? fmt::format(" ({} rows an epoch)", *plan.rows_of_an_epoch) : "",
+      megabytes(sum), megabytes(plan.weights_bytes), megabytes(plan.gradient_bytes), megabytes(plan.optimizer_bytes),
+      plan.ema_bytes > 0 ? fmt::format("average {}, ", megabytes(plan.ema_bytes)) : "",
+      megabytes(plan.activation_bytes));
+  if (a.list) {
+    std::cout << "\n";
+    for (const Slot& s : plan.slots)
+      std::cout << fmt::format("{:<52} {:<18} lr {:<8} decay {}\n", s.name,
+                               fmt::format("{}", c10::Join("x", s.parameter.sizes())), s.lr, s.weight_decay);
+  }
+  return 0;
+}
+
+int run_train(const TrainArguments& a) {
+  const TrainConfig config = read_train_config(read_text(a.file), a.file, a.set);
+  if (a.dry_run || a.list) return dry_run(a, config);
+  interrupts = 0;
+  std::signal(SIGINT, train_interrupt);
+  std::signal(SIGTERM, train_interrupt);
+  TrainOptions options;
+  options.device = torch::Device(a.device);
+  options.resume = a.restart ? TrainOptions::restart : a.resume ? TrainOptions::required : TrainOptions::automatic;
+  options.stop = [] { return interrupts.load() > 0; };
+  std::optional<Progress> progress;
+  const auto start = std::chrono::steady_clock::now();
+  int64_t tokens = 0;
+  options.on_step = [&](int64_t step, int64_t, double loss, int64_t count) {
+    tokens += count;
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    progress->note(
+        fmt::format("loss {:.4f}, {:.0f} tokens/s", loss, static_cast<double>(tokens) / std::max(seconds, 1e-9)));
+    progress->set(step);
+  };
+  Trainer trainer(config, options);
+  if (trainer.step() > 0) log::info("{} goes on behind step {}", config.output.folder, trainer.step());
+  progress.emplace("train", trainer.steps(), "step");
+  if (trainer.step() > 0) progress->set(trainer.step());
+  const TrainResult r = trainer.run();
+  progress.reset();
+  if (a.json) {
+    json out = {{"ended", r.ended},   {"step", r.step},       {"steps", r.steps},         {"loss", r.loss},
+                {"tokens", r.tokens}, {"seconds", r.seconds}, {"model", r.model.string()}};
+    if (r.evaluation)
+      out["evaluation"] = {{"loss", r.evaluation->loss},
+                           {"perplexity", std::exp(r.evaluation->loss)},
+                           {"bits_per_byte", r.evaluation->bits_per_byte},
+                           {"tokens", r.evaluation->tokens}};
+    if (r.best_step > 0) out["best"] = {{"loss", r.best}, {"step", r.best_step}};
+    std::cout << out.dump(2) << "\n";
+    return 0;
+  }
+  if (r.ended == "already complete") {
+    std::cout << fmt::format("{} is complete at step {}: --restart begins anew, a larger train.steps goes on\n",
+                             config.output.folder, r.step);
+    return 0;
+  }
+  if (r.ended == "stopped")
+    std::cout << fmt::format("stopped behind step {} of {}; the same command goes on\n", r.step, r.steps);
+  if (r.ended == "early stop")
+    std::cout << fmt::format("ended at step {} of {}: the held-out loss did not get better\n", r.step, r.steps);
+  std::cout << fmt::format("training loss  {:.4f}\n", r.loss);
+  if (r.evaluation)
+    std::cout << fmt::format(
+        "held out       loss {:.4f}, perplexity {:.3f}, {:.4f} bits a byte ({} tokens); best {:.4f} at step {}\n",
+        r.evaluation->loss, std::exp(r.evaluation->loss), r.evaluation->bits_per_byte, r.evaluation->tokens, r.best,
+        r.best_step);
+  std::cout << fmt::format("time           {:.1f} s, {:.0f} tokens/s\nmodel          {}\nreport         {}\n",
+                           r.seconds, static_cast<double>(r.tokens) / std::max(r.seconds, 1e-9), r.model.string(),
+                           (std::filesystem::path(config.output.folder) / "report.html").string());
+  return 0;
+}
+
+const Register train({
+    "train",
+    "Train a language model, from scratch or from a checkpoint, as a YAML file says",
+    "moiety train run.yaml\n"
+    "moiety train run.yaml --dry-run\n"
+    "moiety train run.yaml --set optimizer.lr=1e-3 --set train.steps=2000 --set output=runs/other\n"
+    "moiety train run.yaml --restart",
+    [](CLI::App& app) {
+      auto a = std::make_shared<TrainArguments>();
+      app.add_option("RUN", a->file, "The YAML file of the run; docs/train.md explains its keys")->required();
+      add_common(app, *a, /*model=*/false);
+      app.remove_option(app.get_option("--dtype"));  // the run's file says it
+      app.add_option("--set", a->set, "KEY=VALUE, in place of what the file says; may be given several times")
+          ->take_all()
+          ->expected(1);
+      app.add_flag("--dry-run", a->dry_run, "Only say what would be trained: parameters, memory, steps");
+      app.add_flag("--parameters", a->list, "As --dry-run, and list every parameter that learns");
+      auto* resume = app.add_flag("--resume", a->resume, "Go on from the last checkpoint; an error when there is none");
+      app.add_flag("--restart", a->restart, "Remove the checkpoints that are there and begin anew")->excludes(resume);
+      return [a] { return run_train(*a); };
+    },
+});
+
+}  // namespace
+}  // namespace moiety::cli

@@ -1,0 +1,46 @@
+#pragma once
+// What a run trains: the model with f32 parameters, its tokenizer, and the files that go into every checkpoint beside
+// the weights.
+#include <torch/types.h>
+
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "moiety/io/chat_template.h"
+#include "moiety/io/tokenizer.h"
+#include "moiety/models/model.h"
+#include "moiety/train/config.h"
+#include "moiety/train/optimizer.h"
+#include "moiety/train/run_folder.h"
+
+namespace moiety {
+
+struct OpenRun {
+  std::shared_ptr<CausalModel> model;
+  std::shared_ptr<const Tokenizer> tokenizer;
+  std::shared_ptr<const ChatTemplate> chat_template;
+  nlohmann::json config;                     ///< config.json of the checkpoints
+  nlohmann::json generation_config;          ///< their generation_config.json
+  std::map<std::string, std::string> files;  ///< name -> content: tokenizer.json and what else belongs to it
+};
+
+/// Builds or loads the model that `config` describes, with all float parameters asking for gradients. `weights` false:
+/// random ones always (to look at shapes). A GGUF checkpoint is converted once to Hugging Face's layout in `scratch`,
+/// so that what is saved is an ordinary checkpoint. Throws Error.
+OpenRun open_run(const TrainConfig& config, torch::Device device, const std::filesystem::path& scratch,
+                 bool weights = true);
+
+/// Name of a parameter or buffer as patterns see it: that of the module tree, with "layers.3." for block 3.
+std::string parameter_name(const std::string& name);
+
+/// The parameters that learn, with their rates and decays; gradients of all others are switched off. Throws Error for
+/// patterns that do not compile or match nothing.
+std::vector<Slot> trained_slots(CausalModel& model, const TrainConfig& config);
+
+/// Writes the model into `folder` as transformers reads it. `dtype`: f32, bf16, f16.
+void write_model(const std::filesystem::path& folder, const OpenRun& run, const std::string& dtype);
+
+}  // namespace moiety

@@ -1,0 +1,140 @@
+#include "moiety/train/optimizer.h"
+
+#include <torch/torch.h>
+
+#include <cmath>
+
+#include "moiety/base/error.h"
+
+namespace moiety {
+namespace {
+
+using torch::Tensor;
+
+struct Lists {
+  std::vector<Tensor> parameters, gradients;
+  explicit Lists(const std::vector<Slot*>& slots) {
+    for (Slot* s : slots) {
+      parameters.push_back(s->parameter);
+      gradients.push_back(s->parameter.grad());
+    }
+  }
+};
+
+class AdamW : public Optimizer {
+ public:
+  AdamW(const OptimizerConfig& c, std::vector<Slot> slots) : Optimizer(std::move(slots)), c_(c) {}
+  std::vector<std::string> state_names() const override { return {"exp_avg", "exp_avg_sq"}; }
+
+ protected:
+  void update(const std::vector<Slot*>& slots, double lr, double weight_decay) override {
+    const Lists lists(slots);
+    std::vector<Tensor> mean, square, steps;
+    for (Slot* s : slots) {
+      mean.push_back(state_of(*s, "exp_avg"));
+      square.push_back(state_of(*s, "exp_avg_sq"));
+      steps.push_back(torch::tensor(static_cast<float>(s->step), s->parameter.options().requires_grad(false)));
+    }
+    at::_fused_adamw_(lists.parameters, lists.gradients, mean, square, {}, steps, lr, c_.beta1, c_.beta2, weight_decay,
+                      c_.eps, /*amsgrad=*/false, /*maximize=*/false);
+  }
+
+ private:
+  OptimizerConfig c_;
+};
+
+class Sgd : public Optimizer {
+ public:
+  Sgd(const OptimizerConfig& c, std::vector<Slot> slots) : Optimizer(std::move(slots)), c_(c) {}
+  std::vector<std::string> state_names() const override {
+    return c_.momentum > 0 ? std::vector<std::string>{"momentum"} : std::vector<std::string>{};
+  }
+
+ protected:
+  void update(const std::vector<Slot*>& slots, double lr, double weight_decay) override {
+    for (Slot* s : slots) {
+      auto g = s->parameter.grad();
+      if (weight_decay > 0) g = g.add(s->parameter, weight_decay);
+      if (c_.momentum > 0) {
+        auto& m = state_of(*s, "momentum");
+        m.mul_(c_.momentum).add_(g);
+        g = c_.nesterov ? g.add(m, c_.momentum) : m;
+      }
+      s->parameter.add_(g, -lr);
+    }
+  }
+
+ private:
+  OptimizerConfig c_;
+};
+
+class Lion : public Optimizer {
+ public:
+  Lion(const OptimizerConfig& c, std::vector<Slot> slots) : Optimizer(std::move(slots)), c_(c) {}
+  std::vector<std::string> state_names() const override { return {"exp_avg"}; }
+
+ protected:
+  void update(const std::vector<Slot*>& slots, double lr, double weight_decay) override {
+    for (Slot* s : slots) {
+      const auto g = s->parameter.grad();
+      auto& m = state_of(*s, "exp_avg");
+      s->parameter.mul_(1.0 - lr * weight_decay);
+      s->parameter.add_(torch::lerp(m, g, 1.0 - c_.beta1).sign_(), -lr);
+      m.lerp_(g, 1.0 - c_.beta2);
+    }
+  }
+
+ private:
+  OptimizerConfig c_;
+};
+
+}  // namespace
+
+Optimizer::Optimizer(std::vector<Slot> slots) : slots_(std::move(slots)) {
+  for (const Slot& s : slots_)
+    check(s.parameter.scalar_type() == torch::kFloat32, "parameter '{}' is not float32: an optimizer needs f32 weights",
+          s.name);
+}
+
+torch::Tensor& Optimizer::state_of(Slot& slot, const std::string& name) {
+  auto& t = slot.state[name];
+  if (!t.defined()) t = torch::zeros_like(slot.parameter, torch::TensorOptions().requires_grad(false));
+  return t;
+}
+
+void Optimizer::step(double factor) {
+  const torch::NoGradGuard frozen;
+  std::map<std::pair<double, double>, std::vector<Slot*>> groups;
+  for (Slot& s : slots_) {
+    if (!s.parameter.grad().defined()) continue;
+    ++s.step;
+    groups[{s.lr, s.weight_decay}].push_back(&s);
+  }
+  for (const auto& [key, slots] : groups) update(slots, key.first * factor, key.second);
+}
+
+void Optimizer::zero_grad() {
+  for (Slot& s : slots_) s.parameter.mutable_grad() = torch::Tensor();
+}
+
+std::unique_ptr<Optimizer> make_optimizer(const OptimizerConfig& config, std::vector<Slot> slots) {
+  if (config.name == "adamw") return std::make_unique<AdamW>(config, std::move(slots));
+  if (config.name == "sgd") return std::make_unique<Sgd>(config, std::move(slots));
+  check(config.name == "lion", "unknown optimizer '{}'; known are adamw, sgd and lion", config.name);
+  return std::make_unique<Lion>(config, std::move(slots));
+}
+
+double clip_gradients(const std::vector<Slot>& slots, double limit) {
+  const torch::NoGradGuard frozen;
+  std::vector<Tensor> gradients;
+  for (const Slot& s : slots)
+    if (s.parameter.grad().defined()) gradients.push_back(s.parameter.grad());
+  if (gradients.empty()) return 0.0;
+  const auto norms = torch::stack(at::_foreach_norm(gradients)).to(torch::kCPU, torch::kFloat64);
+  const double norm = norms.norm().item<double>();
+  // The small number as in torch's clip_grad_norm_.
+  if (limit > 0 && norm > limit) at::_foreach_mul_(gradients, limit / (norm + 1e-6));
+  return norm;
+}
+
+}  // namespace moiety

@@ -1,0 +1,494 @@
+#include "moiety/train/trainer.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Parallel.h>
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <numbers>
+#include <set>
+
+#include "moiety/base/error.h"
+#include "moiety/base/files.h"
+#include "moiety/base/log.h"
+#include "moiety/base/text.h"
+#include "moiety/base/version.h"
+
+namespace moiety {
+namespace {
+
+using nlohmann::json;
+using torch::Tensor;
+namespace fs = std::filesystem;
+using Clock = std::chrono::steady_clock;
+
+constexpr int64_t kNotFinite = 10;      // steps in a row without finite gradients that end a run
+constexpr int64_t kShareRecords = 100;  // records of a run that list the load of every expert
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+double unix_time() {
+  return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
+}
+
+Tensor random_state(torch::Device device) {
+  auto generator = at::globalContext().defaultGenerator(device);
+  const std::lock_guard<std::mutex> lock(generator.mutex());
+  return generator.get_state();
+}
+
+void set_random_state(torch::Device device, const Tensor& state) {
+  auto generator = at::globalContext().defaultGenerator(device);
+  const std::lock_guard<std::mutex> lock(generator.mutex());
+  generator.set_state(state);
+}
+
+Pass pass_over(const MicroBatch& m) {
+  Pass pass;
+  pass.mask = m.mask;
+  pass.segments = m.segments;
+  pass.positions = m.positions;
+  return pass;
+}
+
+int64_t total_steps(const TrainConfig& config, TrainingRows& rows, std::optional<int64_t>* epoch_rows = nullptr) {
+  if (config.train.steps > 0) return config.train.steps;
+  const int64_t of_an_epoch = rows.rows_of_an_epoch();
+  if (epoch_rows) *epoch_rows = of_an_epoch;
+  const double all = config.train.epochs * static_cast<double>(of_an_epoch);
+  return std::max<int64_t>(
+      1, static_cast<int64_t>(std::ceil(all / static_cast<double>(config.train.batch * config.train.accumulate))));
+}
+
+Encoder encoder_of(const TrainConfig& config, const OpenRun& run) {
+  Encoder e;
+  e.tokenizer = run.tokenizer;
+  e.chat_template = run.chat_template;
+  e.options.max_length = config.data.cut ? config.data.length : 0;
+  e.options.add_eos = config.data.add_end;
+  e.options.loss_on_prompt = config.data.learn_prompts;
+  e.options.last_answer_only = config.data.last_answer_only;
+  return e;
+}
+
+void check_length(const TrainConfig& config, const CausalModel& model) {
+  check(config.data.length <= model.context_length(), "data.length is {}, but the model's context is {} tokens",
+        config.data.length, model.context_length());
+}
+
+json to_json(const EvaluationResult& e) {
+  return {{"loss", e.loss}, {"perplexity", std::exp(e.loss)}, {"bits_per_byte", e.bits_per_byte}, {"tokens", e.tokens}};
+}
+
+}  // namespace
+
+Tensor token_loss(const Tensor& logits, const Tensor& targets) {
+  return at::cross_entropy_loss(logits.reshape({-1, logits.size(-1)}), targets.reshape({-1}), {}, at::Reduction::Sum,
+                                /*ignore_index=*/-100);
+}
+
+EvaluationResult evaluate(CausalModel& model, const HeldOut& data, torch::Device device) {
+  const torch::NoGradGuard frozen;
+  const Tensor random = random_state(device);
+  const bool training = model.is_training();
+  model.eval();
+  double nll = 0;
+  for (const MicroBatch& batch : data.batches) {
+    const MicroBatch m = batch.to(device);
+    Pass pass = pass_over(m);
+    nll += token_loss(model.forward(m.ids, pass), m.targets).item<double>();
+  }
+  model.train(training);
+  set_random_state(device, random);
+  EvaluationResult result;
+  result.tokens = data.learned;
+  result.loss = nll / static_cast<double>(data.learned);
+  result.bits_per_byte = data.bytes > 0 ? nll / std::numbers::ln2 / static_cast<double>(data.bytes) : 0.0;
+  return result;
+}
+
+TrainPlan plan_training(const TrainConfig& config) {
+  const TemporaryFolder scratch("moiety-plan");
+  const OpenRun run = open_run(config, torch::kCPU, scratch.path(), /*weights=*/false);
+  check_length(config, *run.model);
+  TrainPlan plan;
+  std::set<const void*> seen;
+  for (const Tensor& p : run.model->parameters())
+    if (seen.insert(p.unsafeGetTensorImpl()).second) plan.parameters += p.numel();
+  plan.slots = trained_slots(*run.model, config);
+  for (const Slot& s : plan.slots) plan.trained += s.parameter.numel();
+  const auto data = open_data(config.data, encoder_of(config, run), static_cast<uint64_t>(config.train.seed));
+  plan.documents = data.rows->documents();
+  plan.steps = total_steps(config, *data.rows, &plan.rows_of_an_epoch);
+  plan.tokens_per_step = config.train.batch * config.train.accumulate * config.data.length;
+  plan.weights_bytes = 4 * plan.parameters;
+  plan.gradient_bytes = 4 * plan.trained;
+  const int64_t moments = config.optimizer.name == "adamw"                                   ? 2
+                          : config.optimizer.name == "lion" || config.optimizer.momentum > 0 ? 1
+                                                                                             : 0;
+  plan.optimizer_bytes = 4 * moments * plan.trained;
+  plan.ema_bytes = config.train.ema.decay > 0 ? 4 * plan.trained : 0;
+  // What the backward pass keeps, counted for a block with a gated feed-forward layer: about 14 values of the hidden
+  // size and 4 of the inner size a token; logits and their gradient besides.
+  const json& c = run.config;
+  const auto number = [&](const char* key, int64_t otherwise) {
+    return c.contains(key) && c[key].is_number_integer() ? c[key].get<int64_t>() : otherwise;
+  };
+  const int64_t hidden = number("hidden_size", 0), inner = number("intermediate_size", 4 * hidden);
+  const int64_t active = std::max<int64_t>(1, number("num_experts_per_tok", 1));
+  const int64_t width = config.train.dtype == "bf16" ? 2 : 4, tokens = config.train.batch * config.data.length;
+  const int64_t block = 14 * hidden + 4 * inner * active;
+  plan.activation_bytes = tokens * (width * (config.train.checkpoint_activations ? hidden * run.model->blocks() + block
+                                                                                 : block * run.model->blocks()) +
+                                    12 * run.model->vocab_size());
+  return plan;
+}
+
+struct Trainer::Window {
+  double nll = 0;
+  int64_t learned = 0, steps = 0, tokens = 0;
+  std::map<std::string, double> auxiliary;
+  double seconds = 0;
+
+  json save() const {
+    return {{"nll", nll},       {"learned", learned},     {"steps", steps},
+            {"tokens", tokens}, {"auxiliary", auxiliary}, {"seconds", seconds}};
+  }
+  void restore(const json& j) {
+    nll = j.at("nll");
+    learned = j.at("learned");
+    steps = j.at("steps");
+    tokens = j.at("tokens");
+    auxiliary = j.at("auxiliary").get<std::map<std::string, double>>();
+    seconds = j.at("seconds");
+  }
+};
+
+Trainer::Trainer(TrainConfig config, TrainOptions options)
+    : config_(std::move(config)), options_(std::move(options)), window_(std::make_unique<Window>()) {
+  folder_ = std::make_unique<RunFolder>(config_.output.folder);
+  const auto saved = options_.resume == TrainOptions::restart ? std::vector<int64_t>() : folder_->steps();
+  check(options_.resume != TrainOptions::required || !saved.empty(), "{} has no checkpoint to go on from",
+        folder_->path().string());
+  run_ = open_run(config_, options_.device, folder_->path());
+  if (options_.prepare) options_.prepare(*run_.model);
+  check_length(config_, *run_.model);
+  const Encoder encoder = encoder_of(config_, run_);
+  data_ = open_data(config_.data, encoder, static_cast<uint64_t>(config_.train.seed));
+  if (data_.held_out) {
+    held_out_ = held_out_rows(data_.held_out, encoder, config_.data,
+                              config_.evaluation.batch > 0 ? config_.evaluation.batch : config_.train.batch,
+                              config_.evaluation.tokens, static_cast<uint64_t>(config_.train.seed));
+  }
+  optimizer_ = make_optimizer(config_.optimizer, trained_slots(*run_.model, config_));
+  for (const auto& module : run_.model->modules(/*include_self=*/true)) {
+    auto* scheduled = dynamic_cast<Scheduled*>(module.get());
+    if (scheduled && std::find(scheduled_.begin(), scheduled_.end(), scheduled) == scheduled_.end())
+      scheduled_.push_back(scheduled);
+  }
+  if (config_.train.ema.decay > 0)
+    for (const Slot& s : optimizer_->slots()) average_.push_back(s.parameter.detach().clone());
+  // Only now that everything could be opened.
+  if (options_.resume == TrainOptions::restart) folder_->clear();
+  if (!saved.empty()) restore(saved.back());
+  if (steps_ == 0) steps_ = total_steps(config_, *data_.rows);
+  write_file(folder_->path() / "run.json", dump(config_).dump(2) + "\n");
+}
+
+Trainer::~Trainer() = default;
+
+void Trainer::restore(int64_t step) {
+  const fs::path folder = folder_->checkpoint(step) / "training", file = folder / "state.json";
+  const json state = parse_json(read_text(file), file.string());
+  reading_json(file.string(), [&] {
+    const auto changed = changed_keys(state.at("config"), dump(config_));
+    check(changed.empty(),
+          "{} was begun with other settings: {}; give the run another output.folder, or begin it anew with --restart",
+          folder_->path().string(), list_of(changed, "and"));
+    const auto tensors = read_tensors(folder / "state.safetensors");
+    const auto get = [&](const std::string& name, const Tensor& like) {
+      const auto it = tensors.find(name);
+      check(it != tensors.end() && it->second.sizes() == like.sizes(), "{}: no tensor '{}' of the right shape",
+            (folder / "state.safetensors").string(), name);
+      return it->second.to(like.device());
+    };
+    const torch::NoGradGuard frozen;
+    const auto& counts = state.at("updates");
+    auto& slots = optimizer_->slots();
+    for (size_t i = 0; i < slots.size(); ++i) {
+      Slot& s = slots[i];
+      s.parameter.copy_(get("parameter." + s.name, s.parameter));
+      s.step = counts.at(s.name).get<int64_t>();
+      if (s.step > 0)
+        for (const auto& name : optimizer_->state_names())
+          s.state[name] = get("optimizer." + name + "." + s.name, s.parameter);
+      if (!average_.empty()) average_[i].copy_(get("average." + s.name, s.parameter));
+    }
+    for (auto& buffer : run_.model->named_buffers()) {
+      auto& value = buffer.value();
+      if (value.defined()) value.copy_(get("buffer." + parameter_name(buffer.key()), value));
+    }
+    data_.rows->restore(state.at("data"));
+    window_->restore(state.at("window"));
+    step_ = state.at("step").get<int64_t>();
+    tokens_ = state.at("tokens").get<int64_t>();
+    skipped_ = state.at("skipped").get<int64_t>();
+    seconds_ = state.at("seconds").get<double>();
+    last_loss_ = state.at("loss").get<double>();
+    best_ = state.at("best").get<double>();
+    best_step_ = state.at("best_step").get<int64_t>();
+    bad_evaluations_ = state.at("bad_evaluations").get<int64_t>();
+    ended_ = state.at("ended").get<std::string>();
+    // A schedule over epochs was counted once; another number of steps is another schedule from here on.
+    const json before = state.at("config").at("train");
+    if (config_.train.steps == 0 && before.at("epochs") == config_.train.epochs)
+      steps_ = state.at("steps").get<int64_t>();
+    if (const auto& e = state.at("evaluation"); !e.is_null())
+      last_evaluation_ = EvaluationResult{e.at("loss"), e.at("bits_per_byte"), e.at("tokens")};
+    if (const int64_t threads = state.at("threads"); threads != at::get_num_threads())
+      log::warn("the run used {} threads so far and uses {} now: sums are rounded differently", threads,
+                at::get_num_threads());
+    const auto random = tensors.find("random");
+    check(random != tensors.end(), "{}: no tensor 'random'", (folder / "state.safetensors").string());
+    set_random_state(options_.device, random->second);
+  });
+  // A kill between the two leaves the checkpoint without its mark.
+  if (best_step_ == step_) folder_->mark_best(step_);
+}
+
+void Trainer::train_step(bool record) {
+  CausalModel& model = *run_.model;
+  for (Scheduled* s : scheduled_) s->before_step(step_, steps_);
+  std::vector<MicroBatch> batches;
+  int64_t learned = 0;
+  step_tokens_ = 0;
+  for (int64_t i = 0; i < config_.train.accumulate; ++i) {
+    batches.push_back(data_.rows->next(config_.train.batch).to(options_.device));
+    learned += batches.back().learned;
+    step_tokens_ += batches.back().tokens;
+  }
+  routing_ = record ? std::make_unique<RouterLoad>() : nullptr;
+  Trace trace;
+  if (record) trace.on_record = [this](const Trace::Record& r) { routing_->add(r); };
+  optimizer_->zero_grad();
+  double nll = 0;
+  const auto portion = static_cast<double>(batches.size());
+  std::map<std::string, double> auxiliary;
+  for (const MicroBatch& m : batches) {
+    Pass pass = pass_over(m);
+    pass.training = true;
+    pass.recompute_blocks = config_.train.checkpoint_activations;
+    if (record) pass.trace = &trace;
+    const Tensor loss = token_loss(model.forward(m.ids, pass), m.targets);
+    nll += loss.item<double>();
+    // Every learned token of the step weighs the same, whatever micro-batch it is in.
+    Tensor total = loss / static_cast<double>(std::max<int64_t>(1, learned));
+    for (const auto& [name, value] : pass.losses) {
+      auxiliary[name] += value.item<double>() / portion;
+      total = total + value.to(total.scalar_type()) / portion;
+    }
+    if (total.requires_grad()) total.backward();
+  }
+  grad_norm_ = clip_gradients(optimizer_->slots(), config_.optimizer.clip);
+  if (std::isfinite(grad_norm_) && std::isfinite(nll)) {
+    skipped_ = 0;
+    optimizer_->step(schedule_factor(config_.schedule, step_, steps_));
+    if (!average_.empty()) {
+      const torch::NoGradGuard frozen;
+      for (size_t i = 0; i < average_.size(); ++i)
+        average_[i].lerp_(optimizer_->slots()[i].parameter.detach(), 1.0 - config_.train.ema.decay);
+    }
+  } else {
+    ++skipped_;
+    log::warn("step {}: the gradients are not finite; the weights stay as they are", step_ + 1);
+    check(skipped_ < kNotFinite, "the gradients of {} steps in a row are not finite: the learning rate {} is too high",
+          skipped_, config_.optimizer.lr);
+  }
+  for (Scheduled* s : scheduled_) s->after_step();
+  optimizer_->zero_grad();
+  ++step_;
+  tokens_ += step_tokens_;
+  step_loss_ = nll / static_cast<double>(std::max<int64_t>(1, learned));
+  window_->nll += nll;
+  window_->learned += learned;
+  window_->steps += 1;
+  window_->tokens += step_tokens_;
+  for (const auto& [name, value] : auxiliary) window_->auxiliary[name] += value;
+}
+
+json Trainer::log_record() {
+  const Window& w = *window_;
+  last_loss_ = w.nll / static_cast<double>(std::max<int64_t>(1, w.learned));
+  json record = {{"step", step_},
+                 {"time", unix_time()},
+                 {"loss", last_loss_},
+                 {"lr", config_.optimizer.lr * schedule_factor(config_.schedule, step_ - 1, steps_)},
+                 {"grad_norm", grad_norm_},
+                 {"tokens", tokens_},
+                 {"epoch", data_.rows->epoch()},
+                 {"tokens_per_second", w.seconds > 0 ? std::round(static_cast<double>(w.tokens) / w.seconds) : 0.0}};
+  for (const auto& [name, value] : w.auxiliary) record["auxiliary"][name] = value / static_cast<double>(w.steps);
+  if (routing_ && !routing_->empty()) {
+    const int64_t every = std::max<int64_t>(1, steps_ / kShareRecords);
+    const int64_t log_every = config_.train.log_every;
+    // The first record behind each hundredth of the run.
+    const bool shares = step_ / every != (step_ - log_every) / every || step_ <= log_every;
+    record["routing"] = routing_->report(shares);
+  }
+  *window_ = Window();
+  return record;
+}
+
+// The moving average stands in for the weights while `body` runs.
+template <class Body>
+void Trainer::with_average(Body body) {
+  if (average_.empty()) return body();
+  const torch::NoGradGuard frozen;
+  auto& slots = optimizer_->slots();
+  std::vector<Tensor> kept;
+  for (size_t i = 0; i < slots.size(); ++i) {
+    kept.push_back(slots[i].parameter.variable_data());
+    slots[i].parameter.set_data(average_[i]);
+  }
+  const auto put_back = [&] {
+    for (size_t i = 0; i < slots.size(); ++i) slots[i].parameter.set_data(kept[i]);
+  };
+  try {
+    body();
+  } catch (...) {
+    put_back();
+    throw;
+  }
+  put_back();
+}
+
+bool Trainer::evaluate_now() {
+  with_average([&] { last_evaluation_ = evaluate(*run_.model, *held_out_, options_.device); });
+  log_->add({{"step", step_}, {"time", unix_time()}, {"evaluation", to_json(*last_evaluation_)}});
+  const bool better = best_step_ == 0 || last_evaluation_->loss < best_ - config_.evaluation.min_delta;
+  if (better) {
+    best_ = last_evaluation_->loss;
+    best_step_ = step_;
+    bad_evaluations_ = 0;
+  } else {
+    ++bad_evaluations_;
+  }
+  return better;
+}
+
+void Trainer::save() {
+  log_->sync();
+  folder_->save(step_, [&](const fs::path& folder) {
+    with_average([&] { write_model(folder, run_, config_.output.dtype); });
+    fs::create_directory(folder / "training");
+    NamedTensors tensors;
+    json updates = json::object();
+    auto& slots = optimizer_->slots();
+    for (size_t i = 0; i < slots.size(); ++i) {
+      const Slot& s = slots[i];
+      tensors["parameter." + s.name] = s.parameter;
+      updates[s.name] = s.step;
+      for (const auto& [name, value] : s.state) tensors["optimizer." + name + "." + s.name] = value;
+      if (!average_.empty()) tensors["average." + s.name] = average_[i];
+    }
+    for (const auto& buffer : run_.model->named_buffers())
+      if (buffer.value().defined()) tensors["buffer." + parameter_name(buffer.key())] = buffer.value();
+    tensors["random"] = random_state(options_.device);
+    write_tensors(folder / "training" / "state.safetensors", tensors);
+    const json state = {{"version", MOIETY_VERSION},
+                        {"config", dump(config_)},
+                        {"step", step_},
+                        {"steps", steps_},
+                        {"tokens", tokens_},
+                        {"skipped", skipped_},
+                        {"seconds", seconds_},
+                        {"loss", last_loss_},
+                        {"best", best_},
+                        {"best_step", best_step_},
+                        {"bad_evaluations", bad_evaluations_},
+                        {"evaluation", last_evaluation_ ? to_json(*last_evaluation_) : json()},
+                        {"ended", ended_},
+                        {"threads", at::get_num_threads()},
+                        {"updates", updates},
+                        {"window", window_->save()},
+                        {"data", data_.rows->state()}};
+    write_file(folder / "training" / "state.json", state.dump(1) + "\n");
+  });
+}
+
+void Trainer::report(const std::string& ended) {
+  int64_t parameters = 0;
+  for (const Slot& s : optimizer_->slots()) parameters += s.parameter.numel();
+  json tiles = json::array();
+  tiles.push_back({"step", fmt::format("{} of {}", step_, steps_)});
+  tiles.push_back({"training loss", last_loss_});
+  if (best_step_ > 0) tiles.push_back({fmt::format("best held-out loss (step {})", best_step_), best_});
+  if (last_evaluation_) tiles.push_back({"held-out perplexity", std::exp(last_evaluation_->loss)});
+  if (last_evaluation_) tiles.push_back({"held-out bits a byte", last_evaluation_->bits_per_byte});
+  tiles.push_back({"trained parameters", parameters});
+  tiles.push_back({"tokens", tokens_});
+  tiles.push_back({"tokens a second", seconds_ > 0 ? static_cast<double>(tokens_) / seconds_ : 0.0});
+  log_->write_report({{"title", fs::path(config_.output.folder).filename().string()},
+                      {"what", ended},
+                      {"tiles", tiles},
+                      {"settings", dump(config_)}});
+}
+
+TrainResult Trainer::run() {
+  log_ = std::make_unique<RunLog>(folder_->path(), step_);
+  TrainResult result;
+  result.ended = "complete";
+  if (step_ >= steps_ || ended_ == "early stop") {
+    result.ended = "already complete";
+  } else {
+    run_.model->train();
+    ended_.clear();
+    while (step_ < steps_) {
+      const auto start = Clock::now();
+      const bool last = step_ + 1 == steps_;
+      const bool record = (step_ + 1) % config_.train.log_every == 0 || last;
+      train_step(record);
+      const double took = seconds_since(start);
+      window_->seconds += took;
+      seconds_ += took;
+      if (options_.on_step) options_.on_step(step_, steps_, step_loss_, step_tokens_);
+      if (record) log_->add(log_record());
+      bool better = false;
+      if (held_out_ && (last || (config_.evaluation.every > 0 && step_ % config_.evaluation.every == 0))) {
+        better = evaluate_now();
+        report("Running.");
+        if (config_.evaluation.patience > 0 && bad_evaluations_ >= config_.evaluation.patience) ended_ = "early stop";
+      }
+      const bool stopped = !last && options_.stop && options_.stop();
+      const bool due = config_.output.every > 0 && step_ % config_.output.every == 0;
+      const bool best = better && config_.output.best;
+      if (due || best || last || stopped || !ended_.empty()) {
+        save();
+        if (better) folder_->mark_best(step_);
+        folder_->prune(config_.output.keep);
+      }
+      if (stopped && ended_.empty()) result.ended = "stopped";
+      if (!ended_.empty()) result.ended = ended_;
+      if (stopped || !ended_.empty()) break;
+    }
+    report(result.ended == "complete"  ? "Complete."
+           : result.ended == "stopped" ? "Stopped; the same command goes on."
+                                       : "Ended early: the held-out loss did not get better.");
+  }
+  result.step = step_;
+  result.steps = steps_;
+  result.loss = last_loss_;
+  result.evaluation = last_evaluation_;
+  result.best = best_;
+  result.best_step = best_step_;
+  result.tokens = tokens_;
+  result.seconds = seconds_;
+  result.model = folder_->path() / "last";
+  return result;
+}
+
+}  // namespace moiety
