@@ -87,7 +87,14 @@ int run_train(const TrainArguments& a) {
   interrupts = 0;
   std::signal(SIGINT, train_interrupt);
   std::signal(SIGTERM, train_interrupt);
+  const auto ranks = Ranks::from_environment();
+  const bool leader = !ranks || ranks->rank() == 0;
+  if (!leader) {
+    set_progress_mode(ProgressMode::None);
+    log::set_level(log::Level::Error);
+  }
   TrainOptions options;
+  options.ranks = ranks.get();
   options.device = torch::Device(a.device);
   options.resume = a.restart ? TrainOptions::restart : a.resume ? TrainOptions::required : TrainOptions::automatic;
   options.stop = [] { return interrupts.load() > 0; };
@@ -107,6 +114,8 @@ int run_train(const TrainArguments& a) {
   if (trainer.step() > 0) progress->set(trainer.step());
   const TrainResult r = trainer.run();
   progress.reset();
+  if (ranks) ranks->barrier();  // none leaves while another still sends
+  if (!leader) return 0;
   if (a.json) {
     json out = {{"ended", r.ended},   {"step", r.step},       {"steps", r.steps},         {"loss", r.loss},
                 {"tokens", r.tokens}, {"seconds", r.seconds}, {"model", r.model.string()}};

@@ -55,7 +55,7 @@ bool fused_qkv(const DecoderConfig& c) {
 }
 
 bool fused_gate_up(const DecoderConfig& c) {
-  return c.family == "phi3" || c.family == "glm" || c.family == "glm4" || c.family == "granitemoeshared";
+  return c.family == "phi3" || c.family == "glm" || c.family == "glm4" || c.family.rfind("granitemoe", 0) == 0;
 }
 
 std::shared_ptr<Norm> make_norm(WeightsSource& w, const string& name, std::vector<int64_t> shape, NormKind kind,

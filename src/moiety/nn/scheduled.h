@@ -1,6 +1,9 @@
 #pragma once
 // Modules that change with training outside of the gradient: schedules of K or of a temperature, balance biases.
+#include <torch/types.h>
+
 #include <cstdint>
+#include <vector>
 
 namespace moiety {
 
@@ -13,6 +16,9 @@ class Scheduled {
   virtual ~Scheduled() = default;
   /// Before the first forward pass of step `step` = 0 ... steps - 1. Also called once when a run resumes.
   virtual void before_step(int64_t step, int64_t steps) {}
+  /// What the step's forward passes have counted and after_step() reads: several processes add theirs up in place
+  /// first.
+  virtual std::vector<torch::Tensor> counts() { return {}; }
   /// After the optimizer has changed the parameters.
   virtual void after_step() {}
 };

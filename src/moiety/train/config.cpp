@@ -10,16 +10,27 @@ namespace {
 
 using nlohmann::json;
 
-// Short forms: a text where a section is meant.
-void expand(json& run, const char* key, const char* inner) {
-  if (run.is_object() && run.contains(key) && run[key].is_string()) run[key] = json{{inner, run[key]}};
-}
-
 void expand_sources(json& sources) {
   if (sources.is_string()) sources = json::array({sources});
   if (!sources.is_array()) return;
   for (json& source : sources)
     if (source.is_string()) source = json{{"path", source}};
+}
+
+// Short forms: a text where a section is meant.
+void expand(json& run) {
+  if (!run.is_object()) return;
+  const auto section = [&](const char* key, const char* inner) {
+    if (run.contains(key) && run[key].is_string()) run[key] = json{{inner, run[key]}};
+  };
+  section("model", "checkpoint");
+  section("output", "folder");
+  if (!run.contains("data")) return;
+  json& data = run["data"];
+  if (data.is_string() || data.is_array()) data = json{{"sources", data}};
+  if (!data.is_object()) return;
+  for (const char* key : {"sources", "held_out_sources"})
+    if (data.contains(key)) expand_sources(data[key]);
 }
 
 void override(json& run, const std::string& assignment) {
@@ -28,6 +39,7 @@ void override(json& run, const std::string& assignment) {
         shown(assignment));
   const std::string path = assignment.substr(0, equals);
   const json value = parse_yaml(assignment.substr(equals + 1), "--set " + shown(assignment)).value;
+  if (path == "output" && value.is_string()) return override(run, "output.folder=" + assignment.substr(equals + 1));
   json* at = &run;
   for (size_t begin = 0; begin <= path.size();) {
     const size_t dot = std::min(path.find('.', begin), path.size());
@@ -90,15 +102,10 @@ TrainConfig read_train_config(const std::string& yaml, const std::string& where,
   YamlText text = parse_yaml(yaml, where);
   json& run = text.value;
   if (run.is_null()) run = json::object();
-  for (const auto& assignment : overrides) override(run, assignment);
-  expand(run, "model", "checkpoint");
-  expand(run, "output", "folder");
-  if (run.is_object() && run.contains("data")) {
-    json& data = run["data"];
-    if (data.is_string() || data.is_array()) data = json{{"sources", data}};
-    if (data.is_object())
-      for (const char* key : {"sources", "held_out_sources"})
-        if (data.contains(key)) expand_sources(data[key]);
+  expand(run);
+  for (const auto& assignment : overrides) {
+    override(run, assignment);
+    expand(run);
   }
   return parse<TrainConfig>(run, where, &text.lines);
 }

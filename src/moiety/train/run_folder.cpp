@@ -67,7 +67,8 @@ NamedTensors read_tensors(const fs::path& file) {
   return out;
 }
 
-RunFolder::RunFolder(fs::path path) : path_(std::move(path)) {
+RunFolder::RunFolder(fs::path path, bool clean) : path_(std::move(path)) {
+  if (!clean) return;
   std::error_code error;
   fs::create_directories(path_ / "checkpoints", error);
   check(fs::is_directory(path_ / "checkpoints"), "cannot create the folder {}: {}", path_.string(), error.message());

@@ -26,8 +26,8 @@ NamedTensors read_tensors(const std::filesystem::path& file);
 
 class RunFolder {
  public:
-  /// Creates the folder if need be and removes what a killed run left half-written.
-  explicit RunFolder(std::filesystem::path path);
+  /// Creates the folder if need be and removes what a killed run left half-written. `clean` false: only looks at it.
+  explicit RunFolder(std::filesystem::path path, bool clean = true);
 
   /// Writes checkpoint `step` by `write`, which gets an empty folder; the checkpoint appears under its name when all of
   /// it is on the disk. One that is there already is replaced. `last` points to it afterwards.

@@ -33,12 +33,6 @@ void flatten(const json& value, const std::string& tag, std::vector<std::pair<st
   }
 }
 
-void write_events(EventFile& events, const json& record) {
-  std::vector<std::pair<std::string, double>> values;
-  flatten(record, "", values);
-  if (!values.empty()) events.scalars(record.value("time", 0.0), record.value("step", int64_t{0}), values);
-}
-
 // Means of equal runs of points: a long run stays readable and its page small.
 json thinned(const std::vector<std::pair<int64_t, double>>& points) {
   const size_t bin = (points.size() + kCurvePoints - 1) / kCurvePoints;
@@ -82,10 +76,19 @@ RunLog::RunLog(fs::path folder, int64_t step) : folder_(std::move(folder)) {
   write_file(file, text);
   fd_ = ::open(file.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC);
   check(fd_ >= 0, "cannot write {}: {}", file.string(), std::strerror(errno));
+  fs::remove_all(folder_ / "tensorboard");
   fs::create_directories(folder_ / "tensorboard");
-  events_ = std::make_unique<EventFile>((folder_ / "tensorboard" / "events.out.tfevents.0000000001.moiety").string(),
-                                        records_.empty() ? 0.0 : records_[0].value("time", 0.0));
-  for (const json& record : records_) write_events(*events_, record);
+  for (const json& record : records_) write_events(record);
+}
+
+void RunLog::write_events(const json& record) {
+  const double time = record.value("time", 0.0);
+  if (!events_)
+    events_ =
+        std::make_unique<EventFile>((folder_ / "tensorboard" / "events.out.tfevents.0000000001.moiety").string(), time);
+  std::vector<std::pair<std::string, double>> values;
+  flatten(record, "", values);
+  if (!values.empty()) events_->scalars(time, record.value("step", int64_t{0}), values);
 }
 
 RunLog::~RunLog() {
@@ -101,7 +104,7 @@ void RunLog::add(const json& record) {
     check(written > 0, "cannot write {}: {}", (folder_ / "log.jsonl").string(), std::strerror(errno));
     done += static_cast<size_t>(written);
   }
-  write_events(*events_, record);
+  write_events(record);
   records_.push_back(record);
 }
 

@@ -29,10 +29,11 @@ class RunLog {
   const std::vector<nlohmann::json>& records() const { return records_; }
 
  private:
+  void write_events(const nlohmann::json& record);
   std::filesystem::path folder_;
   int fd_ = -1;
   std::vector<nlohmann::json> records_;
-  std::unique_ptr<EventFile> events_;
+  std::unique_ptr<EventFile> events_;  // begun with the first record, whose time it bears
 };
 
 /// Records of a log file up to step `step`; lines that are no records are left out when they are the last, and an Error

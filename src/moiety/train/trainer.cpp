@@ -91,16 +91,22 @@ Tensor token_loss(const Tensor& logits, const Tensor& targets) {
                                 /*ignore_index=*/-100);
 }
 
-EvaluationResult evaluate(CausalModel& model, const HeldOut& data, torch::Device device) {
+EvaluationResult evaluate(CausalModel& model, const HeldOut& data, torch::Device device, Ranks* ranks) {
   const torch::NoGradGuard frozen;
   const Tensor random = random_state(device);
   const bool training = model.is_training();
   model.eval();
   double nll = 0;
-  for (const MicroBatch& batch : data.batches) {
-    const MicroBatch m = batch.to(device);
+  for (size_t i = 0; i < data.batches.size(); ++i) {
+    if (ranks && static_cast<int64_t>(i) % ranks->size() != ranks->rank()) continue;
+    const MicroBatch m = data.batches[i].to(device);
     Pass pass = pass_over(m);
     nll += token_loss(model.forward(m.ids, pass), m.targets).item<double>();
+  }
+  if (ranks) {
+    auto sum = torch::tensor(nll, torch::kFloat64);
+    ranks->sum({sum});
+    nll = sum.item<double>();
   }
   model.train(training);
   set_random_state(device, random);
@@ -170,11 +176,20 @@ struct Trainer::Window {
 
 Trainer::Trainer(TrainConfig config, TrainOptions options)
     : config_(std::move(config)), options_(std::move(options)), window_(std::make_unique<Window>()) {
-  folder_ = std::make_unique<RunFolder>(config_.output.folder);
+  check(config_.train.accumulate % processes() == 0,
+        "train.accumulate is {}, which {} processes cannot share evenly: it has to be a multiple of their number",
+        config_.train.accumulate, processes());
+  const auto in_turn = [&](const std::function<void()>& body) {
+    // The first process writes what the others read.
+    if (leader()) body();
+    if (options_.ranks) options_.ranks->barrier();
+    if (!leader()) body();
+  };
+  in_turn([&] { folder_ = std::make_unique<RunFolder>(config_.output.folder, leader()); });
   const auto saved = options_.resume == TrainOptions::restart ? std::vector<int64_t>() : folder_->steps();
   check(options_.resume != TrainOptions::required || !saved.empty(), "{} has no checkpoint to go on from",
         folder_->path().string());
-  run_ = open_run(config_, options_.device, folder_->path());
+  in_turn([&] { run_ = open_run(config_, options_.device, folder_->path()); });
   if (options_.prepare) options_.prepare(*run_.model);
   check_length(config_, *run_.model);
   const Encoder encoder = encoder_of(config_, run_);
@@ -193,10 +208,10 @@ Trainer::Trainer(TrainConfig config, TrainOptions options)
   if (config_.train.ema.decay > 0)
     for (const Slot& s : optimizer_->slots()) average_.push_back(s.parameter.detach().clone());
   // Only now that everything could be opened.
-  if (options_.resume == TrainOptions::restart) folder_->clear();
+  if (options_.resume == TrainOptions::restart && leader()) folder_->clear();
   if (!saved.empty()) restore(saved.back());
   if (steps_ == 0) steps_ = total_steps(config_, *data_.rows);
-  write_file(folder_->path() / "run.json", dump(config_).dump(2) + "\n");
+  if (leader()) write_file(folder_->path() / "run.json", dump(config_).dump(2) + "\n");
 }
 
 Trainer::~Trainer() = default;
@@ -252,12 +267,17 @@ void Trainer::restore(int64_t step) {
     if (const int64_t threads = state.at("threads"); threads != at::get_num_threads())
       log::warn("the run used {} threads so far and uses {} now: sums are rounded differently", threads,
                 at::get_num_threads());
-    const auto random = tensors.find("random");
-    check(random != tensors.end(), "{}: no tensor 'random'", (folder / "state.safetensors").string());
+    if (const int64_t before_now = state.at("processes"); before_now != processes())
+      log::warn("the run had {} processes so far and has {} now: sums are rounded differently", before_now,
+                processes());
+    // A process that was not there before takes the first one's stream.
+    const auto own = tensors.find(fmt::format("random.{}", options_.ranks ? options_.ranks->rank() : 0));
+    const auto random = own != tensors.end() ? own : tensors.find("random.0");
+    check(random != tensors.end(), "{}: no tensor 'random.0'", (folder / "state.safetensors").string());
     set_random_state(options_.device, random->second);
   });
   // A kill between the two leaves the checkpoint without its mark.
-  if (best_step_ == step_) folder_->mark_best(step_);
+  if (best_step_ == step_ && leader()) folder_->mark_best(step_);
 }
 
 void Trainer::train_step(bool record) {
@@ -267,16 +287,18 @@ void Trainer::train_step(bool record) {
   int64_t learned = 0;
   step_tokens_ = 0;
   for (int64_t i = 0; i < config_.train.accumulate; ++i) {
-    batches.push_back(data_.rows->next(config_.train.batch).to(options_.device));
-    learned += batches.back().learned;
-    step_tokens_ += batches.back().tokens;
+    // Every process walks over all rows, so that all are at one position; each keeps its share.
+    const MicroBatch m = data_.rows->next(config_.train.batch);
+    learned += m.learned;
+    step_tokens_ += m.tokens;
+    if (!options_.ranks || i % processes() == options_.ranks->rank()) batches.push_back(m.to(options_.device));
   }
   routing_ = record ? std::make_unique<RouterLoad>() : nullptr;
   Trace trace;
   if (record) trace.on_record = [this](const Trace::Record& r) { routing_->add(r); };
   optimizer_->zero_grad();
   double nll = 0;
-  const auto portion = static_cast<double>(batches.size());
+  const auto portion = static_cast<double>(config_.train.accumulate);
   std::map<std::string, double> auxiliary;
   for (const MicroBatch& m : batches) {
     Pass pass = pass_over(m);
@@ -292,6 +314,21 @@ void Trainer::train_step(bool record) {
       total = total + value.to(total.scalar_type()) / portion;
     }
     if (total.requires_grad()) total.backward();
+  }
+  if (options_.ranks) {
+    std::vector<Tensor> gradients, sums;
+    for (Slot& s : optimizer_->slots()) {
+      if (!s.parameter.grad().defined()) s.parameter.mutable_grad() = torch::zeros_like(s.parameter.detach());
+      gradients.push_back(s.parameter.grad());
+    }
+    options_.ranks->sum(gradients);
+    sums.push_back(torch::tensor(nll, torch::kFloat64));
+    for (const auto& [name, value] : auxiliary) sums.push_back(torch::tensor(value, torch::kFloat64));
+    options_.ranks->sum(sums);
+    nll = sums[0].item<double>();
+    size_t at = 1;
+    for (auto& [name, value] : auxiliary) value = sums[at++].item<double>();
+    for (Scheduled* s : scheduled_) options_.ranks->sum(s->counts());
   }
   grad_norm_ = clip_gradients(optimizer_->slots(), config_.optimizer.clip);
   if (std::isfinite(grad_norm_) && std::isfinite(nll)) {
@@ -367,8 +404,8 @@ void Trainer::with_average(Body body) {
 }
 
 bool Trainer::evaluate_now() {
-  with_average([&] { last_evaluation_ = evaluate(*run_.model, *held_out_, options_.device); });
-  log_->add({{"step", step_}, {"time", unix_time()}, {"evaluation", to_json(*last_evaluation_)}});
+  with_average([&] { last_evaluation_ = evaluate(*run_.model, *held_out_, options_.device, options_.ranks); });
+  if (log_) log_->add({{"step", step_}, {"time", unix_time()}, {"evaluation", to_json(*last_evaluation_)}});
   const bool better = best_step_ == 0 || last_evaluation_->loss < best_ - config_.evaluation.min_delta;
   if (better) {
     best_ = last_evaluation_->loss;
@@ -380,7 +417,21 @@ bool Trainer::evaluate_now() {
   return better;
 }
 
+bool Trainer::stop_asked() {
+  const bool asked = options_.stop && options_.stop();
+  if (!options_.ranks) return asked;
+  auto count = torch::tensor(asked ? 1.0 : 0.0, torch::kFloat64);
+  options_.ranks->sum({count});
+  return count.item<double>() > 0;
+}
+
 void Trainer::save() {
+  // The streams of all processes, a row each.
+  const Tensor own = random_state(options_.device);
+  auto random = torch::zeros({processes(), own.numel()}, torch::kInt32);
+  random[options_.ranks ? options_.ranks->rank() : 0] = own.to(torch::kCPU, torch::kInt32);
+  if (options_.ranks) options_.ranks->sum({random});
+  if (!leader()) return;
   log_->sync();
   folder_->save(step_, [&](const fs::path& folder) {
     with_average([&] { write_model(folder, run_, config_.output.dtype); });
@@ -397,7 +448,7 @@ void Trainer::save() {
     }
     for (const auto& buffer : run_.model->named_buffers())
       if (buffer.value().defined()) tensors["buffer." + parameter_name(buffer.key())] = buffer.value();
-    tensors["random"] = random_state(options_.device);
+    for (int64_t r = 0; r < processes(); ++r) tensors[fmt::format("random.{}", r)] = random[r].to(torch::kUInt8);
     write_tensors(folder / "training" / "state.safetensors", tensors);
     const json state = {{"version", MOIETY_VERSION},
                         {"config", dump(config_)},
@@ -413,6 +464,7 @@ void Trainer::save() {
                         {"evaluation", last_evaluation_ ? to_json(*last_evaluation_) : json()},
                         {"ended", ended_},
                         {"threads", at::get_num_threads()},
+                        {"processes", processes()},
                         {"updates", updates},
                         {"window", window_->save()},
                         {"data", data_.rows->state()}};
@@ -421,6 +473,7 @@ void Trainer::save() {
 }
 
 void Trainer::report(const std::string& ended) {
+  if (!log_) return;
   int64_t parameters = 0;
   for (const Slot& s : optimizer_->slots()) parameters += s.parameter.numel();
   json tiles = json::array();
@@ -439,7 +492,7 @@ void Trainer::report(const std::string& ended) {
 }
 
 TrainResult Trainer::run() {
-  log_ = std::make_unique<RunLog>(folder_->path(), step_);
+  if (leader()) log_ = std::make_unique<RunLog>(folder_->path(), step_);
   TrainResult result;
   result.ended = "complete";
   if (step_ >= steps_ || ended_ == "early stop") {
@@ -456,20 +509,25 @@ TrainResult Trainer::run() {
       window_->seconds += took;
       seconds_ += took;
       if (options_.on_step) options_.on_step(step_, steps_, step_loss_, step_tokens_);
-      if (record) log_->add(log_record());
+      if (record) {
+        const json entry = log_record();
+        if (log_) log_->add(entry);
+      }
       bool better = false;
       if (held_out_ && (last || (config_.evaluation.every > 0 && step_ % config_.evaluation.every == 0))) {
         better = evaluate_now();
         report("Running.");
         if (config_.evaluation.patience > 0 && bad_evaluations_ >= config_.evaluation.patience) ended_ = "early stop";
       }
-      const bool stopped = !last && options_.stop && options_.stop();
+      const bool stopped = stop_asked() && !last;
       const bool due = config_.output.every > 0 && step_ % config_.output.every == 0;
       const bool best = better && config_.output.best;
       if (due || best || last || stopped || !ended_.empty()) {
         save();
-        if (better) folder_->mark_best(step_);
-        folder_->prune(config_.output.keep);
+        if (leader()) {
+          if (better) folder_->mark_best(step_);
+          folder_->prune(config_.output.keep);
+        }
       }
       if (stopped && ended_.empty()) result.ended = "stopped";
       if (!ended_.empty()) result.ended = ended_;

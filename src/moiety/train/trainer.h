@@ -15,6 +15,7 @@
 #include "moiety/train/data.h"
 #include "moiety/train/open_run.h"
 #include "moiety/train/optimizer.h"
+#include "moiety/train/ranks.h"
 #include "moiety/train/router_load.h"
 #include "moiety/train/run_folder.h"
 #include "moiety/train/run_log.h"
@@ -23,6 +24,8 @@ namespace moiety {
 
 struct TrainOptions {
   torch::Device device = torch::kCPU;
+  /// The processes of the run, who share the micro-batches of every step; null: one. The first writes all files.
+  Ranks* ranks = nullptr;
   enum Resume {
     automatic,  ///< go on when the folder has a checkpoint
     required,   ///< Error when it has none
@@ -67,8 +70,8 @@ struct TrainResult {
 /// The loss of one micro-batch: the sum of -log p over its learned targets. logits [B, T, V] f32.
 torch::Tensor token_loss(const torch::Tensor& logits, const torch::Tensor& targets);
 
-/// Held-out loss; no gradients, no state of the model or of random streams changes.
-EvaluationResult evaluate(CausalModel& model, const HeldOut& data, torch::Device device);
+/// Held-out loss; no gradients, no state of the model or of random streams changes. Processes share the batches.
+EvaluationResult evaluate(CausalModel& model, const HeldOut& data, torch::Device device, Ranks* ranks = nullptr);
 
 /// Looks at config and data without training or writing anything.
 TrainPlan plan_training(const TrainConfig& config);
@@ -91,6 +94,9 @@ class Trainer {
  private:
   struct Window;  // sums since the last record of the log
 
+  bool leader() const { return !options_.ranks || options_.ranks->rank() == 0; }
+  int64_t processes() const { return options_.ranks ? options_.ranks->size() : 1; }
+  bool stop_asked();
   void restore(int64_t step);
   void train_step(bool record);
   nlohmann::json log_record();
