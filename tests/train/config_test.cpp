@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "moiety/base/error.h"
+#include "moiety/base/files.h"
 
 namespace moiety {
 namespace {
@@ -85,6 +86,32 @@ TEST(TrainConfig, WhatMayChangeBetweenSittings) {
   ASSERT_EQ(changed.size(), 2u);
   EXPECT_TRUE(has(changed[0], "data.sources"));
   EXPECT_TRUE(has(changed[1], "optimizer.lr (was 0.001, is 1"));
+}
+
+// Names of all fields, sections inside too.
+void collect(const std::vector<FieldInfo>& fields, std::vector<std::string>& out) {
+  for (const auto& f : fields) {
+    out.push_back(f.name);
+    collect(f.fields, out);
+  }
+}
+
+TEST(TrainConfig, TheGuideNamesEveryKey) {
+  const std::string guide = read_text(std::filesystem::path(MOIETY_SOURCE_DIR) / "docs" / "train.md");
+  std::vector<std::string> names;
+  collect(describe<TrainConfig>(), names);
+  EXPECT_GT(names.size(), 60u);
+  for (const auto& name : names)
+    EXPECT_TRUE(has(guide, "`" + name + "`") || has(guide, "." + name + "`") || has(guide, "`" + name + ".") ||
+                has(guide, name + ":"))
+        << name;
+}
+
+TEST(TrainConfig, TheExampleIsARun) {
+  const auto file = std::filesystem::path(MOIETY_SOURCE_DIR) / "examples" / "train-tiny.yaml";
+  const auto c = read_train_config(read_text(file), file.string());
+  EXPECT_EQ(c.model.config.at("model_type"), "llama");
+  EXPECT_GT(c.train.steps, 0);
 }
 
 }  // namespace

@@ -154,6 +154,12 @@ TEST_F(Data, GoesOnFromEveryPosition) {
   }
 }
 
+TEST_F(Data, RefusesAPositionInOtherData) {
+  const auto state = open_data(lines({file("a.txt", documents(30, 11, 'a'))}, 24), bytes(), 3).rows->state();
+  auto longer = open_data(lines({file("a.txt", documents(31, 11, 'a'))}, 24), bytes(), 3);
+  EXPECT_THROW(longer.rows->restore(state), Error);
+}
+
 TEST_F(Data, SourcesGetTheirShares) {
   auto config = lines({file("a.txt", documents(50, 15, 'a')), file("b.txt", documents(50, 15, 'b'))}, 16);
   config.sources[0].weight = 0.75;

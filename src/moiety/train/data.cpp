@@ -272,12 +272,15 @@ int64_t TrainingRows::rows_of_an_epoch() {
 }
 
 nlohmann::json TrainingRows::state() const {
-  nlohmann::json out = {{"taken", taken_}, {"streams", nlohmann::json::array()}};
+  nlohmann::json out = {{"documents", documents()}, {"taken", taken_}, {"streams", nlohmann::json::array()}};
   for (const auto& s : streams_) out["streams"].push_back(s->state());
   return out;
 }
 
 void TrainingRows::restore(const nlohmann::json& state) {
+  const auto before = state.at("documents").get<int64_t>();
+  check(before == documents(), "the data has {} documents now and had {} when the run began: the position is lost",
+        documents(), before);
   const auto& streams = state.at("streams");
   check(streams.size() == streams_.size(), "the saved state has {} sources, the run has {}", streams.size(),
         streams_.size());
