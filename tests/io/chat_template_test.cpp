@@ -234,6 +234,14 @@ RC_GTEST_PROP(ChatTemplate, TextWithoutTagsIsKept, ()) {
   RC_ASSERT(render(text) == expected);
 }
 
+RC_GTEST_PROP(ChatTemplate, RepeatedTextIsTheTextAgainAndAgain, ()) {
+  const auto text = *rc::gen::container<std::string>(rc::gen::elementOf(std::string("abc")));
+  const auto times = *rc::gen::inRange(-2, 20);
+  std::string expected;
+  for (int i = 0; i < times; ++i) expected += text;
+  RC_ASSERT(render("{{ x * n }}", {{"x", text}, {"n", times}}) == expected);
+}
+
 RC_GTEST_PROP(ChatTemplate, JsonOfAnyValueReadsBack, ()) {
   const auto text = *rc::gen::container<std::vector<uint32_t>>(rc::gen::inRange<uint32_t>(0, 0x500));
   std::string utf8;

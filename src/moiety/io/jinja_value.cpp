@@ -987,7 +987,11 @@ Value repeat(Run& run, const Value& what, int64_t times) {
           "the template makes a string of more than {} bytes", run.max_bytes());
     std::string out;
     if (text.empty()) times = 0;
-    for (int64_t i = 0; i < times; ++i) out += text;
+    const auto size = static_cast<size_t>(times) * text.size();
+    out.reserve(size);
+    // Doubled, not appended piece by piece: 28 bytes of template may ask for millions of pieces.
+    if (times > 0) out = text;
+    while (out.size() < size) out.append(out, 0, std::min(out.size(), size - out.size()));
     return run.text(std::move(out), what.markup());
   }
   const auto& items = what.list().items;
