@@ -13,6 +13,7 @@
 #include "moiety/base/progress.h"
 #include "moiety/base/text.h"
 #include "moiety/io/dataset.h"
+#include "moiety/nn/arithmetic.h"
 #include "moiety/tasks/multiple_choice.h"
 #include "moiety/tasks/perplexity.h"
 #include "moiety/tasks/scoring.h"
@@ -62,6 +63,9 @@ json run_perplexity(const EvalArguments& a, OpenModel& l) {
   options.batch_size = a.batch_size;
   options.limit_tokens = a.limit_tokens;
   const auto start = std::chrono::steady_clock::now();
+  // The number that llama.cpp gives is one with its arithmetic.
+  const WithBlockArithmetic arithmetic(options.method == PerplexityOptions::llama_cpp ? BlockArithmetic::rounded
+                                                                                      : block_arithmetic());
   PerplexityResult total;
   json files = json::array();
   for (const auto& path : a.texts) {

@@ -113,6 +113,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}")
     parser.add_argument("--text", help="a text file (default: 90 kB of the Python language reference)")
+    parser.add_argument("--bytes", type=int, default=90000, help="how much of the reference, without --text")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--no-transformers", action="store_true")
     parser.add_argument("--only-peers", action="store_true", help="do not run moiety")
@@ -124,7 +125,7 @@ def main():
         source = str(args.text)
         if not text:
             text = Path(folder) / "python-reference.txt"
-            subprocess.run([sys.executable, str(ROOT / "tools/sample_text.py"), str(text)], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run([sys.executable, str(ROOT / "tools/sample_text.py"), str(text), "--bytes", str(args.bytes)], check=True, stdout=subprocess.DEVNULL)
             source = f"Python {platform.python_version()} language reference (tools/sample_text.py)"
         content = Path(text).read_bytes()
         record = {"text": {"source": source, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}, "context": args.context,

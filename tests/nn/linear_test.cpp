@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "moiety/base/error.h"
+#include "moiety/nn/arithmetic.h"
 #include "moiety/nn/norm.h"
 #include "moiety/nn/weights.h"
 
@@ -55,6 +56,23 @@ TEST_P(BlockFormats, ManyRowsEqualTheDecodedMatrix) {
   EXPECT_LT(distance(linear(x), expected), 1e-5);
   EXPECT_TRUE(torch::equal(linear->dense(torch::kFloat32), w));
   EXPECT_EQ(linear(x.to(torch::kBFloat16)).scalar_type(), torch::kBFloat16);
+}
+
+TEST_P(BlockFormats, RoundedRowsDoNotDependOnTheirNumber) {
+  torch::NoGradGuard frozen;
+  Linear linear(stored(GetParam(), kOut, kIn));
+  const auto x = torch::randn({21, kIn});
+  std::vector<Tensor> single;
+  for (int64_t t = 0; t < 21; ++t) single.push_back(linear(x.narrow(0, t, 1)));
+  const auto decoded = linear(x);
+  {
+    const WithBlockArithmetic rounded(BlockArithmetic::rounded);
+    EXPECT_LT(distance(linear(x), torch::cat(single)), 1e-5);
+    linear->exact = true;
+    EXPECT_TRUE(torch::equal(linear(x), decoded));
+    linear->exact = false;
+  }
+  EXPECT_TRUE(torch::equal(linear(x), decoded));
 }
 
 TEST_P(BlockFormats, FewRowsRoundTheirActivationsUnlessExact) {

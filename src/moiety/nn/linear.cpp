@@ -7,6 +7,7 @@
 
 #include "moiety/base/error.h"
 #include "moiety/kernels/dot.h"
+#include "moiety/nn/arithmetic.h"
 #include "moiety/nn/weights.h"
 
 namespace moiety {
@@ -33,21 +34,32 @@ torch::Tensor times_transposed(const torch::Tensor& x, const TensorView& blocks)
   return y;
 }
 
-// Up to this many rows go through the integer kernels, which read each weight once as it is stored; more rows pay for decoding
-// the weights and then run at the speed of a dense matmul.
+// Rows of x that one read of the weights serves. Up to so many go through the integer kernels; more rows pay for
+// decoding the weights and then run at the speed of a dense matmul.
 constexpr int64_t kKernelRows = 8;
 
-// x [n, in] f32 on the CPU, n small -> [n, out]. Activations are rounded to 8 bits as the format's products define it.
+// x [n, in] f32 on the CPU -> [n, out]. Activations are rounded to 8 bits as the format's products define it; a row's
+// result does not depend on the rows beside it.
 torch::Tensor times_kernel(const torch::Tensor& input, const TensorView& blocks) {
   const auto x = input.contiguous();
   const int64_t n = x.size(0), out = blocks.shape[0], in = blocks.shape[1], bytes = row_bytes(blocks.format, in);
-  static thread_local std::vector<QuantizedRow> rows(kKernelRows);
-  for (int64_t t = 0; t < n; ++t) quantize_activations(blocks.format, x.const_data_ptr<float>() + t * in, in, rows[t]);
+  std::vector<QuantizedRow> rows(static_cast<size_t>(n));
+  at::parallel_for(0, n, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      quantize_activations(blocks.format, x.const_data_ptr<float>() + t * in, in, rows[static_cast<size_t>(t)]);
+  });
   auto y = torch::empty({n, out}, x.options());
   float* data = y.data_ptr<float>();
-  const std::span<const QuantizedRow> use(rows.data(), static_cast<size_t>(n));
-  at::parallel_for(0, out, std::max<int64_t>(8, 32768 / in), [&](int64_t begin, int64_t end) {
-    dot_rows(blocks.format, blocks.data.data() + begin * bytes, end - begin, in, use, data + begin, out);
+  at::parallel_for(0, out, std::max<int64_t>(8, 32768 / in), [&](int64_t first, int64_t last) {
+    // A piece of the weights stays near the core until all rows of x have used it.
+    const int64_t piece = n <= kKernelRows ? last - first : std::max<int64_t>(8, 65536 / bytes);
+    for (int64_t begin = first; begin < last; begin += piece) {
+      const int64_t end = std::min(last, begin + piece);
+      for (int64_t t = 0; t < n; t += kKernelRows) {
+        const std::span<const QuantizedRow> use(rows.data() + t, static_cast<size_t>(std::min(kKernelRows, n - t)));
+        dot_rows(blocks.format, blocks.data.data() + begin * bytes, end - begin, in, use, data + t * out + begin, out);
+      }
+    }
   });
   return y;
 }
@@ -76,6 +88,8 @@ class FrozenMatmul : public torch::autograd::Function<FrozenMatmul> {
   }
 };
 
+BlockArithmetic current = BlockArithmetic::automatic;
+
 torch::Tensor cast(const torch::Tensor& t, torch::Dtype dtype) {
   return t.scalar_type() == dtype ? t : t.to(dtype);
 }
@@ -86,6 +100,18 @@ torch::Tensor initial(torch::IntArrayRef shape, int64_t in) {
 }
 
 }  // namespace
+
+WithBlockArithmetic::WithBlockArithmetic(BlockArithmetic arithmetic) : before_(current) {
+  current = arithmetic;
+}
+
+WithBlockArithmetic::~WithBlockArithmetic() {
+  current = before_;
+}
+
+BlockArithmetic block_arithmetic() {
+  return current;
+}
 
 LinearImpl::LinearImpl(int64_t in, int64_t out, bool with_bias) : in_(in), out_(out) {
   weight = register_parameter("weight", initial({out, in}, in));
@@ -110,10 +136,11 @@ torch::Tensor LinearImpl::forward(const torch::Tensor& x) {
   shape.back() = out_;
   const auto flat = cast(x.reshape({-1, in_}), torch::kFloat32);
   const bool graph = torch::GradMode::is_enabled() && x.requires_grad();
-  const bool few = !exact && !graph && flat.size(0) <= kKernelRows && flat.device().is_cpu();
-  auto y = graph ? FrozenMatmul::apply(flat, c10::make_intrusive<Blocks>(blocks_))
-           : few ? times_kernel(flat, *blocks_)
-                 : times_transposed(flat, *blocks_);
+  const bool rounded = !exact && !graph && flat.device().is_cpu() &&
+                       (flat.size(0) <= kKernelRows || block_arithmetic() == BlockArithmetic::rounded);
+  auto y = graph     ? FrozenMatmul::apply(flat, c10::make_intrusive<Blocks>(blocks_))
+           : rounded ? times_kernel(flat, *blocks_)
+                     : times_transposed(flat, *blocks_);
   if (bias.defined()) y = y + cast(bias, torch::kFloat32);
   return cast(y.view(shape), x.scalar_type());
 }
