@@ -24,6 +24,8 @@ class Case {
   bool has(const std::string& name) const { return inputs.count(name) != 0; }
   /// A contiguous copy that the op may change. Throws Error when the case has no such input.
   torch::Tensor in(const std::string& name) const;
+  /// The same asking for a gradient.
+  torch::Tensor leaf(const std::string& name) const { return in(name).requires_grad_(true); }
 };
 
 /// Named results, without the prefix `out.`; names that the case does not ask for are ignored.

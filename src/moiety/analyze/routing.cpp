@@ -72,7 +72,7 @@ void RoutingStatistics::add(const Trace::Record& record, const torch::Tensor& id
         "a record of {} tokens does not belong to a batch of {}", routing.experts.size(0), n);
   const torch::Tensor& width = routing.scores.defined() ? routing.scores : routing.logits;
   check(width.defined(), "a router that reports neither scores nor logits has no statistics");
-  const int64_t experts = width.size(1), slots = routing.experts.size(1);
+  const int64_t experts = record.experts > 0 ? record.experts : width.size(1), slots = routing.experts.size(1);
   auto& s = sites_[record.site];
   if (s.experts == 0) {
     s.site = record.site;
@@ -105,8 +105,9 @@ void RoutingStatistics::add(const Trace::Record& record, const torch::Tensor& id
   if (routing.scores.defined()) {
     const auto all = routing.scores.to(torch::kCPU, torch::kFloat64);
     const auto p = (all / all.sum(-1, true).clamp_min(1e-300)).masked_fill(~real.unsqueeze(1), 0.0);
-    s.probability += p.sum(0);
+    s.probability += p.sum(0).narrow(0, 0, experts);
     s.entropy_sum += entropy_of(p);
+    s.scored_options = all.size(1);
     s.scored += real.sum().item<int64_t>();
   }
   if (time > 1) {
@@ -128,10 +129,6 @@ void RoutingStatistics::add(const Trace::Record& record, const torch::Tensor& id
 RoutingStatistics analyze_routing(CausalModel& model, const std::vector<RoutingText>& texts,
                                   const RoutingOptions& options,
                                   const std::function<void(int64_t, int64_t)>& progress) {
-  int64_t mixtures = 0;
-  for (int64_t b = 0; b < model.blocks(); ++b) mixtures += model.experts(b) > 0;
-  check(mixtures > 0, "the model has no experts: none of its {} blocks is a mixture, so nothing is routed",
-        model.blocks());
   check(options.context >= 1 && options.context <= model.context_length(),
         "context {} must be from 1 to the model's {}", options.context, model.context_length());
   check(options.batch_size >= 1, "batch size {} must be at least 1", options.batch_size);
@@ -168,6 +165,8 @@ RoutingStatistics analyze_routing(CausalModel& model, const std::vector<RoutingT
       const auto device = model.parameters().empty() ? torch::Device(torch::kCPU) : model.parameters().front().device();
       if (!mask.all().item<bool>()) pass.mask = mask.to(device);
       model.hidden(batch.to(device), pass);
+      check(!statistics.sites().empty(),
+            "the model has no experts: none of its {} blocks is a mixture, so nothing is routed", model.blocks());
       done += rows;
       if (progress) progress(done, windows);
     }
@@ -183,7 +182,8 @@ json to_json(const RoutingStatistics& statistics, const std::vector<std::string>
   for (const auto& [site, s] : statistics.sites()) {
     const double even = std::log(static_cast<double>(s.experts));
     const double of_even = s.experts > 1 ? s.load_entropy() / even : 1.0;
-    const double sure = s.experts > 1 ? s.token_entropy() / even : 0.0;
+    const double sure =
+        s.scored_options > 1 ? s.token_entropy() / std::log(static_cast<double>(s.scored_options)) : 0.0;
     json layer = {{"layer", site.block},
                   {"round", site.round},
                   {"site", site.site},

@@ -20,8 +20,9 @@ namespace moiety {
 /// Counts of one site (block, round, name). E experts; a token counts once for each expert that it chose.
 struct SiteStatistics {
   Site site;
-  int64_t experts = 0;  ///< E
-  int64_t slots = 0;    ///< largest K seen
+  int64_t experts = 0;         ///< E
+  int64_t slots = 0;           ///< largest K seen
+  int64_t scored_options = 0;  ///< what the router scores: E, and null experts besides
   int64_t tokens = 0;
   torch::Tensor load;          ///< [E] int64: tokens that chose the expert
   torch::Tensor coactivation;  ///< [E, E] int64: tokens that chose both; the diagonal is `load`
@@ -73,7 +74,7 @@ struct RoutingOptions {
   bool count_ids = false;  ///< see RoutingStatistics
 };
 
-/// Runs the model over the texts. Throws Error: no block has a mixture, or there is no token to route.
+/// Runs the model over the texts. Throws Error: no block has routed anything, or there is no token to route.
 RoutingStatistics analyze_routing(CausalModel& model, const std::vector<RoutingText>& texts,
                                   const RoutingOptions& options,
                                   const std::function<void(int64_t done, int64_t windows)>& progress = {});

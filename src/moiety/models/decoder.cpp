@@ -2,11 +2,14 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <regex>
 
 #include "moiety/base/error.h"
+#include "moiety/base/registry.h"
 #include "moiety/models/weights_source.h"
 #include "moiety/moe/mixture.h"
+#include "moiety/nn/part.h"
 #include "moiety/nn/recompute.h"
 #include "moiety/nn/weights.h"
 
@@ -360,7 +363,15 @@ ExpertStacks make_experts(WeightsSource& w, const string& layer, const string& m
   return s;
 }
 
-std::shared_ptr<FeedForwardBase> make_mixture(WeightsSource& w, const string& layer, const DecoderConfig& c) {
+struct MixtureParts {
+  std::shared_ptr<Router> router;
+  Linear projection{nullptr};
+  std::shared_ptr<Experts> experts;
+  std::shared_ptr<FeedForward> shared;
+  Linear shared_gate{nullptr};
+};
+
+MixtureParts mixture_parts(WeightsSource& w, const string& layer, const DecoderConfig& c) {
   const auto& m = c.moe;
   const string router =
       w.pick({layer + "mlp.gate.weight", layer + "block_sparse_moe.gate.weight", layer + "mlp.router.weight",
@@ -407,11 +418,82 @@ std::shared_ptr<FeedForwardBase> make_mixture(WeightsSource& w, const string& la
     shared = make_feed_forward(w, at, plain, m.shared_width);
     if (m.shared_gate) shared_gate = w.linear(mlp + "shared_expert_gate", c.hidden, 1, false);
   }
-  return std::make_shared<Mixture>(r, experts, shared, shared_gate);
+  return {r, projection, experts, shared, shared_gate};
 }
 
-std::shared_ptr<Block> make_block(WeightsSource& w, const string& layer, const DecoderConfig& c, const LayerConfig& l,
+std::shared_ptr<FeedForwardBase> make_mixture(WeightsSource& w, const string& layer, const DecoderConfig& c) {
+  const auto p = mixture_parts(w, layer, c);
+  return std::make_shared<Mixture>(p.router, p.experts, p.shared, p.shared_gate);
+}
+
+class NamedWeights : public PartWeights {
+ public:
+  NamedWeights(WeightsSource& source, string prefix) : source_(source), prefix_(std::move(prefix)) {}
+  bool has(const string& name) const override { return source_.has(prefix_ + name, false); }
+  torch::Tensor get(const string& name, std::vector<int64_t> shape, const Init& init) override {
+    return source_.tensor(prefix_ + name, std::move(shape), init);
+  }
+
+ private:
+  WeightsSource& source_;
+  string prefix_;
+};
+
+// Parts by (site, layer), and what they share.
+struct ModelParts {
+  std::vector<PartEntry> entries;
+  std::map<string, std::any> shared;
+  const PartEntry* at(const string& site, int64_t layer) const {
+    for (const PartEntry& e : entries)
+      if (e.site == site && std::binary_search(e.layers.begin(), e.layers.end(), layer)) return &e;
+    return nullptr;
+  }
+};
+
+DenseLayer dense_layer(WeightsSource& w, const string& at, const DecoderConfig& c) {
+  const int64_t d = c.hidden, f = c.intermediate;
+  if (w.random() || !c.gated) return {};
+  if (w.has(at + "gate_proj.weight", false))
+    return {w.values(w.view(at + "gate_proj.weight", {f, d})), w.values(w.view(at + "up_proj.weight", {f, d})),
+            w.values(w.view(at + "down_proj.weight", {d, f}))};
+  if (!w.has(at + "gate_up_proj.weight", false)) return {};
+  const auto both = w.values(w.view(at + "gate_up_proj.weight", {2 * f, d}));
+  return {both.narrow(0, 0, f), both.narrow(0, f, f), w.values(w.view(at + "down_proj.weight", {d, f}))};
+}
+
+// Calls the factory of a part with everything that it may need to know.
+template <class Make>
+auto make_part(const PartEntry& entry, WeightsSource& w, const string& layer, const string& site, int64_t index,
+               const DecoderConfig& c, ModelParts& parts, std::shared_ptr<Norm> norm) {
+  NamedWeights own(w, layer + site), model(w, "");
+  PartSite at{.own = own, .model = model, .shared = parts.shared};
+  at.layer = index;
+  at.layers = static_cast<int64_t>(c.layers.size());
+  at.hidden = c.hidden;
+  at.width = c.intermediate;
+  at.heads = c.heads;
+  at.act = c.act;
+  at.init_std = c.init_std;
+  at.norm_eps = c.norm_eps;
+  at.norm = std::move(norm);
+  at.dense = [&] { return dense_layer(w, layer + "mlp.", c); };
+  at.mixture = [&]() -> std::shared_ptr<FamilyMixture> {
+    if (!c.layers[static_cast<size_t>(index)].mixture) return nullptr;
+    const auto p = mixture_parts(w, layer, c);
+    return std::make_shared<FamilyMixture>(
+        FamilyMixture{p.projection, p.experts, p.shared, p.shared_gate, c.moe.router.top_k});
+  };
+  try {
+    return factory<Make>(get_method("part", entry.slug))(at, entry.settings);
+  } catch (const Error& e) {
+    fail("part {} in layer {}: {}", entry.slug, index, e.what());
+  }
+}
+
+std::shared_ptr<Block> make_block(WeightsSource& w, int64_t index, const DecoderConfig& c, ModelParts& parts,
                                   const std::vector<std::shared_ptr<const Rope>>& ropes) {
+  const LayerConfig& l = c.layers[static_cast<size_t>(index)];
+  const string layer = "layers." + std::to_string(index) + ".";
   const auto norm = [&](const char* name) { return make_norm(w, layer + name, {c.hidden}, c.norm, c.norm_eps); };
   std::shared_ptr<Norm> before_attention, after_attention, before_ffn, after_ffn;
   switch (c.placement) {
@@ -439,9 +521,22 @@ std::shared_ptr<Block> make_block(WeightsSource& w, const string& layer, const D
       }
       break;
   }
-  auto attention = make_attention(w, layer, c, l, ropes);
+  std::shared_ptr<AttentionBase> attention;
+  if (const PartEntry* part = parts.at("attention", index))
+    attention = make_part<MakeAttention>(*part, w, layer, "self_attn.", index, c, parts, before_attention);
+  else
+    attention = make_attention(w, layer, c, l, ropes);
   std::shared_ptr<FeedForwardBase> ffn;
-  if (l.mixture)
+  if (const PartEntry* part = parts.at("ffn", index)) {
+    ffn = make_part<MakeFeedForward>(*part, w, layer, "mlp.", index, c, parts, before_ffn);
+    if (ffn->whole_half()) {
+      check(c.placement == Placement::pre,
+            "part {} takes a whole half of a block, which only blocks of the order norm, layer, "
+            "residual allow; those of {} are built otherwise",
+            part->slug, c.family);
+      before_ffn = nullptr;
+    }
+  } else if (l.mixture)
     ffn = make_mixture(w, layer, c);
   else
     ffn = make_feed_forward(w, layer + "mlp.", c, c.intermediate);
@@ -453,9 +548,10 @@ std::shared_ptr<CausalModel> assemble(WeightsSource& w, const nlohmann::json& js
   std::vector<std::shared_ptr<const Rope>> ropes;
   for (const RopeConfig& r : c.ropes) ropes.push_back(std::make_shared<const Rope>(r));
   const auto embed = w.linear("embed_tokens", c.hidden, c.vocab, false);
+  ModelParts parts{parse_parts(json, static_cast<int64_t>(c.layers.size())), {}};
   std::vector<std::shared_ptr<Block>> blocks;
   for (size_t i = 0; i < c.layers.size(); ++i)
-    blocks.push_back(make_block(w, "layers." + std::to_string(i) + ".", c, c.layers[i], ropes));
+    blocks.push_back(make_block(w, static_cast<int64_t>(i), c, parts, ropes));
   const string final_norm =
       c.norm == NormKind::layer_plain ? "norm" : w.pick({"norm.weight", "final_layernorm.weight"});
   const auto norm = make_norm(w, final_norm.substr(0, final_norm.find('.')), {c.hidden}, c.norm, c.norm_eps);
@@ -503,6 +599,7 @@ torch::Tensor Block::forward(const torch::Tensor& x, const AttentionContext& con
   if (placement_ == Placement::parallel) return x + scaled(a) + scaled(ffn->forward(normed, pass));
   if (after_attention) a = after_attention->forward(a);
   const auto h = x + scaled(a);
+  if (ffn->whole_half()) return ffn->forward(h, pass);
   auto f = ffn->forward(before_ffn ? before_ffn->forward(h) : h, pass);
   if (after_ffn) f = after_ffn->forward(f);
   return h + scaled(f);
@@ -519,7 +616,7 @@ Decoder::Decoder(nlohmann::json config, DecoderConfig p, Linear e, std::vector<s
 
 int64_t Decoder::experts(int64_t block) const {
   check(block >= 0 && block < blocks(), "block {} does not exist: the model has {}", block, blocks());
-  return parsed.layers[block].mixture ? parsed.moe.experts : 0;
+  return layers[static_cast<size_t>(block)]->ffn->expert_count();
 }
 
 torch::Tensor Decoder::hidden(const torch::Tensor& ids, Pass& pass) {
@@ -579,6 +676,7 @@ torch::Tensor Decoder::hidden(const torch::Tensor& ids, Pass& pass) {
     }
   }
   pass.round = 0;
+  pass.finish();
   if (pass.cache) {
     // Counted from the real tokens: a row that has seen nothing but padding still stands at its start.
     const auto& before = pass.cache->next_position();
@@ -613,6 +711,9 @@ std::shared_ptr<CausalModel> load_causal(const Checkpoint& checkpoint, const nlo
                                          const LoadOptions& options) {
   const DecoderConfig parsed = parse_decoder_config(config);
   WeightsSource source(checkpoint, options);
+  // Parts that the checkpoint was saved with have their tensors in it; parts that are added to it start new.
+  const auto own = [](const nlohmann::json& c) { return c.value("moiety", nlohmann::json()); };
+  source.may_create = own(config) != own(checkpoint.config());
   return assemble(source, config, parsed);
 }
 

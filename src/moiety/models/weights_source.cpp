@@ -113,6 +113,23 @@ torch::Tensor WeightsSource::tensor(const std::string& name, std::vector<int64_t
   return t;
 }
 
+torch::Tensor WeightsSource::tensor(const std::string& name, std::vector<int64_t> shape,
+                                    const std::function<void(torch::Tensor)>& init) {
+  torch::Tensor t;
+  if (has(name, false)) {
+    t = floats(view(name, shape));
+  } else {
+    check(random() || may_create, "{}: the model needs tensor '{}' {}, which is not there",
+          random() ? "" : checkpoint_->path().string(), full(name), shape);
+    torch::NoGradGuard frozen;
+    t = torch::empty(shape, torch::TensorOptions().dtype(parameter_dtype()).device(options_.device));
+    init(t);
+    t = parameter(t);
+  }
+  store(name, [t] { return t; });
+  return t;
+}
+
 void WeightsSource::store(const std::string& name, Value value, int64_t dim, int64_t begin) {
   const bool head = name.rfind("lm_head", 0) == 0;
   auto& parts = stored_[!random() ? full(name) : (head ? "" : "model.") + (rename ? rename(name) : name)];

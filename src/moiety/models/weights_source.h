@@ -33,6 +33,10 @@ class WeightsSource {
 
   /// A float tensor of exactly this shape (decoded when it is blocks). `fill`: what random initialisation puts there.
   torch::Tensor tensor(const std::string& name, std::vector<int64_t> shape, double fill);
+  /// The same, filled by `init` when it is not stored; Error then unless may_create or random().
+  torch::Tensor tensor(const std::string& name, std::vector<int64_t> shape,
+                       const std::function<void(torch::Tensor)>& init);
+  bool may_create = false;
   /// The matrix NAME.weight [out, in] and NAME.bias when there is one (`bias`: when random).
   Linear linear(const std::string& name, int64_t in, int64_t out, bool bias);
   /// Rows [begin, begin + out) of a fused matrix NAME.weight with `total` rows.

@@ -3,27 +3,51 @@
 #include <torch/torch.h>
 
 #include "moiety/base/error.h"
+#include "moiety/moe/grouped.h"
 
 namespace moiety {
 
+torch::Tensor apply_stack(LinearStack& stack, const torch::Tensor& x, const std::vector<int64_t>& counts) {
+  if (stack->weight.defined()) {
+    const auto dtype = x.scalar_type();
+    const auto cast = [&](const torch::Tensor& t) { return t.defined() && t.scalar_type() != dtype ? t.to(dtype) : t; };
+    return grouped_linear(x, cast(stack->weight), cast(stack->bias), counts);
+  }
+  std::vector<torch::Tensor> pieces;
+  int64_t begin = 0;
+  for (int64_t e = 0; e < static_cast<int64_t>(counts.size()); ++e) {
+    if (counts[e] == 0) continue;
+    pieces.push_back(stack->forward(e, x.narrow(0, begin, counts[e])));
+    begin += counts[e];
+  }
+  return pieces.empty() ? x.new_zeros({0, stack->out()}) : torch::cat(pieces);
+}
+
+namespace {
+
+void check_counts(const char* what, const LinearStack& a, const LinearStack& b) {
+  check(a->count() == b->count(), "experts need as many {} matrices ({} and {})", what, a->count(), b->count());
+}
+
+}  // namespace
+
 GatedExperts::GatedExperts(LinearStack g, LinearStack u, LinearStack d, Activation act) : act_(act) {
-  check(g->count() == u->count() && g->count() == d->count(),
-        "experts need as many gate ({}) as up ({}) and down ({}) matrices", g->count(), u->count(), d->count());
+  check_counts("gate and up", g, u);
+  check_counts("gate and down", g, d);
+  const auto plain = [](const LinearStack& s) { return s->weight.defined() && !s->bias.defined(); };
+  fused_ = (act == activation("silu") || act == activation("swish")) && plain(g) && plain(u) && plain(d);
   gate = register_module("gate_proj", std::move(g));
   up = register_module("up_proj", std::move(u));
   down = register_module("down_proj", std::move(d));
 }
 
 torch::Tensor GatedExperts::forward(const torch::Tensor& x, const std::vector<int64_t>& counts) {
-  std::vector<torch::Tensor> pieces;
-  int64_t begin = 0;
-  for (int64_t e = 0; e < static_cast<int64_t>(counts.size()); ++e) {
-    if (counts[e] == 0) continue;
-    const auto rows = x.narrow(0, begin, counts[e]);
-    pieces.push_back(down->forward(e, combine(gate->forward(e, rows), up->forward(e, rows))));
-    begin += counts[e];
-  }
-  return pieces.empty() ? x.new_zeros({0, down->out()}) : torch::cat(pieces);
+  return apply_stack(down, combine(apply_stack(gate, x, counts), apply_stack(up, x, counts)), counts);
+}
+
+torch::Tensor GatedExperts::mix(const torch::Tensor& x, const Dispatch& d) {
+  if (!fused_ || gate->weight.scalar_type() != x.scalar_type()) return Experts::mix(x, d);
+  return grouped_swiglu(x, d.tokens, d.gates, d.counts, gate->weight, up->weight, down->weight);
 }
 
 ClampedExperts::ClampedExperts(LinearStack g, LinearStack u, LinearStack d, double alpha, double limit)
@@ -32,6 +56,32 @@ ClampedExperts::ClampedExperts(LinearStack g, LinearStack u, LinearStack d, doub
 torch::Tensor ClampedExperts::combine(const torch::Tensor& g, const torch::Tensor& u) {
   const auto cut = g.clamp_max(limit_);
   return (u.clamp(-limit_, limit_) + 1.0) * (cut * torch::sigmoid(alpha_ * cut));
+}
+
+MlpExperts::MlpExperts(LinearStack first, LinearStack second, Activation act, Activation out_act, double dropout)
+    : act_(act), out_act_(out_act), dropout_(dropout) {
+  check_counts("first and second", first, second);
+  w1 = register_module("w1", std::move(first));
+  w2 = register_module("w2", std::move(second));
+}
+
+torch::Tensor MlpExperts::forward(const torch::Tensor& x, const std::vector<int64_t>& counts) {
+  auto h = act_(apply_stack(w1, x, counts));
+  if (dropout_ > 0.0) h = torch::dropout(h, dropout_, is_training());
+  auto y = apply_stack(w2, h, counts);
+  return out_act_ == nullptr ? y : out_act_(y);
+}
+
+LoraExperts::LoraExperts(LinearStack first, LinearStack second, double scale, double dropout)
+    : scale_(scale), dropout_(dropout) {
+  check_counts("A and B", first, second);
+  a = register_module("lora_A", std::move(first));
+  b = register_module("lora_B", std::move(second));
+}
+
+torch::Tensor LoraExperts::forward(const torch::Tensor& x, const std::vector<int64_t>& counts) {
+  const auto dropped = dropout_ > 0.0 ? torch::dropout(x, dropout_, is_training()) : x;
+  return apply_stack(b, apply_stack(a, dropped, counts), counts) * scale_;
 }
 
 }  // namespace moiety

@@ -12,17 +12,6 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-torch::Tensor edited_logits(Linear& projection, const torch::Tensor& x, const Site& site, Pass& pass) {
-  auto logits = projection(x.to(torch::kFloat32));
-  for (const auto& edit : pass.edits) edit->logits(site, pass, logits);
-  return logits;
-}
-
-Routing finish(Routing routing, const Site& site, Pass& pass) {
-  for (const auto& edit : pass.edits) edit->choice(site, pass, routing);
-  return routing;
-}
-
 // -inf outside the best groups.
 torch::Tensor inside_groups(const torch::Tensor& scores, const TopKRouterOptions& o) {
   const int64_t n = scores.size(0), experts = scores.size(1);
@@ -52,6 +41,21 @@ class HeunMultiplier : public torch::autograd::Function<HeunMultiplier> {
 
 }  // namespace
 
+void Router::edit_logits(torch::Tensor& logits, const Site& site, Pass& pass) {
+  for (const auto& edit : pass.edits) edit->logits(site, pass, logits);
+}
+
+void Router::edit_scores(torch::Tensor& scores, const Site& site, Pass& pass) {
+  for (const auto& edit : pass.edits) edit->distribution(site, pass, scores);
+}
+
+Routing Router::finish(Routing routing, const Site& site, Pass& pass) {
+  for (const auto& edit : pass.edits) edit->choice(site, pass, routing);
+  if (pass.training)
+    for (const auto& loss : losses) loss->add(routing, site, pass);
+  return routing;
+}
+
 TopKRouter::TopKRouter(Linear p, TopKRouterOptions o, torch::Tensor bias) : options(o) {
   projection = register_module("projection", std::move(p));
   if (bias.defined()) choice_bias = register_buffer("choice_bias", bias.to(torch::kFloat32));
@@ -62,9 +66,10 @@ TopKRouter::TopKRouter(Linear p, TopKRouterOptions o, torch::Tensor bias) : opti
 
 Routing TopKRouter::route(const torch::Tensor& x, const Site& site, Pass& pass) {
   Routing r;
-  r.logits = edited_logits(projection, x, site, pass);
+  r.logits = projection(x.to(torch::kFloat32));
+  edit_logits(r.logits, site, pass);
   r.scores = options.scoring == Scoring::sigmoid ? torch::sigmoid(r.logits) : torch::softmax(r.logits, -1);
-  for (const auto& edit : pass.edits) edit->distribution(site, pass, r.scores);
+  edit_scores(r.scores, site, pass);
   auto by = r.scores;
   if (choice_bias.defined()) by = by + choice_bias;
   if (options.groups > 1) by = inside_groups(by, options);
@@ -86,9 +91,10 @@ SparseMixerRouter::SparseMixerRouter(Linear p, int64_t top_k, double jitter) : t
 
 Routing SparseMixerRouter::route(const torch::Tensor& x, const Site& site, Pass& pass) {
   Routing r;
-  r.logits = edited_logits(projection, x, site, pass);
+  r.logits = projection(x.to(torch::kFloat32));
+  edit_logits(r.logits, site, pass);
   r.scores = torch::softmax(r.logits, -1);
-  for (const auto& edit : pass.edits) edit->distribution(site, pass, r.scores);
+  edit_scores(r.scores, site, pass);
   auto left = r.logits;
   std::vector<torch::Tensor> chosen, gates;
   for (int64_t i = 0; i < top_k_; ++i) {

@@ -4,6 +4,7 @@
 #include <torch/nn/module.h>
 #include <torch/types.h>
 
+#include "moiety/moe/losses.h"
 #include "moiety/nn/linear.h"
 #include "moiety/nn/pass.h"
 
@@ -11,9 +12,17 @@ namespace moiety {
 
 class Router : public torch::nn::Module {
  public:
-  /// x [N, d] -> Routing, after every edit of the pass. Computes in f32.
+  /// x [N, d] -> Routing, after every edit of the pass; adds `losses` to a pass that trains. Computes in f32.
   virtual Routing route(const torch::Tensor& x, const Site& site, Pass& pass) = 0;
   virtual int64_t experts() const = 0;
+
+  RoutingLosses losses;
+
+ protected:
+  /// What every router does around its own rule: edits of the logits, of the scores, of the choice, then the losses.
+  static void edit_logits(torch::Tensor& logits, const Site& site, Pass& pass);
+  static void edit_scores(torch::Tensor& scores, const Site& site, Pass& pass);
+  Routing finish(Routing routing, const Site& site, Pass& pass);
 };
 
 enum class Scoring {

@@ -13,6 +13,10 @@ namespace moiety {
 class FeedForwardBase : public torch::nn::Module {
  public:
   virtual torch::Tensor forward(const torch::Tensor& x, Pass& pass) = 0;
+  /// True when forward takes the residual stream and returns it: the norm before and the residual are the layer's own.
+  virtual bool whole_half() const { return false; }
+  /// Experts to choose from; 0: the layer is dense.
+  virtual int64_t expert_count() const { return 0; }
 };
 
 class FeedForward : public FeedForwardBase {

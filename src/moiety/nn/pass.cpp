@@ -17,4 +17,16 @@ void Trace::add(Record record) {
     records.push_back(std::move(record));
 }
 
+void Pass::at_end(const std::string& name, std::function<void(Pass&)> body) {
+  for (const auto& [known, unused] : ends_)
+    if (known == name) return;
+  ends_.emplace_back(name, std::move(body));
+}
+
+void Pass::finish() {
+  const auto ends = std::move(ends_);
+  ends_.clear();
+  for (const auto& [name, body] : ends) body(*this);
+}
+
 }  // namespace moiety

@@ -26,6 +26,7 @@ class Trace {
     torch::Tensor input;   ///< [N, d] hidden states before the router, when keep_inputs
     torch::Tensor output;  ///< [N, d] output of the mixture, when keep_outputs
     torch::Tensor real;    ///< [N] bool, undefined when every token is real
+    int64_t experts = 0;   ///< experts to choose from; scores may have more columns (null experts). 0: their columns
   };
   bool keep_inputs = false;
   bool keep_outputs = false;
@@ -66,6 +67,8 @@ struct Pass {
   bool last_logits_only = false;  ///< logits [B, 1, V] of the last position only (decoding)
 
   // While it runs.
+  int64_t batch =
+      0;  ///< rows B of the batch: token n of a flat [N, ...] tensor is token n % (N / B) of row n / (N / B)
   int64_t block = 0;  ///< index of the block that is running
   int64_t round = 0;
   int64_t slot = 0;                            ///< cache slot of the attention that is running
@@ -76,6 +79,13 @@ struct Pass {
 
   Site at(const std::string& site) const { return {block, round, site}; }
   void add_loss(const std::string& name, torch::Tensor value) { losses.emplace_back(name, std::move(value)); }
+  /// Runs `body` when the last block is through: losses over all layers together. The first body of a name counts.
+  void at_end(const std::string& name, std::function<void(Pass&)> body);
+  /// Called once by the model.
+  void finish();
+
+ private:
+  std::vector<std::pair<std::string, std::function<void(Pass&)>>> ends_;
 };
 
 }  // namespace moiety

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <cmath>
 
 namespace moiety {
@@ -16,7 +17,8 @@ void RouterLoad::add(const Trace::Record& record) {
     experts = experts.index_select(0, at);
     scores = scores.index_select(0, at);
   }
-  const int64_t count = record.routing.scores.defined()   ? record.routing.scores.size(1)
+  const int64_t count = record.experts > 0                ? record.experts
+                        : record.routing.scores.defined() ? record.routing.scores.size(1)
                         : record.routing.logits.defined() ? record.routing.logits.size(1)
                         : experts.numel() > 0             ? experts.max().item<int64_t>() + 1
                                                           : 0;
@@ -31,7 +33,9 @@ void RouterLoad::add(const Trace::Record& record) {
   c.tokens += static_cast<double>(experts.size(0));
   if (record.routing.scores.defined()) {
     const auto p = (scores / scores.sum(-1, true).clamp_min(1e-20)).clamp_min(1e-20);
-    c.entropy -= (p * p.log()).sum(torch::kFloat64).item<double>();
+    // Over all that is scored, null experts too.
+    c.entropy -=
+        (p * p.log()).sum(torch::kFloat64).item<double>() / std::log(std::max(2.0, static_cast<double>(p.size(1))));
   }
 }
 
@@ -50,7 +54,7 @@ nlohmann::json RouterLoad::report(bool shares) const {
         {"evenness", -(share * p.log()).sum().item<double>() / most},
         {"imbalance", experts > 0 ? share.max().item<double>() * static_cast<double>(experts) : 0.0},
         {"unused", (c.load == 0).sum().item<int64_t>()},
-        {"indecision", c.tokens > 0 ? c.entropy / c.tokens / most : 0.0},
+        {"indecision", c.tokens > 0 ? c.entropy / c.tokens : 0.0},
         {"per_token", c.tokens > 0 ? sum / c.tokens : 0.0}};
     if (shares) {
       nlohmann::json list = nlohmann::json::array();

@@ -1,0 +1,158 @@
+#include "moiety/moe/adamoe.h"
+
+#include <torch/torch.h>
+
+#include <algorithm>
+
+#include "moiety/base/error.h"
+#include "moiety/base/registry.h"
+#include "moiety/moe/site_experts.h"
+#include "moiety/moe/topk.h"
+
+namespace moiety {
+
+void AdaMoeConfig::fields(Fields& f) {
+  f("experts", experts, "true experts of a layer that is not a mixture already").min(1);
+  f("width", width,
+    "hidden units of one expert; 0 takes the dense layer's width over the expected true experts of a token")
+      .min(0);
+  f("null_experts", null_experts, "experts that compute nothing").min(0);
+  f("top_k", top_k, "slots a token fills with true and null experts").min(1);
+  f("coef", coef, "weight of the balance loss").min(0);
+  f("variant", variant, "balance every layer with null experts as one class, or all layers in one table")
+      .choices({"per_layer", "pooled"});
+  f("jitter", jitter, "noise on the inputs while training").min(0).max(0.99);
+}
+
+NullChoice adamoe_choose(const torch::Tensor& logits, int64_t n, int64_t k) {
+  check(n >= 1 && n <= logits.size(1), "{} true experts of {} are impossible", n, logits.size(1));
+  NullChoice c;
+  c.routing.logits = logits;
+  c.routing.scores = torch::softmax(logits, -1);
+  const auto [value, index] = top_k(c.routing.scores, k);
+  c.slots = index;
+  const auto is_true = index < n;
+  const auto kept = value * is_true.to(value.scalar_type());
+  const auto sum = kept.sum(-1, true);
+  c.routing.gates = kept / torch::where(sum > 0, sum, torch::ones_like(sum));
+  c.routing.experts = index.masked_fill(~is_true, -1);
+  return c;
+}
+
+namespace {
+
+// `slots` of the router that chose.
+torch::Tensor per_layer_loss(const torch::Tensor& scores, const torch::Tensor& slots, int64_t n,
+                             const torch::Tensor& real) {
+  const int64_t all = scores.size(1);
+  TokenGroups groups;
+  groups.real = real;
+  const Load load = load_of(slots, scores, groups);
+  auto f = load_fraction(load, static_cast<double>(slots.size(1)));  // times n + m
+  if (n < all)
+    f = torch::cat({f.narrow(1, 0, n), f.narrow(1, n, all - n).mean(1, true).expand({f.size(0), all - n})}, 1);
+  return (f * load.probability).sum();
+}
+
+}  // namespace
+
+torch::Tensor adamoe_balance_loss(const torch::Tensor& logits, int64_t n, int64_t k, const torch::Tensor& real) {
+  const auto scores = torch::softmax(logits, -1);
+  return per_layer_loss(scores, top_k(scores, k).second, n, real);
+}
+
+torch::Tensor adamoe_pooled_loss(const torch::Tensor& logits, int64_t n, int64_t k, const torch::Tensor& real) {
+  check(k <= n, "the pooled balance loss is defined for at most as many slots ({}) as true experts ({})", k, n);
+  auto scores = torch::softmax(logits, -1);
+  if (real.defined()) scores = scores.index_select(1, real.nonzero().squeeze(1));
+  scores = scores.reshape({-1, logits.size(-1)});
+  return pooled_balance_loss(top_k(scores, k).second, scores);
+}
+
+NullRouter::NullRouter(Linear g, Linear n, AdaMoeConfig c) : config(std::move(c)) {
+  const int64_t nulls = n.is_empty() ? 0 : n->out();
+  check(config.top_k >= 1 && config.top_k <= g->out() + nulls,
+        "{} slots a token cannot be filled from {} true and {} null experts", config.top_k, g->out(), nulls);
+  check(n.is_empty() || n->in() == g->in(), "the null experts' rows have {} features, the true ones' {}",
+        n.is_empty() ? 0 : n->in(), g->in());
+  check(config.variant != "pooled" || config.top_k <= g->out(),
+        "the pooled balance loss is defined for at most as many slots ({}) as true experts ({})", config.top_k,
+        g->out());
+  gate = register_module("gate", std::move(g));
+  if (!n.is_empty()) null_gate = register_module("gate2", std::move(n));
+}
+
+Routing NullRouter::route(const torch::Tensor& x, const Site& site, Pass& pass) {
+  const auto input = x.to(torch::kFloat32);
+  auto logits = gate(input);
+  if (!null_gate.is_empty()) logits = torch::cat({logits, null_gate(input)}, -1);
+  edit_logits(logits, site, pass);
+  auto choice = adamoe_choose(logits, gate->out(), config.top_k);
+  if (pass.training && config.coef > 0.0) {
+    const auto groups = token_groups(pass, x.size(0), false);
+    if (config.variant == "per_layer") {
+      pass.add_loss("adamoe.balance",
+                    config.coef * per_layer_loss(choice.routing.scores, choice.slots, gate->out(), groups.real));
+    } else {
+      Routing slots = choice.routing;
+      slots.experts = choice.slots;
+      PooledBalance("adamoe.balance", config.coef).add(slots, site, pass);
+    }
+  }
+  return finish(std::move(choice.routing), site, pass);
+}
+
+torch::Tensor null_rows_of(const torch::Tensor& gate, int64_t m) {
+  check(m >= 0 && m % gate.size(0) == 0,
+        "{} null experts are no multiple of {} true ones, so their rows cannot be copies; initialise them at random", m,
+        gate.size(0));
+  return gate.repeat({m / gate.size(0), 1});
+}
+
+AdaMoeLinear::AdaMoeLinear(Linear b, std::shared_ptr<NullRouter> r, std::shared_ptr<LoraExperts> e) {
+  base = register_module("base_layer", std::move(b));
+  router = register_module("router", std::move(r));
+  experts = register_module("experts", std::move(e));
+}
+
+torch::Tensor AdaMoeLinear::forward(const torch::Tensor& x, const Site& site, Pass& pass) {
+  pass.batch = x.dim() == 3 ? x.size(0) : 1;
+  const auto flat = x.reshape({-1, x.size(-1)});
+  auto shape = x.sizes().vec();
+  shape.back() = base->out();
+  return base(x) + mix(*router, *experts, flat, site, pass).view(shape);
+}
+
+namespace {
+
+const RegisterMethod registered(
+    {.slug = "adamoe",
+     .kind = "part",
+     .title = "AdaMoE",
+     .summary = "null experts let every token choose how many true ones it gets",
+     .paper = {"AdaMoE: Token-Adaptive Routing with Null Experts for Mixture-of-Experts Language Models", "Zeng et al.",
+               2024, "2406.13233"},
+     .sites = {"ffn"},
+     .config = describe<AdaMoeConfig>,
+     .make = MakeFeedForward([](PartSite& site, const nlohmann::json& settings) -> std::shared_ptr<FeedForwardBase> {
+       const auto c = parse<AdaMoeConfig>(settings, "adamoe");
+       const auto own = site.mixture();
+       auto gate = own ? own->router : site.own.linear("gate", site.hidden, c.experts, false, uniform_init());
+       Linear nulls{nullptr};
+       if (c.null_experts > 0) {
+         // Null rows of a mixture start as copies of its own, where their numbers allow it.
+         Init init = uniform_init();
+         if (own && c.null_experts % gate->out() == 0) {
+           const auto rows = null_rows_of(gate->dense(torch::kFloat32).detach(), c.null_experts);
+           init = [rows](torch::Tensor t) { t.copy_(rows); };
+         }
+         nulls = site.own.linear("gate2", site.hidden, c.null_experts, false, init);
+       }
+       auto router = std::make_shared<NullRouter>(gate, nulls, c);
+       if (own) return std::make_shared<Mixture>(router, own->experts, own->shared, own->shared_gate);
+       const int64_t expected = std::max<int64_t>(1, c.top_k * c.experts / (c.experts + c.null_experts));
+       return std::make_shared<Mixture>(router, experts_at(site, c.experts, width_at(site, c.width, expected)));
+     })});
+
+}  // namespace
+}  // namespace moiety

@@ -1,0 +1,176 @@
+#include "moiety/moe/grouped.h"
+
+#include <fmt/ranges.h>
+#include <torch/torch.h>
+
+#include "moiety/base/error.h"
+
+namespace moiety {
+namespace {
+
+using torch::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::tensor_list;
+
+// Calls use(expert, first row, rows) for every expert that has rows.
+template <class Use>
+void for_experts(const std::vector<int64_t>& counts, Use use) {
+  int64_t begin = 0;
+  for (size_t e = 0; e < counts.size(); ++e) {
+    if (counts[e] > 0) use(static_cast<int64_t>(e), begin, counts[e]);
+    begin += counts[e];
+  }
+}
+
+void check_counts(const std::vector<int64_t>& counts, int64_t experts, int64_t rows) {
+  check(static_cast<int64_t>(counts.size()) == experts, "counts of {} experts do not fit {} matrices", counts.size(),
+        experts);
+  int64_t sum = 0;
+  for (const int64_t c : counts) sum += c;
+  check(sum == rows, "counts of the experts add up to {}, there are {} rows", sum, rows);
+}
+
+// Gradients of stacks are large: what the products write is not cleared before.
+Tensor zero_where_unused(Tensor stack, const std::vector<int64_t>& counts) {
+  for (size_t e = 0; e < counts.size(); ++e)
+    if (counts[e] == 0) stack.select(0, static_cast<int64_t>(e)).zero_();
+  return stack;
+}
+
+struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
+  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight,
+                        const std::optional<Tensor>& bias, const std::vector<int64_t>& counts) {
+    context->save_for_backward({x, weight});
+    context->saved_data["counts"] = counts;
+    context->saved_data["bias"] = bias.has_value();
+    auto y = torch::empty({x.size(0), weight.size(1)}, x.options().requires_grad(false));
+    for_experts(counts, [&](int64_t e, int64_t begin, int64_t n) {
+      auto out = y.narrow(0, begin, n);
+      const auto rows = x.narrow(0, begin, n), w = weight.select(0, e).t();
+      if (bias)
+        at::addmm_out(out, bias->select(0, e), rows, w);
+      else
+        at::mm_out(out, rows, w);
+    });
+    return y;
+  }
+  static tensor_list backward(AutogradContext* context, tensor_list grads) {
+    const auto saved = context->get_saved_variables();
+    const auto &x = saved[0], &weight = saved[1];
+    const auto counts = context->saved_data["counts"].toIntVector();
+    const auto grad = grads[0].contiguous();
+    Tensor dx, dw, db;
+    if (context->needs_input_grad(0)) dx = torch::empty_like(x);
+    if (context->needs_input_grad(1)) dw = zero_where_unused(torch::empty_like(weight), counts);
+    if (context->saved_data["bias"].toBool() && context->needs_input_grad(2))
+      db = torch::zeros({weight.size(0), weight.size(1)}, weight.options());
+    for_experts(counts, [&](int64_t e, int64_t begin, int64_t n) {
+      const auto g = grad.narrow(0, begin, n);
+      if (dx.defined()) {
+        auto out = dx.narrow(0, begin, n);
+        at::mm_out(out, g, weight.select(0, e));
+      }
+      if (dw.defined()) {
+        auto out = dw.select(0, e);
+        at::mm_out(out, g.t(), x.narrow(0, begin, n));
+      }
+      if (db.defined()) db.select(0, e).copy_(g.sum(0));
+    });
+    return {dx, dw, db, Tensor()};
+  }
+};
+
+struct GroupedSwiglu : torch::autograd::Function<GroupedSwiglu> {
+  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& tokens, const Tensor& gates,
+                        const Tensor& gate_w, const Tensor& up_w, const Tensor& down_w,
+                        const std::vector<int64_t>& counts, bool keep) {
+    const int64_t pairs = tokens.size(0), width = gate_w.size(1);
+    auto y = torch::zeros({x.size(0), down_w.size(1)}, x.options().requires_grad(false));
+    Tensor g, u;
+    if (keep) {
+      g = torch::empty({pairs, width}, y.options());
+      u = torch::empty_like(g);
+    }
+    const auto weight_of_pair = gates.to(x.scalar_type()).unsqueeze(1);
+    for_experts(counts, [&](int64_t e, int64_t begin, int64_t n) {
+      const auto at = tokens.narrow(0, begin, n);
+      const auto rows = x.index_select(0, at);
+      auto gp = keep ? g.narrow(0, begin, n) : torch::empty({n, width}, y.options());
+      auto up = keep ? u.narrow(0, begin, n) : torch::empty({n, width}, y.options());
+      at::mm_out(gp, rows, gate_w.select(0, e).t());
+      at::mm_out(up, rows, up_w.select(0, e).t());
+      auto h = at::silu(gp).mul_(up);
+      y.index_add_(0, at, at::mm(h, down_w.select(0, e).t()).mul_(weight_of_pair.narrow(0, begin, n)));
+    });
+    if (keep) {
+      context->save_for_backward({x, tokens, gates, gate_w, up_w, down_w, g, u});
+      context->saved_data["counts"] = counts;
+    }
+    return y;
+  }
+  static tensor_list backward(AutogradContext* context, tensor_list grads) {
+    const auto saved = context->get_saved_variables();
+    const auto &x = saved[0], &tokens = saved[1], &gates = saved[2], &gate_w = saved[3], &up_w = saved[4],
+               &down_w = saved[5], &g = saved[6], &u = saved[7];
+    const auto counts = context->saved_data["counts"].toIntVector();
+    const auto dy = grads[0].contiguous();
+    const auto wanted = [&](size_t i, const Tensor& like) {
+      return context->needs_input_grad(i) ? zero_where_unused(torch::empty_like(like), counts) : Tensor();
+    };
+    auto dx = context->needs_input_grad(0) ? torch::zeros_like(x) : Tensor(),
+         dgates = context->needs_input_grad(2) ? torch::empty_like(gates) : Tensor();
+    auto dgate = wanted(3, gate_w), dup = wanted(4, up_w), ddown = wanted(5, down_w);
+    const auto weight_of_pair = gates.to(x.scalar_type()).unsqueeze(1);
+    for_experts(counts, [&](int64_t e, int64_t begin, int64_t n) {
+      const auto at = tokens.narrow(0, begin, n);
+      const auto gp = g.narrow(0, begin, n), up = u.narrow(0, begin, n), share = weight_of_pair.narrow(0, begin, n);
+      const auto grad = dy.index_select(0, at);
+      const auto s = at::sigmoid(gp), a = gp * s;  // silu
+      // The output's gradient through down, before the gate: also what the gate's own gradient is read from.
+      auto t = at::mm(grad, down_w.select(0, e));
+      const auto h = a * up;
+      if (dgates.defined()) dgates.narrow(0, begin, n).copy_((t * h).sum(1));
+      if (ddown.defined()) {
+        auto out = ddown.select(0, e);
+        at::mm_out(out, (grad * share).t(), h);
+      }
+      if (!dx.defined() && !dgate.defined() && !dup.defined()) return;
+      t.mul_(share);
+      const auto du = t * a;
+      // silu'(g) = s + a (1 - s)
+      const auto dg = t.mul_(up).mul_(s + a * (1.0 - s));
+      const bool weights = dgate.defined() || dup.defined();
+      const auto rows = weights ? x.index_select(0, at) : Tensor();
+      if (dgate.defined()) {
+        auto out = dgate.select(0, e);
+        at::mm_out(out, dg.t(), rows);
+      }
+      if (dup.defined()) {
+        auto out = dup.select(0, e);
+        at::mm_out(out, du.t(), rows);
+      }
+      if (dx.defined()) dx.index_add_(0, at, at::addmm(at::mm(dg, gate_w.select(0, e)), du, up_w.select(0, e)));
+    });
+    return {dx, Tensor(), dgates, dgate, dup, ddown, Tensor(), Tensor()};
+  }
+};
+
+}  // namespace
+
+Tensor grouped_linear(const Tensor& x, const Tensor& weight, const Tensor& bias, const std::vector<int64_t>& counts) {
+  check(x.dim() == 2 && weight.dim() == 3 && x.size(1) == weight.size(2), "matrices {} cannot be applied to rows {}",
+        weight.sizes().vec(), x.sizes().vec());
+  check_counts(counts, weight.size(0), x.size(0));
+  return GroupedLinear::apply(x, weight, bias.defined() ? std::optional<Tensor>(bias) : std::nullopt, counts);
+}
+
+Tensor grouped_swiglu(const Tensor& x, const Tensor& tokens, const Tensor& gates, const std::vector<int64_t>& counts,
+                      const Tensor& gate, const Tensor& up, const Tensor& down) {
+  check_counts(counts, gate.size(0), tokens.size(0));
+  const bool keep =
+      torch::GradMode::is_enabled() && (x.requires_grad() || gates.requires_grad() || gate.requires_grad() ||
+                                        up.requires_grad() || down.requires_grad());
+  return GroupedSwiglu::apply(x, tokens, gates, gate, up, down, counts, keep);
+}
+
+}  // namespace moiety

@@ -1,0 +1,22 @@
+#pragma once
+// Matrix products of tokens sorted by expert with the experts' matrices: one call a projection, with gradients.
+#include <torch/types.h>
+
+#include <vector>
+
+namespace moiety {
+
+/// x [P, in] sorted by expert, weight [E, out, in], bias [E, out] or undefined, counts [E] with sum P -> [P, out]: row
+/// p of expert e is W_e x_p + b_e. Experts with count 0 are not touched; their gradient is zero. x and weight of one
+/// dtype.
+torch::Tensor grouped_linear(const torch::Tensor& x, const torch::Tensor& weight, const torch::Tensor& bias,
+                             const std::vector<int64_t>& counts);
+
+/// The whole gated mixture in one step: sum over pairs of gate * down(silu(gate_w x) * up x).
+/// x [N, d]; tokens [P] int64, gates [P] f32, both sorted by expert; gate, up [E, f, d], down [E, d, f] -> [N, d].
+/// Neither gathered inputs nor expert outputs are kept for the backward pass: two [P, f] tensors are.
+torch::Tensor grouped_swiglu(const torch::Tensor& x, const torch::Tensor& tokens, const torch::Tensor& gates,
+                             const std::vector<int64_t>& counts, const torch::Tensor& gate, const torch::Tensor& up,
+                             const torch::Tensor& down);
+
+}  // namespace moiety

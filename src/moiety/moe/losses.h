@@ -1,0 +1,115 @@
+#pragma once
+// Auxiliary losses of routers. Each is a plug-in of any router: it sees the routing of every pass that trains, and adds
+// its weighted value to the pass. Padding never counts. Counts carry no gradient, mean scores do.
+#include <torch/types.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "moiety/nn/pass.h"
+
+namespace moiety {
+
+/// Which tokens count, and to which sequence they belong.
+struct TokenGroups {
+  torch::Tensor real;      ///< [N] bool; undefined: all
+  torch::Tensor sequence;  ///< [N] int64 from 0; undefined: all are one
+  int64_t sequences = 1;
+};
+/// Of a pass over N tokens: real ones by its mask; with `per_sequence` one group a row, or a packed sequence.
+TokenGroups token_groups(const Pass& pass, int64_t tokens, bool per_sequence);
+
+/// How a router used its experts, for each of G groups.
+struct Load {
+  torch::Tensor counts;       ///< [G, E] choices, without gradient
+  torch::Tensor probability;  ///< [G, E] mean score
+  torch::Tensor tokens;       ///< [G] real tokens
+};
+/// experts [N, K] int64 (-1 unused), scores [N, E].
+Load load_of(const torch::Tensor& experts, const torch::Tensor& scores, const TokenGroups& groups = {});
+
+/// sum_e f_e P_e, f_e = E / (slots * T) * counts_e, averaged over the groups that have tokens: 1 when both are even and
+/// `slots` is K (Switch, GShard, DeepSeekMoE; arXiv 2101.03961, 2006.16668, 2401.06066).
+torch::Tensor balance_loss(const Load& load, double slots);
+/// sum_g f'_g P'_g over devices: f' the mean of f over a device's experts, P' the sum of P (DeepSeekMoE, eq. 15 to 17).
+/// device_of_expert [E] int64, 0..D-1.
+torch::Tensor device_balance_loss(const Load& load, double slots, const torch::Tensor& device_of_expert);
+/// f of balance_loss, [G, E].
+torch::Tensor load_fraction(const Load& load, double slots);
+/// Mean over real tokens of the squared log-sum-exp of the logits [N, E] (ST-MoE, arXiv 2202.08906).
+torch::Tensor z_loss(const torch::Tensor& logits, const TokenGroups& groups = {});
+/// Mean over real tokens of the entropy of softmax(logits), nats; finite with finite gradients for one-hot limits.
+torch::Tensor entropy_loss(const torch::Tensor& logits, const TokenGroups& groups = {});
+/// E * sum_k sum_e F[k, e] * mean P[:, e] over all rows; F[k, e]: share of rows whose k-th choice is e. K when
+/// balanced. What Mixtral, OLMoE and their kin are trained with, over the rows of all layers together.
+torch::Tensor pooled_balance_loss(const torch::Tensor& experts, const torch::Tensor& scores);
+
+class RoutingLoss {
+ public:
+  virtual ~RoutingLoss() = default;
+  virtual void add(const Routing& routing, const Site& site, Pass& pass) = 0;
+};
+using RoutingLosses = std::vector<std::shared_ptr<RoutingLoss>>;
+
+/// coef * balance_loss of this site.
+class ExpertBalance : public RoutingLoss {
+ public:
+  enum class Slots { per_choice, per_token };  ///< f counts choices over T * K, or over T
+  ExpertBalance(std::string name, double coef, bool per_sequence, Slots slots = Slots::per_choice);
+  void add(const Routing& routing, const Site& site, Pass& pass) override;
+
+ private:
+  std::string name_;
+  double coef_;
+  bool per_sequence_;
+  Slots slots_;
+};
+
+class DeviceBalance : public RoutingLoss {
+ public:
+  DeviceBalance(std::string name, double coef, torch::Tensor device_of_expert);
+  void add(const Routing& routing, const Site& site, Pass& pass) override;
+
+ private:
+  std::string name_;
+  double coef_;
+  torch::Tensor device_of_expert_;
+};
+
+class ZLoss : public RoutingLoss {
+ public:
+  explicit ZLoss(double coef, std::string name = "z");
+  void add(const Routing& routing, const Site& site, Pass& pass) override;
+
+ private:
+  double coef_;
+  std::string name_;
+};
+
+class EntropyLoss : public RoutingLoss {
+ public:
+  EntropyLoss(std::string name, double coef);
+  void add(const Routing& routing, const Site& site, Pass& pass) override;
+
+ private:
+  std::string name_;
+  double coef_;
+};
+
+/// coef * pooled_balance_loss over the sites of the whole pass, added once at its end. Sites that share a name pool.
+class PooledBalance : public RoutingLoss {
+ public:
+  PooledBalance(std::string name, double coef);
+  void add(const Routing& routing, const Site& site, Pass& pass) override;
+
+ private:
+  std::string name_;
+  double coef_;
+};
+
+/// One step of balancing without a loss (DeepSeek-V3, arXiv 2408.15664): bias_e += rate * sign(mean load - load_e).
+/// bias [E] is changed in place; counts [E] of the last step.
+void update_choice_bias(torch::Tensor bias, const torch::Tensor& counts, double rate);
+
+}  // namespace moiety

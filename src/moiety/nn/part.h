@@ -1,0 +1,87 @@
+#pragma once
+// How a part takes a site of a model: what it is told, where its parameters come from, what it gives back. The model's
+// config names parts under `moiety.parts`; the registry finds them by slug.
+#include <torch/types.h>
+
+#include <any>
+#include <functional>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "moiety/nn/attention.h"
+#include "moiety/nn/feed_forward.h"
+#include "moiety/nn/linear.h"
+#include "moiety/nn/norm.h"
+
+namespace moiety {
+
+/// Fills a new tensor. Fan-in is the last dimension's size.
+using Init = std::function<void(torch::Tensor)>;
+Init normal_init(double std);
+Init uniform_init();  ///< U(-1/sqrt(fan_in), 1/sqrt(fan_in))
+Init constant_init(double value);
+
+/// Parameters by name: the checkpoint's tensor when it has one, else a new one that `init` fills. Every tensor that is
+/// handed out is saved again under its name. Names are relative to the site, or to the model.
+class PartWeights {
+ public:
+  virtual ~PartWeights() = default;
+  virtual bool has(const std::string& name) const = 0;
+  /// f32 or the model's dtype. Error when the stored tensor has another shape.
+  virtual torch::Tensor get(const std::string& name, std::vector<int64_t> shape, const Init& init) = 0;
+  Linear linear(const std::string& name, int64_t in, int64_t out, bool bias, const Init& init);
+  LinearStack stack(const std::string& name, int64_t count, int64_t in, int64_t out, bool bias, const Init& init);
+};
+
+class Experts;
+
+/// What a family's own mixture holds at a site, in the checkpoint or new: a part may route these experts its own way.
+struct FamilyMixture {
+  Linear router{nullptr};
+  std::shared_ptr<Experts> experts;
+  std::shared_ptr<FeedForward> shared;
+  Linear shared_gate{nullptr};
+  int64_t top_k = 0;
+};
+
+/// The matrices of a dense gated layer, [f, d], [f, d], [d, f]; undefined when the checkpoint has none here.
+struct DenseLayer {
+  torch::Tensor gate, up, down;
+};
+
+struct PartSite {
+  int64_t layer = 0;   ///< of the block
+  int64_t layers = 0;  ///< blocks of the model
+  int64_t hidden = 0;
+  int64_t width = 0;  ///< hidden units of the family's dense layer
+  int64_t heads = 0;
+  std::string act;
+  double init_std = 0.02, norm_eps = 1e-6;
+  PartWeights& own;    ///< names relative to the site ("gate.weight")
+  PartWeights& model;  ///< names relative to the model ("rnn_router.weight_ir")
+  std::map<std::string, std::any>&
+      shared;                         ///< objects that all sites of the model share, by a name that a part chooses
+  std::shared_ptr<Norm> norm;         ///< in front of the site; a part that takes the whole half may keep it
+  std::function<DenseLayer()> dense;  ///< what the checkpoint has here; then these tensors count as used
+  /// The family's mixture; null when its layer is dense here.
+  std::function<std::shared_ptr<FamilyMixture>()> mixture;
+};
+
+using MakeFeedForward = std::function<std::shared_ptr<FeedForwardBase>(PartSite&, const nlohmann::json& settings)>;
+using MakeAttention = std::function<std::shared_ptr<AttentionBase>(PartSite&, const nlohmann::json& settings)>;
+
+/// One entry of `moiety.parts`: {slug, site, layers, settings...}.
+struct PartEntry {
+  std::string slug;
+  std::string site;             ///< ffn or attention
+  std::vector<int64_t> layers;  ///< ascending
+  nlohmann::json settings;      ///< the other keys
+};
+/// The parts of a model's config, checked: slugs are registered for the site, layers exist, no site is taken twice.
+/// Layers: "all", a number, or ranges as "0-3,5". Error naming the entry.
+std::vector<PartEntry> parse_parts(const nlohmann::json& config, int64_t layers);
+
+}  // namespace moiety

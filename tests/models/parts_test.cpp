@@ -1,0 +1,130 @@
+// Parts of the first systems in a whole model: made, trained a step, saved, loaded, decoded.
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include <set>
+
+#include "moiety/base/error.h"
+#include "moiety/base/registry.h"
+#include "moiety/models/decoder.h"
+#include "moiety/models/model.h"
+#include "moiety/nn/part.h"
+
+namespace moiety {
+namespace {
+
+using nlohmann::json;
+
+json model_with(json parts) {
+  return {{"model_type", "llama"},       {"vocab_size", 40},
+          {"hidden_size", 16},           {"intermediate_size", 24},
+          {"num_hidden_layers", 3},      {"num_attention_heads", 4},
+          {"num_key_value_heads", 2},    {"max_position_embeddings", 64},
+          {"tie_word_embeddings", true}, {"moiety", {{"parts", std::move(parts)}}}};
+}
+
+json part_of(const std::string& slug) {
+  static const std::map<std::string, json> settings = {
+      {"deepseekmoe", {{"experts", 5}, {"shared", 1}, {"top_k", 2}}},
+      {"dynamic-routing", {{"experts", 4}}},
+      {"adamoe", {{"experts", 4}, {"null_experts", 4}, {"top_k", 3}}},
+      {"smoe-dropout", {{"experts", 4}, {"k_min", 2}, {"k_max", 4}}},
+      {"rmoe", {{"experts", 4}, {"width", 6}}},
+      {"chain-of-experts", {{"experts", 5}, {"top_k", 2}}},
+      {"moduleformer", {{"modules", 4}, {"gating_size", 6}}},
+      {"moduleformer-attention", {{"modules", 4}, {"gating_size", 6}, {"heads", 2}}},
+      {"widenet", {{"experts", 4}, {"capacity_factor", 10.0}, {"dropout", 0.0}, {"noise", false}}}};
+  json part = settings.at(slug);
+  part["slug"] = slug;
+  return part;
+}
+
+class Parts : public testing::TestWithParam<const char*> {};
+
+TEST_P(Parts, EveryParameterLearnsAndCountsOnce) {
+  torch::manual_seed(1);
+  auto model = make_causal(model_with({part_of(GetParam())}), {.trainable = true});
+  model->train();
+  std::set<void*> seen;
+  for (const auto& p : model->parameters()) EXPECT_TRUE(seen.insert(p.unsafeGetTensorImpl()).second);
+  Pass pass;
+  pass.training = true;
+  auto loss = model->forward(torch::randint(0, 40, {3, 12}, torch::kInt64), pass).logsumexp(-1).square().mean();
+  for (const auto& [name, value] : pass.losses) loss = loss + value;
+  loss.backward();
+  for (const auto& p : model->named_parameters()) {
+    if (!p.value().requires_grad()) continue;
+    EXPECT_TRUE(p.value().grad().defined() && p.value().grad().isfinite().all().item<bool>()) << p.key();
+  }
+  std::set<std::string> names;
+  for (const auto& t : model->stored()) EXPECT_TRUE(names.insert(t.name).second) << t.name;
+}
+
+TEST_P(Parts, StepsWithTheCacheEqualOnePass) {
+  torch::manual_seed(2);
+  torch::NoGradGuard frozen;
+  auto model = make_causal(model_with({part_of(GetParam())}));
+  model->eval();
+  const auto ids = torch::randint(0, 40, {2, 9}, torch::kInt64);
+  Pass whole;
+  const auto logits = model->forward(ids, whole);
+  auto cache = model->make_cache();
+  for (int64_t t = 0; t < 9; ++t) {
+    Pass step;
+    step.cache = &cache;
+    const auto one = model->forward(ids.narrow(1, t, 1), step);
+    EXPECT_LT((one - logits.narrow(1, t, 1)).abs().max().item<double>(), 1e-4) << t;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, Parts,
+                         testing::Values("deepseekmoe", "dynamic-routing", "adamoe", "smoe-dropout", "rmoe",
+                                         "chain-of-experts", "moduleformer", "moduleformer-attention", "widenet"),
+                         [](const auto& info) {
+                           std::string name = info.param;
+                           for (char& c : name)
+                             if (c == '-') c = '_';
+                           return name;
+                         });
+
+std::string message_of(const json& config) {
+  try {
+    make_causal(config);
+  } catch (const Error& e) {
+    return e.what();
+  }
+  return "";
+}
+
+TEST(PartErrors, SayWhatIsWrong) {
+  EXPECT_NE(message_of(model_with({{{"slug", "deepsekmoe"}}})).find("deepseekmoe"), std::string::npos);
+  EXPECT_NE(message_of(model_with({part_of("rmoe"), part_of("adamoe")})).find("taken by another part"),
+            std::string::npos);
+  auto beyond = part_of("rmoe");
+  beyond["layers"] = "1-3";
+  EXPECT_NE(message_of(model_with({beyond})).find("0 to 2"), std::string::npos);
+  beyond["layers"] = "one";
+  EXPECT_NE(message_of(model_with({beyond})).find("0-3,5"), std::string::npos);
+  auto key = part_of("rmoe");
+  key["widht"] = 3;
+  EXPECT_NE(message_of(model_with({key})).find("width"), std::string::npos);
+  auto site = part_of("rmoe");
+  site["site"] = "attention";
+  EXPECT_NE(message_of(model_with({site})).find("cannot stand"), std::string::npos);
+  auto cut = part_of("smoe-dropout");
+  cut["experts"] = 5;
+  cut["k_max"] = 5;
+  EXPECT_NE(message_of(model_with({cut})).find("24 hidden units"), std::string::npos);
+}
+
+TEST(PartLayers, AreChosenAndOthersStayDense) {
+  auto part = part_of("deepseekmoe");
+  part["layers"] = "0,2";
+  const auto model = make_causal(model_with({part}));
+  EXPECT_EQ(model->experts(0), 5);
+  EXPECT_EQ(model->experts(1), 0);
+  EXPECT_EQ(model->experts(2), 5);
+}
+
+}  // namespace
+}  // namespace moiety

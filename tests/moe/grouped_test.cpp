@@ -1,0 +1,160 @@
+#include "moiety/moe/grouped.h"
+
+#include <gtest/gtest.h>
+#include <rapidcheck/gtest.h>
+
+#include <numeric>
+
+#include "moe_tools.h"
+#include "moiety/base/error.h"
+
+namespace moiety {
+namespace {
+
+const auto kDouble = torch::TensorOptions(torch::kFloat64);
+
+std::vector<int64_t> some_counts(int64_t experts) {
+  std::vector<int64_t> counts;
+  for (int64_t e = 0; e < experts; ++e) counts.push_back(*rc::gen::inRange<int64_t>(0, 5));
+  return counts;
+}
+
+RC_GTEST_PROP(GroupedLinear, EqualsOneProductAnExpert, ()) {
+  const auto experts = *rc::gen::inRange<int64_t>(1, 6);
+  const auto counts = some_counts(experts);
+  const bool with_bias = *rc::gen::arbitrary<bool>();
+  const int64_t rows = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+  torch::manual_seed(7);
+  auto x = torch::randn({rows, 4}, kDouble).requires_grad_(),
+       w = torch::randn({experts, 3, 4}, kDouble).requires_grad_();
+  auto b = with_bias ? torch::randn({experts, 3}, kDouble).requires_grad_() : torch::Tensor();
+  const auto y = grouped_linear(x, w, b, counts);
+  std::vector<torch::Tensor> pieces = {torch::zeros({0, 3}, kDouble)};
+  int64_t begin = 0;
+  for (int64_t e = 0; e < experts; ++e) {
+    const int64_t n = counts[static_cast<size_t>(e)];
+    auto piece = x.narrow(0, begin, n).mm(w[e].t());
+    if (with_bias) piece = piece + b[e];
+    pieces.push_back(piece);
+    begin += n;
+  }
+  const auto want = torch::cat(pieces);
+  RC_ASSERT(torch::allclose(y, want, 1e-12, 1e-12));
+  const auto grad = torch::randn_like(y);
+  std::vector<torch::Tensor> inputs = {x, w};
+  if (with_bias) inputs.push_back(b);
+  const auto got = torch::autograd::grad({y}, inputs, {grad}), right = torch::autograd::grad({want}, inputs, {grad});
+  for (size_t i = 0; i < got.size(); ++i) RC_ASSERT(torch::allclose(got[i], right[i], 1e-12, 1e-12));
+}
+
+RC_GTEST_PROP(GroupedSwiglu, EqualsTheLayerInParts, ()) {
+  const auto experts = *rc::gen::inRange<int64_t>(1, 6), tokens = *rc::gen::inRange<int64_t>(1, 7);
+  const auto slots = *rc::gen::inRange<int64_t>(1, experts + 1);
+  torch::manual_seed(*rc::gen::arbitrary<uint16_t>());
+  Routing r;
+  r.experts = std::get<1>(torch::rand({tokens, experts}).topk(slots));
+  r.experts = r.experts.masked_fill(torch::rand({tokens, slots}) < 0.3, -1);
+  auto gates = torch::rand({tokens, slots}, kDouble).requires_grad_();
+  r.gates = gates;
+  auto x = torch::randn({tokens, 4}, kDouble).requires_grad_();
+  auto g = torch::randn({experts, 3, 4}, kDouble).requires_grad_(),
+       u = torch::randn({experts, 3, 4}, kDouble).requires_grad_(),
+       d = torch::randn({experts, 4, 3}, kDouble).requires_grad_();
+  const auto dispatch = Dispatch::of(r, experts);
+  const auto fused = grouped_swiglu(x, dispatch.tokens, dispatch.gates, dispatch.counts, g, u, d);
+  const auto rows = dispatch.gather(x);
+  const auto h =
+      torch::silu(grouped_linear(rows, g, {}, dispatch.counts)) * grouped_linear(rows, u, {}, dispatch.counts);
+  const auto parts = dispatch.reduce(grouped_linear(h, d, {}, dispatch.counts), tokens);
+  RC_ASSERT(torch::allclose(fused, parts, 1e-12, 1e-12));
+  const auto grad = torch::randn_like(fused);
+  const std::vector<torch::Tensor> inputs = {x, gates, g, u, d};
+  const auto got = torch::autograd::grad({fused}, inputs, {grad}, /*retain_graph=*/true),
+             right = torch::autograd::grad({parts}, inputs, {grad});
+  for (size_t i = 0; i < got.size(); ++i) RC_ASSERT(torch::allclose(got[i], right[i], 1e-11, 1e-12));
+}
+
+TEST(GroupedSwiglu, GradientsEqualFiniteDifferences) {
+  torch::manual_seed(3);
+  const auto tokens = torch::tensor({0, 2, 1, 2}, torch::kInt64);
+  const std::vector<int64_t> counts = {2, 0, 2};
+  auto x = torch::randn({3, 4}, kDouble).requires_grad_(), gates = torch::rand({4}, kDouble).requires_grad_();
+  auto g = torch::randn({3, 2, 4}, kDouble).requires_grad_(), u = torch::randn({3, 2, 4}, kDouble).requires_grad_(),
+       d = torch::randn({3, 4, 2}, kDouble).requires_grad_();
+  const auto weights = torch::randn({3, 4}, kDouble);
+  const auto f = [&] { return (grouped_swiglu(x, tokens, gates, counts, g, u, d) * weights).sum(); };
+  for (const auto& t : {x, gates, g, u, d}) EXPECT_LT(gradient_error(f, t), 1e-7);
+}
+
+TEST(GroupedLinear, BadCountsAreErrors) {
+  const auto x = torch::zeros({3, 2}), w = torch::zeros({2, 4, 2});
+  EXPECT_THROW(grouped_linear(x, w, {}, {1, 1}), Error);
+  EXPECT_THROW(grouped_linear(x, w, {}, {3}), Error);
+  EXPECT_THROW(grouped_linear(torch::zeros({3, 5}), w, {}, {1, 2}), Error);
+}
+
+TEST(Mixture, OneExpertEqualsTheDenseLayer) {
+  torch::manual_seed(5);
+  auto experts = gated_experts(1, 6, 5);
+  TopKRouterOptions options;
+  options.top_k = 1;
+  Mixture mixture(std::make_shared<TopKRouter>(Linear(6, 1), options), experts);
+  FeedForward dense{Linear(experts->gate->weight[0].detach()), Linear(experts->up->weight[0].detach()),
+                    Linear(experts->down->weight[0].detach()), activation("silu")};
+  const auto x = torch::randn({2, 7, 6});
+  Pass pass;
+  torch::NoGradGuard frozen;
+  EXPECT_TRUE(torch::equal(mixture.forward(x, pass), dense.apply(x)));
+}
+
+TEST(Mixture, PermutingExpertsAndRouterRowsChangesNothing) {
+  torch::manual_seed(6);
+  auto experts = gated_experts(5, 6, 4);
+  Linear rows(6, 5);
+  TopKRouterOptions options;
+  options.top_k = 2;
+  const auto order = torch::tensor({3, 0, 4, 1, 2}, torch::kInt64);
+  const auto permuted = [&](const torch::Tensor& t) { return t.detach().index_select(0, order); };
+  Mixture before(std::make_shared<TopKRouter>(rows, options), experts);
+  Mixture after(std::make_shared<TopKRouter>(Linear(permuted(rows->weight)), options),
+                std::make_shared<GatedExperts>(LinearStack(permuted(experts->gate->weight)),
+                                               LinearStack(permuted(experts->up->weight)),
+                                               LinearStack(permuted(experts->down->weight)), activation("silu")));
+  const auto x = torch::randn({2, 9, 6});
+  Pass pass;
+  torch::NoGradGuard frozen;
+  EXPECT_LT(distance(before.forward(x, pass), after.forward(x, pass)), 1e-6);
+}
+
+TEST(LimitCapacity, TokensClaimPlacesInOrder) {
+  Routing r;
+  r.experts = torch::tensor({{0, 1}, {0, 2}, {1, 0}, {0, -1}}, torch::kInt64);
+  r.gates = torch::tensor({{.6f, .4f}, {.7f, .3f}, {.5f, .5f}, {.9f, 0.f}});
+  const Routing two = limit_capacity(r, 3, 2);
+  EXPECT_TRUE(torch::equal(two.experts, torch::tensor({{0, 1}, {0, 2}, {1, -1}, {-1, -1}}, torch::kInt64)));
+  EXPECT_TRUE(torch::equal(two.gates, torch::tensor({{.6f, .4f}, {.7f, .3f}, {.5f, 0.f}, {0.f, 0.f}})));
+  EXPECT_TRUE(torch::equal(limit_capacity(r, 3, 4).experts, r.experts));
+  EXPECT_TRUE((limit_capacity(r, 3, 0).experts == -1).all().item<bool>());
+  EXPECT_THROW(limit_capacity(r, 3, -1), Error);
+}
+
+RC_GTEST_PROP(LimitCapacity, KeptSetsShrinkWithTheCapacity, ()) {
+  torch::manual_seed(*rc::gen::arbitrary<uint16_t>());
+  const auto experts = *rc::gen::inRange<int64_t>(1, 5), tokens = *rc::gen::inRange<int64_t>(1, 12);
+  Routing r;
+  r.experts = torch::randint(-1, experts, {tokens, 2}, torch::kInt64);
+  r.gates = torch::rand({tokens, 2});
+  auto before = torch::zeros({tokens, 2}, torch::kBool);
+  for (int64_t c = 0; c <= 2 * tokens; ++c) {
+    const Routing kept = limit_capacity(r, experts, c);
+    const auto used = kept.experts >= 0;
+    RC_ASSERT((before & ~used).any().item<bool>() == false);
+    const auto load = torch::bincount(kept.experts.masked_select(used), {}, experts);
+    RC_ASSERT(load.max().item<int64_t>() <= c);
+    before = used;
+  }
+  RC_ASSERT(torch::equal(before, r.experts >= 0));
+}
+
+}  // namespace
+}  // namespace moiety
