@@ -91,10 +91,12 @@ MOIETY_OP("deepseekmoe", "balance_losses", [](const Case& c) -> Outputs {
       c.config.at("expert_alpha").get<double>() * expert + c.config.at("device_alpha").get<double>() * device;
   loss.backward();
   const auto f = load_fraction(load, slots).squeeze(0);
-  const int64_t count = devices.max().item<int64_t>() + 1;
-  const auto sum = torch::zeros({count}).index_add(0, devices, f), members = torch::bincount(devices, {}, count);
-  return {{"expert_loss", expert},        {"device_loss", device}, {"load", f},
-          {"device_load", sum / members}, {"loss", loss},          {"grad_router_logits", logits.grad()}};
+  return {{"expert_loss", expert},
+          {"device_loss", device},
+          {"load", f},
+          {"device_load", device_load(load, slots, devices).squeeze(0)},
+          {"loss", loss},
+          {"grad_router_logits", logits.grad()}};
 });
 
 MOIETY_OP("deepseekmoe", "segment", [](const Case& c) -> Outputs {

@@ -4,6 +4,7 @@
 #include <torch/torch.h>
 
 #include "conform.h"
+#include "moiety/moe/topk.h"
 
 namespace moiety::conform {
 namespace {
@@ -46,7 +47,7 @@ MOIETY_OP("widenet", "route", [](const Case& c) -> Outputs {
   Pass pass;
   pass.training = true;
   const Routing r = router.route(x, pass.at("ffn"), pass);
-  const auto order = std::get<1>(at::sort(r.scores, true, -1, true)).narrow(1, 0, config.top_k);
+  const auto order = top_k(r.scores, config.top_k).second;
   const auto used = (r.experts >= 0);
   auto combine = torch::zeros_like(r.scores).scatter_add(1, r.experts.clamp_min(0), r.gates);
   auto kept = torch::zeros_like(r.scores, torch::kInt64).scatter_add(1, r.experts.clamp_min(0), used.to(torch::kInt64));

@@ -126,6 +126,37 @@ TEST(Mixture, PermutingExpertsAndRouterRowsChangesNothing) {
   EXPECT_LT(distance(before.forward(x, pass), after.forward(x, pass)), 1e-6);
 }
 
+TEST(Mixture, CapacityDropsWhatLimitCapacityDrops) {
+  torch::manual_seed(8);
+  torch::NoGradGuard frozen;
+  auto experts = gated_experts(4, 6, 3);
+  TopKRouterOptions options;
+  options.top_k = 2;
+  auto router = std::make_shared<TopKRouter>(Linear(6, 4), options);
+  Mixture layer(router, experts);
+  layer.capacity_factor = 0.5;
+  const auto x = torch::randn({1, 12, 6});
+  Pass pass;
+  const Routing r = limit_capacity(router->route(x[0], pass.at("ffn"), pass), 4, expert_capacity(12, 2, 4, 0.5));
+  EXPECT_TRUE((r.experts < 0).any().item<bool>());
+  EXPECT_LT(distance(layer.forward(x, pass)[0], experts->mix(x[0], Dispatch::of(r, 4))), 1e-6);
+}
+
+TEST(Mixture, JitterActsInTrainingOnly) {
+  torch::manual_seed(9);
+  torch::NoGradGuard frozen;
+  TopKRouterOptions options;
+  options.top_k = 2;
+  Mixture layer(std::make_shared<TopKRouter>(Linear(6, 4), options), gated_experts(4, 6, 3));
+  const auto x = torch::randn({1, 12, 6});
+  Pass quiet, loud;
+  loud.training = true;
+  const auto plain = layer.forward(x, quiet);
+  layer.jitter = 0.2;
+  EXPECT_TRUE(torch::equal(layer.forward(x, quiet), plain));
+  EXPECT_GT(distance(layer.forward(x, loud), plain), 1e-4);
+}
+
 TEST(LimitCapacity, TokensClaimPlacesInOrder) {
   Routing r;
   r.experts = torch::tensor({{0, 1}, {0, 2}, {1, 0}, {0, -1}}, torch::kInt64);

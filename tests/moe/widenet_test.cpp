@@ -159,6 +159,18 @@ TEST(WideNet, NoiseActsInTrainingOnly) {
   EXPECT_LT(distance(router.route(x, loud.at("ffn"), loud).logits, a + 0.25), 1e-6);
 }
 
+TEST(MlpExperts, DropoutStandsBehindBothLayers) {
+  torch::manual_seed(6);
+  MlpExperts experts(LinearStack(1, kHidden, 64, true), LinearStack(1, 64, kHidden, true), activation("gelu_new"),
+                     nullptr, 0.5);
+  const auto x = torch::randn({50, kHidden});
+  const double zeros = (experts.forward(x, {50}) == 0).to(torch::kFloat64).mean().item<double>();
+  EXPECT_GT(zeros, 0.3);
+  EXPECT_LT(zeros, 0.7);
+  experts.eval();
+  EXPECT_FALSE((experts.forward(x, {50}) == 0).any().item<bool>());
+}
+
 TEST(WideNet, ImpossibleSettingsAreErrors) {
   EXPECT_THROW(CapacityRouter(Linear(kHidden, 4), small(4, 5, 1.0)), Error);
   EXPECT_THROW(CapacityRouter(Linear(kHidden, 4), small(4, 2, 0.0)), Error);

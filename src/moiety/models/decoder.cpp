@@ -481,7 +481,7 @@ auto make_part(const PartEntry& entry, WeightsSource& w, const string& layer, co
     if (!c.layers[static_cast<size_t>(index)].mixture) return nullptr;
     const auto p = mixture_parts(w, layer, c);
     return std::make_shared<FamilyMixture>(
-        FamilyMixture{p.projection, p.experts, p.shared, p.shared_gate, c.moe.router.top_k});
+        FamilyMixture{p.projection, p.experts, p.shared, p.shared_gate});
   };
   try {
     return factory<Make>(get_method("part", entry.slug))(at, entry.settings);

@@ -149,9 +149,16 @@ const RegisterMethod registered(
          nulls = site.own.linear("gate2", site.hidden, c.null_experts, false, init);
        }
        auto router = std::make_shared<NullRouter>(gate, nulls, c);
-       if (own) return std::make_shared<Mixture>(router, own->experts, own->shared, own->shared_gate);
+       const auto mixture_of = [&](std::shared_ptr<Experts> experts, std::shared_ptr<FeedForward> shared,
+                                   Linear shared_gate) {
+         auto mixture =
+             std::make_shared<Mixture>(router, std::move(experts), std::move(shared), std::move(shared_gate));
+         mixture->jitter = c.jitter;
+         return mixture;
+       };
+       if (own) return mixture_of(own->experts, own->shared, own->shared_gate);
        const int64_t expected = std::max<int64_t>(1, c.top_k * c.experts / (c.experts + c.null_experts));
-       return std::make_shared<Mixture>(router, experts_at(site, c.experts, width_at(site, c.width, expected)));
+       return mixture_of(experts_at(site, c.experts, width_at(site, c.width, expected)), nullptr, nullptr);
      })});
 
 }  // namespace

@@ -66,10 +66,12 @@ MlpExperts::MlpExperts(LinearStack first, LinearStack second, Activation act, Ac
 }
 
 torch::Tensor MlpExperts::forward(const torch::Tensor& x, const std::vector<int64_t>& counts) {
-  auto h = act_(apply_stack(w1, x, counts));
-  if (dropout_ > 0.0) h = torch::dropout(h, dropout_, is_training());
-  auto y = apply_stack(w2, h, counts);
-  return out_act_ == nullptr ? y : out_act_(y);
+  const auto h = act_(apply_stack(w1, x, counts));
+  const auto drop = [&](const torch::Tensor& t) {
+    return dropout_ > 0.0 ? torch::dropout(t, dropout_, is_training()) : t;
+  };
+  const auto y = apply_stack(w2, drop(h), counts);
+  return drop(out_act_ == nullptr ? y : out_act_(y));
 }
 
 LoraExperts::LoraExperts(LinearStack first, LinearStack second, double scale, double dropout)

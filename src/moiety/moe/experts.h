@@ -58,8 +58,8 @@ class ClampedExperts : public GatedExperts {
   double alpha_, limit_;
 };
 
-/// out_act(w2 drop(act(w1 x + b1)) + b2), plain two-layer experts; biases are optional, out_act null for none. Dropout
-/// while the module trains (torch's train mode).
+/// drop(out_act(w2 drop(act(w1 x + b1)) + b2)), plain two-layer experts; biases are optional, out_act null for none.
+/// Dropout while the module trains (torch's train mode).
 class MlpExperts : public Experts {
  public:
   MlpExperts(LinearStack w1, LinearStack w2, Activation act, Activation out_act = nullptr, double dropout = 0.0);

@@ -87,20 +87,37 @@ torch::Tensor balance_loss(const Load& load, double slots) {
   return mean_of_groups((load_fraction(load, slots) * load.probability).sum(1), load.tokens);
 }
 
-torch::Tensor device_balance_loss(const Load& load, double slots, const torch::Tensor& device_of_expert) {
+namespace {
+
+struct Devices {
+  torch::Tensor of_expert, members;  // [E] int64, [D]
+  torch::Tensor sum(const torch::Tensor& t) const {
+    return torch::zeros({t.size(0), members.numel()}, t.options()).index_add(1, of_expert, t);
+  }
+};
+
+Devices devices_of(const Load& load, const torch::Tensor& device_of_expert) {
   const int64_t experts = load.counts.size(1);
   check(device_of_expert.dim() == 1 && device_of_expert.size(0) == experts,
         "the list of devices names {} experts, there are {}", device_of_expert.numel(), experts);
-  const auto device = device_of_expert.to(torch::kInt64).to(load.counts.device());
-  check(device.min().item<int64_t>() >= 0, "a device number is negative");
-  const int64_t devices = device.max().item<int64_t>() + 1;
-  const auto members = torch::bincount(device, {}, devices).to(load.counts.scalar_type());
-  check((members > 0).all().item<bool>(), "one of {} devices has no expert", devices);
-  const auto sum = [&](const torch::Tensor& t) {
-    return torch::zeros({t.size(0), devices}, t.options()).index_add(1, device, t);
-  };
-  const auto f = sum(load_fraction(load, slots)) / members;
-  return mean_of_groups((f * sum(load.probability)).sum(1), load.tokens);
+  Devices d;
+  d.of_expert = device_of_expert.to(torch::kInt64).to(load.counts.device());
+  check(d.of_expert.min().item<int64_t>() >= 0, "a device number is negative");
+  d.members = torch::bincount(d.of_expert).to(load.counts.scalar_type());
+  check((d.members > 0).all().item<bool>(), "one of {} devices has no expert", d.members.numel());
+  return d;
+}
+
+}  // namespace
+
+torch::Tensor device_load(const Load& load, double slots, const torch::Tensor& device_of_expert) {
+  const Devices d = devices_of(load, device_of_expert);
+  return d.sum(load_fraction(load, slots)) / d.members;
+}
+
+torch::Tensor device_balance_loss(const Load& load, double slots, const torch::Tensor& device_of_expert) {
+  const Devices d = devices_of(load, device_of_expert);
+  return mean_of_groups((d.sum(load_fraction(load, slots)) / d.members * d.sum(load.probability)).sum(1), load.tokens);
 }
 
 torch::Tensor z_loss(const torch::Tensor& logits, const TokenGroups& groups) {

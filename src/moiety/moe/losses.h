@@ -35,6 +35,8 @@ torch::Tensor balance_loss(const Load& load, double slots);
 /// sum_g f'_g P'_g over devices: f' the mean of f over a device's experts, P' the sum of P (DeepSeekMoE, eq. 15 to 17).
 /// device_of_expert [E] int64, 0..D-1.
 torch::Tensor device_balance_loss(const Load& load, double slots, const torch::Tensor& device_of_expert);
+/// f' of device_balance_loss, [G, D].
+torch::Tensor device_load(const Load& load, double slots, const torch::Tensor& device_of_expert);
 /// f of balance_loss, [G, E].
 torch::Tensor load_fraction(const Load& load, double slots);
 /// Mean over real tokens of the squared log-sum-exp of the logits [N, E] (ST-MoE, arXiv 2202.08906).

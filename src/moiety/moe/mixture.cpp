@@ -35,7 +35,9 @@ Mixture::Mixture(std::shared_ptr<Router> r, std::shared_ptr<Experts> e, std::sha
 torch::Tensor Mixture::forward(const torch::Tensor& x, Pass& pass) {
   pass.batch = x.size(0);
   const auto flat = x.reshape({-1, x.size(-1)});
-  auto y = mix(*router, *experts, flat, pass.at("ffn"), pass, expert_map, capacity_factor);
+  const auto routed =
+      pass.training && jitter > 0.0 ? flat * torch::empty_like(flat).uniform_(1.0 - jitter, 1.0 + jitter) : flat;
+  auto y = mix(*router, *experts, routed, pass.at("ffn"), pass, expert_map, capacity_factor);
   if (bias.defined()) y = y + bias.to(y.scalar_type());
   if (routed_scale != 1.0) y = y * routed_scale;
   if (shared) {

@@ -33,6 +33,8 @@ class Mixture : public FeedForwardBase {
   Linear shared_gate{nullptr};
   torch::Tensor bias;  ///< [d], added once to the routed sum; undefined: none
   double routed_scale = 1.0, shared_scale = 1.0;
+  double jitter =
+      0.0;  ///< while training, router and routed experts see x * U(1 - jitter, 1 + jitter), element by element
   double capacity_factor = 0.0;  ///< see expert_capacity; 0: no limit
   torch::Tensor expert_map;      ///< [E] int64 to physical experts; undefined: the identity
 };

@@ -45,8 +45,8 @@ RecurrentCell::RecurrentCell(const std::string& kind, int64_t r) : gru_(is_gru(k
   const double bound = 1.0 / std::sqrt(static_cast<double>(r));
   for (const auto& part : parts_of(gru_)) {
     for (const char* side : {"i", "h"}) {
-      register_parameter("weight_" + (side + part), torch::empty({r, r}).uniform_(-bound, bound));
-      register_parameter("bias_" + (side + part), torch::empty({r}).uniform_(-bound, bound));
+      keep("weight_" + (side + part), torch::empty({r, r}).uniform_(-bound, bound).requires_grad_());
+      keep("bias_" + (side + part), torch::empty({r}).uniform_(-bound, bound).requires_grad_());
     }
   }
 }
@@ -65,31 +65,31 @@ RecurrentCell::RecurrentCell(const std::string& kind, const std::map<std::string
         const bool fits =
             what[0] == 'w' ? t.dim() == 2 && t.size(0) == r && t.size(1) == r : t.dim() == 1 && t.size(0) == r;
         check(fits, "tensor `{}` of the routers' cell has another shape than a state of width {} asks for", name, r);
-        register_parameter(name, t, t.requires_grad());
+        keep(name, t);
       }
     }
   }
 }
 
 int64_t RecurrentCell::width() const {
-  return named_parameters()["weight_in"].size(0);
+  return weight_i_.front().size(0);
 }
 
-torch::Tensor RecurrentCell::joined(const char* what, char side) const {
-  const auto all = named_parameters();
-  std::vector<torch::Tensor> parts;
-  for (const auto& part : parts_of(gru_)) parts.push_back(all[std::string(what) + side + part]);
-  return torch::cat(parts);
+void RecurrentCell::keep(const std::string& name, torch::Tensor t) {
+  register_parameter(name, t, t.requires_grad());
+  const bool weight = name[0] == 'w';
+  auto& list = name[name.size() - 2] == 'i' ? (weight ? weight_i_ : bias_i_) : (weight ? weight_h_ : bias_h_);
+  list.push_back(std::move(t));
 }
 
 torch::Tensor RecurrentCell::forward(const torch::Tensor& u, const torch::Tensor& h) {
   const int64_t r = width();
   check(!h.defined() || (h.size(0) == u.size(0) && h.size(1) == r), "the routers' state is {} where {} is needed",
         h.defined() ? h.sizes().vec() : u.sizes().vec(), u.sizes().vec());
-  const auto in = torch::linear(u, joined("weight_", 'i'), joined("bias_", 'i'));
+  const auto in = torch::linear(u, torch::cat(weight_i_), torch::cat(bias_i_));
   // A state of zeros needs no product; its biases act all the same.
-  const auto back = h.defined() ? torch::linear(h, joined("weight_", 'h'), joined("bias_", 'h'))
-                                : joined("bias_", 'h').unsqueeze(0).expand_as(in);
+  const auto back = h.defined() ? torch::linear(h, torch::cat(weight_h_), torch::cat(bias_h_))
+                                : torch::cat(bias_h_).unsqueeze(0).expand_as(in);
   if (!gru_) return torch::tanh(in + back);
   const auto gates = torch::sigmoid(in.narrow(1, 0, 2 * r) + back.narrow(1, 0, 2 * r));
   const auto reset = gates.narrow(1, 0, r), update = gates.narrow(1, r, r);

@@ -33,8 +33,10 @@ class RecurrentCell : public torch::nn::Module {
   int64_t width() const;
 
  private:
-  torch::Tensor joined(const char* what, char side) const;
+  void keep(const std::string& name, torch::Tensor t);
   bool gru_;
+  // In the order r, z, n (rnn: n).
+  std::vector<torch::Tensor> weight_i_, weight_h_, bias_i_, bias_h_;
 };
 
 /// Logits W2 h with h = cell(W1 x, h of the mixture before). The state is `Pass::state["rmoe.h"]`. Softmax over all,

@@ -44,7 +44,6 @@ struct FamilyMixture {
   std::shared_ptr<Experts> experts;
   std::shared_ptr<FeedForward> shared;
   Linear shared_gate{nullptr};
-  int64_t top_k = 0;
 };
 
 /// The matrices of a dense gated layer, [f, d], [f, d], [d, f]; undefined when the checkpoint has none here.
