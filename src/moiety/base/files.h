@@ -14,6 +14,10 @@ void write_file(const std::filesystem::path& path, std::string_view text);
 /// not special).
 std::string read_text(const std::filesystem::path& path, int64_t limit = int64_t{64} << 20);
 
+/// Where things are kept that can be made again: $MOIETY_CACHE, $XDG_CACHE_HOME/moiety or ~/.cache/moiety. Error when
+/// none of these is set.
+std::filesystem::path cache_folder();
+
 /// A fresh folder below the system's temporary folder, removed with everything in it at the end.
 class TemporaryFolder {
  public:

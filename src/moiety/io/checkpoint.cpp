@@ -386,15 +386,6 @@ std::vector<fs::path> files_of(const Package& package) {
   return out;
 }
 
-fs::path cache_folder() {
-  if (const std::string dir = environment("MOIETY_CACHE"); !dir.empty()) return dir;
-  if (const std::string dir = environment("XDG_CACHE_HOME"); !dir.empty()) return fs::path(dir) / "moiety";
-  const std::string home = environment("HOME");
-  check(!home.empty(),
-        "neither MOIETY_CACHE nor HOME is set: there is no place for a cache; set MOIETY_CACHE to a folder");
-  return fs::path(home) / ".cache" / "moiety";
-}
-
 /// Holds an exclusive lock on a file for its lifetime; other processes wait.
 class Lock {
  public:

@@ -91,7 +91,8 @@ Tensor token_loss(const Tensor& logits, const Tensor& targets) {
                                 /*ignore_index=*/-100);
 }
 
-EvaluationResult evaluate(CausalModel& model, const HeldOut& data, torch::Device device, Ranks* ranks) {
+EvaluationResult evaluate(CausalModel& model, const HeldOut& data, torch::Device device, Ranks* ranks,
+                          const Edits& edits, Trace* trace) {
   const torch::NoGradGuard frozen;
   const Tensor random = random_state(device);
   const bool training = model.is_training();
@@ -101,6 +102,8 @@ EvaluationResult evaluate(CausalModel& model, const HeldOut& data, torch::Device
     if (ranks && static_cast<int64_t>(i) % ranks->size() != ranks->rank()) continue;
     const MicroBatch m = data.batches[i].to(device);
     Pass pass = pass_over(m);
+    pass.edits = edits;
+    pass.trace = trace;
     nll += token_loss(model.forward(m.ids, pass), m.targets).item<double>();
   }
   if (ranks) {

@@ -71,7 +71,9 @@ struct TrainResult {
 torch::Tensor token_loss(const torch::Tensor& logits, const torch::Tensor& targets);
 
 /// Held-out loss; no gradients, no state of the model or of random streams changes. Processes share the batches.
-EvaluationResult evaluate(CausalModel& model, const HeldOut& data, torch::Device device, Ranks* ranks = nullptr);
+/// `edits` and `trace` go into every forward pass.
+EvaluationResult evaluate(CausalModel& model, const HeldOut& data, torch::Device device, Ranks* ranks = nullptr,
+                          const Edits& edits = {}, Trace* trace = nullptr);
 
 /// Looks at config and data without training or writing anything.
 TrainPlan plan_training(const TrainConfig& config);

@@ -1,0 +1,152 @@
+#include "moiety/study/language.h"
+
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <numbers>
+#include <set>
+
+#include "moiety/base/error.h"
+#include "moiety/base/files.h"
+#include "moiety/io/dataset.h"
+#include "moiety/train/byte_tokenizer.h"
+
+namespace moiety {
+
+using nlohmann::json;
+
+namespace {
+
+std::vector<StudySource> chosen(const LanguageRecipe& recipe) {
+  const StudyText text = study_text();
+  if (recipe.sources.empty()) return text.sources;
+  std::vector<StudySource> out;
+  for (const auto& name : recipe.sources) {
+    const auto it =
+        std::find_if(text.sources.begin(), text.sources.end(), [&](const auto& s) { return s.name == name; });
+    check(it != text.sources.end(), "there is no text called {}", name);
+    out.push_back(*it);
+  }
+  return out;
+}
+
+// The first documents of a source up to about `bytes`.
+std::filesystem::path shortened(const StudyCell& cell, const StudySource& source, int64_t bytes) {
+  return cell.once(source.name + "-" + std::to_string(bytes), [&](const std::filesystem::path& folder) {
+    const std::string text = read_text(source.train);
+    size_t end = std::min(static_cast<size_t>(bytes), text.size() - 1);
+    end = text.find('\n', end);
+    write_file(folder / "train.jsonl", text.substr(0, end == std::string::npos ? text.size() : end + 1));
+  }) / "train.jsonl";
+}
+
+}  // namespace
+
+json LanguageRecipe::settings() const {
+  return {{"hidden", hidden},
+          {"layers", layers},
+          {"heads", heads},
+          {"width", width},
+          {"length", length},
+          {"batch", batch},
+          {"lr", lr},
+          {"sources", sources},
+          {"train_bytes", train_bytes},
+          {"held_out_tokens", held_out_tokens},
+          {"text", study_text().digest.substr(0, 16)}};
+}
+
+std::unique_ptr<Trainer> train_language(const StudyCell& cell, const LanguageRun& run, const std::string& name) {
+  const LanguageRecipe& r = run.recipe;
+  const int64_t steps = run.steps > 0 ? run.steps : cell.budget.steps;
+  TrainConfig config;
+  if (run.checkpoint.empty()) {
+    config.model.tokenizer = "bytes";
+    config.model.config = {{"model_type", "llama"},
+                           {"hidden_size", r.hidden},
+                           {"num_hidden_layers", r.layers},
+                           {"num_attention_heads", r.heads},
+                           {"num_key_value_heads", r.heads},
+                           {"intermediate_size", r.width},
+                           {"max_position_embeddings", 4 * r.length},
+                           {"tie_word_embeddings", true}};
+    if (run.config.is_object()) config.model.config.update(run.config);
+  } else {
+    config.model.checkpoint = run.checkpoint.string();
+  }
+  config.parts = run.parts;
+  const auto sources = chosen(r);
+  for (const auto& s : sources) {
+    SourceConfig source;
+    source.path = (r.train_bytes > 0 ? shortened(cell, s, r.train_bytes) : s.train).string();
+    source.weight = 1.0;
+    config.data.sources.push_back(source);
+  }
+  config.data.length = r.length;
+  config.train.steps = steps;
+  config.train.batch = r.batch;
+  config.train.seed = cell.seed;
+  config.train.log_every = std::max<int64_t>(1, steps / 20);
+  config.train.train = run.train;
+  config.optimizer.lr = r.lr * run.lr_scale;
+  config.optimizer.weight_decay = 0.1;
+  config.optimizer.clip = 1.0;
+  config.schedule.name = "cosine";
+  config.schedule.warmup = static_cast<double>(std::max<int64_t>(1, steps / 20));
+  config.schedule.floor = 0.05;
+  config.output.folder = (cell.folder / name).string();
+  TrainOptions options;
+  options.resume = TrainOptions::restart;
+  options.prepare = run.prepare;
+  auto trainer = std::make_unique<Trainer>(config, options);
+  trainer->run();
+  return trainer;
+}
+
+std::map<std::string, HeldOut> held_out_text(const LanguageRecipe& recipe, int64_t length) {
+  Encoder encoder;
+  encoder.tokenizer = Tokenizer::from_json(json(byte_tokenizer()), json(byte_tokenizer_config()), "the byte tokenizer");
+  DataConfig config;
+  config.length = length > 0 ? length : recipe.length;
+  std::map<std::string, HeldOut> out;
+  for (const auto& s : chosen(recipe))
+    out[s.name] = held_out_rows(Dataset::open(s.held_out.string()), encoder, config,
+                                std::max<int64_t>(1, 4096 / config.length), recipe.held_out_tokens, 1);
+  return out;
+}
+
+json measure_language(CausalModel& model, const std::map<std::string, HeldOut>& text, const Edits& edits) {
+  json by_source = json::object();
+  double bits = 0, nats = 0;
+  for (const auto& [name, rows] : text) {
+    const EvaluationResult e = evaluate(model, rows, torch::kCPU, nullptr, edits);
+    by_source[name] = e.bits_per_byte;
+    bits += e.bits_per_byte / static_cast<double>(text.size());
+    nats += e.loss / static_cast<double>(text.size());
+  }
+  return {{"bits_per_byte", bits}, {"nats", nats}, {"by_source", by_source}};
+}
+
+void trace_language(CausalModel& model, const std::map<std::string, HeldOut>& text,
+                    const std::function<void(const std::string&, const Trace::Record&)>& use) {
+  for (const auto& [name, rows] : text) {
+    Trace trace;
+    trace.on_record = [&, source = name](const Trace::Record& r) { use(source, r); };
+    evaluate(model, rows, torch::kCPU, nullptr, {}, &trace);
+  }
+}
+
+json plain_mixture(int64_t experts, int64_t top_k, int64_t width, bool normalize) {
+  return {{"slug", "deepseekmoe"}, {"experts", experts},          {"shared", 0},    {"top_k", top_k},
+          {"width", width},        {"norm_topk_prob", normalize}, {"alpha1", 0.01}, {"seq_aux", false}};
+}
+
+int64_t parameter_count(CausalModel& model) {
+  std::set<const void*> seen;
+  int64_t count = 0;
+  for (const auto& p : model.parameters())
+    if (seen.insert(p.unsafeGetTensorImpl()).second) count += p.numel();
+  return count;
+}
+
+}  // namespace moiety
