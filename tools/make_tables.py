@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the generated parts of README.md from docs/systems.json and results/*.json.
+"""Writes the generated parts of README.md and docs/systems/*.md from docs/systems.json and results/.
 
     python3 tools/make_tables.py           rewrite them
     python3 tools/make_tables.py --check   exit code 1 when one is out of date
@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("README.md",)
 
 
 def load(path):
@@ -31,8 +30,8 @@ def where(record):
 def systems():
     """One row a system; `result` is the headline of its study's result file, once there is one."""
     rows = load("docs/systems.json")
-    lines = [f"{len(rows)} systems; {sum(r['status'] == 'done' for r in rows)} done, "
-             f"{sum(r['status'] == 'planned' for r in rows)} planned.", "",
+    count = {s: sum(r["status"] == s for r in rows) for s in ("done", "started", "planned")}
+    lines = [f"{len(rows)} systems: " + ", ".join(f"{n} {s}" for s, n in count.items() if n) + ".", "",
              "| slug | system | kind | paper | status | measured |", "| --- | --- | --- | --- | --- | --- |"]
     for r in rows:
         page = ROOT / f"docs/systems/{r['slug']}.md"
@@ -91,17 +90,43 @@ def load_time():
     return lines
 
 
+def study(slug):
+    """What `moiety reproduce SLUG --budget full` found."""
+    r = load(f"results/systems/{slug}.json")
+    if not r:
+        return [f"Not measured yet: `moiety reproduce {slug} --budget full --report results/systems`."]
+
+    def number(value, digits):
+        return f"{value['mean']:.{digits}f}" + (f" ± {value['spread']:.{digits}f}" if value["seeds"] > 1 else "")
+
+    metrics = [m for m in r["metrics"] if any(m["name"] in a["values"] for a in r["arms"])]
+    lines = [f"**Claim.** {r['claim']}", "", f"**Here.** {r['setup']}", "", f"**Rule, written before the run.** {r['rule']}", "",
+             "| arm | what it is | " + " | ".join(m["text"] for m in metrics) + " |", "| --- | --- |" + " --- |" * len(metrics)]
+    for a in r["arms"]:
+        cells = [number(a["values"][m["name"]], m["digits"]) if m["name"] in a["values"] else "" for m in metrics]
+        lines.append(f"| `{a['name']}` | {a['text']} | " + " | ".join(cells) + " |")
+    seeds = r["budget"]["seeds"]
+    lines += ["", f"**Verdict: {r['verdict']}.** {r['reason']}", "",
+              f"{seeds} seed{'' if seeds == 1 else 's'} (mean ± standard deviation), {r['budget']['name']} budget, {r['budget']['steps']} steps, "
+              f"{r['processor_seconds'] / 60:.0f} minutes of one core in all; torch {r['versions']['torch']}; {where(r)}."]
+    return lines
+
+
 PARTS = {"systems": systems, "perplexity": perplexity, "parity": parity, "load": load_time}
 
 
 def render(text, name):
     def replace(match):
-        part = match.group(2)
-        if part not in PARTS:
-            sys.exit(f"{name}: no generated part is called {part} (there are {', '.join(PARTS)})")
-        return match.group(1) + "\n".join(PARTS[part]()) + "\n" + match.group(3)
+        part, _, slug = match.group(2).partition(" ")
+        if part == "study" and slug:
+            lines = study(slug)
+        elif part in PARTS:
+            lines = PARTS[part]()
+        else:
+            sys.exit(f"{name}: no generated part is called {part} (there are {', '.join(PARTS)} and study SLUG)")
+        return match.group(1) + "\n".join(lines) + "\n" + match.group(3)
 
-    return re.sub(r"(<!-- begin ([a-z]+) -->\n).*?(<!-- end \2 -->)", replace, text, flags=re.S)
+    return re.sub(r"(<!-- begin ([a-z_]+(?: [a-z0-9-]+)?) -->\n).*?(<!-- end \2 -->)", replace, text, flags=re.S)
 
 
 def main():
@@ -109,7 +134,7 @@ def main():
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     stale = 0
-    for name in FILES:
+    for name in ["README.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs/systems").glob("*.md")))]:
         old = (ROOT / name).read_text(encoding="utf-8")
         new = render(old, name)
         if new != old and args.check:

@@ -15,6 +15,9 @@ for part in make_tables.PARTS:
 spoilt = readme.replace("| `widenet` |", "| `widener` |")
 assert spoilt != readme and make_tables.render(spoilt, "README.md") != spoilt
 
+for page in (root / "docs/systems").glob("*.md"):
+    assert f"<!-- begin study {page.stem} -->" in page.read_text(encoding="utf-8"), f"{page.name} shows no study"
+
 systems = json.loads((root / "docs/systems.json").read_text(encoding="utf-8"))
 slugs = [s["slug"] for s in systems]
 assert len(slugs) == 62 and slugs == sorted(set(slugs)), "docs/systems.json must hold 62 slugs, sorted, each once"
