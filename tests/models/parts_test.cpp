@@ -77,6 +77,22 @@ TEST_P(Parts, StepsWithTheCacheEqualOnePass) {
   }
 }
 
+TEST_P(Parts, PackedSequencesDoNotSeeEachOther) {
+  torch::manual_seed(3);
+  torch::NoGradGuard frozen;
+  auto model = make_causal(model_with({part_of(GetParam())}));
+  model->eval();
+  const auto ids = torch::randint(0, 40, {1, 9}, torch::kInt64);
+  Pass packed;
+  packed.segments = torch::tensor({{1, 1, 1, 1, 2, 2, 2, 2, 2}}, torch::kInt64);
+  const auto logits = model->forward(ids, packed);
+  for (const auto& [from, count] : {std::pair{0, 4}, {4, 5}}) {
+    Pass alone;
+    const auto one = model->forward(ids.narrow(1, from, count), alone);
+    EXPECT_LT((one - logits.narrow(1, from, count)).abs().max().item<double>(), 1e-4) << from;
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(All, Parts,
                          testing::Values("deepseekmoe", "dynamic-routing", "adamoe", "smoe-dropout", "rmoe",
                                          "chain-of-experts", "moduleformer", "moduleformer-attention", "widenet"),

@@ -114,28 +114,29 @@ Routing ModuleGate::route(const torch::Tensor& x, const Site& site, Pass& pass) 
 }
 
 StickBreaking stick_breaking_attention(const torch::Tensor& q, const torch::Tensor& keys, const torch::Tensor& values,
-                                       const torch::Tensor& mask) {
+                                       const torch::Tensor& mask, bool keep_weights) {
   const int64_t batch = q.size(0), time = q.size(1), modules = q.size(2), heads = q.size(3), size = q.size(4);
   const int64_t context = keys.size(1);
   check(context >= time, "{} queries cannot be the last of {} positions", time, context);
-  const auto fold = [&](const torch::Tensor& t) { return t.to(torch::kFloat32).permute({0, 2, 3, 1, 4}); };
-  // [B, k, heads, T, C]; keys are shared by the modules.
-  const auto k = keys.to(torch::kFloat32).permute({0, 2, 3, 1}).unsqueeze(1);
-  const auto v = values.to(torch::kFloat32).permute({0, 2, 1, 3}).unsqueeze(1);
-  const auto logits = torch::matmul(fold(q), k) / std::sqrt(static_cast<double>(size));
+  // The last key comes first: what the later keys leave of the stick is then a running sum. [B, k, heads, T, C], keys
+  // are shared by the modules.
+  const auto queries = q.to(torch::kFloat32).permute({0, 2, 3, 1, 4}) * (1.0 / std::sqrt(static_cast<double>(size)));
+  const auto k = keys.flip(1).to(torch::kFloat32).permute({0, 2, 3, 1}).unsqueeze(1);
+  const auto v = values.flip(1).to(torch::kFloat32).permute({0, 2, 1, 3}).unsqueeze(1);
+  const auto logits = torch::matmul(queries, k);
   const auto at = torch::arange(context, torch::TensorOptions(torch::kInt64).device(q.device()));
   auto seen = at.unsqueeze(0) <= at.slice(0, context - time).unsqueeze(1);  // [T, C]
-  if (mask.defined()) seen = seen & mask.to(torch::kBool).view({batch, 1, 1, 1, context});
-  // An unseen key neither takes nor breaks: log beta = -inf, log(1 - beta) = 0.
-  const auto rest = torch::log_sigmoid(-logits).masked_fill(~seen, 0.0);
-  // What is left of the stick when key j is reached: the exclusive sum of log(1 - beta) over the later keys.
-  const auto later = torch::constant_pad_nd(rest.slice(-1, 1).flip(-1).cumsum(-1).flip(-1), {0, 1});
+  if (mask.defined())
+    seen = seen & (mask.dim() == 2 ? mask.view({batch, 1, 1, 1, context}) : mask.unsqueeze(1)).to(torch::kBool);
+  const auto unseen = ~seen.flip(-1);
+  // An unseen key neither takes nor breaks: beta = 0, log(1 - beta) = 0. log beta = logit + log(1 - beta), so that
+  // beta_j times what is left when key j is reached is exp(logit_j + the sum up to j itself).
+  const auto rest = torch::log_sigmoid(-logits).masked_fill(unseen, 0.0).cumsum(-1);
+  const auto weights = (logits + rest).masked_fill(unseen, -std::numeric_limits<float>::infinity()).exp();
   StickBreaking out;
-  out.weights = (torch::log_sigmoid(logits) + later).exp().masked_fill(~seen, 0.0);
-  out.output = torch::matmul(out.weights, v)
-                   .permute({0, 3, 1, 2, 4})
-                   .reshape({batch, time, modules, heads, -1})
-                   .to(q.scalar_type());
+  out.output =
+      torch::matmul(weights, v).permute({0, 3, 1, 2, 4}).reshape({batch, time, modules, heads, -1}).to(q.scalar_type());
+  if (keep_weights) out.weights = weights.flip(-1);
   return out;
 }
 
@@ -180,28 +181,16 @@ torch::Tensor ModuleAttention::attend(const torch::Tensor& x, const torch::Tenso
   const auto q = torch::zeros({batch * time * slots, a}, pairs.options()).index_copy(0, d.slots, pairs);
   const int64_t size = a / parts.heads;
   const auto heads = [&](const torch::Tensor& t) { return t.reshape({batch, context, parts.heads, size}); };
-  const auto y =
-      stick_breaking_attention(q.view({batch, time, slots, parts.heads, size}), heads(keys), heads(values), mask);
+  const auto y = stick_breaking_attention(q.view({batch, time, slots, parts.heads, size}), heads(keys), heads(values),
+                                          mask, /*keep_weights=*/false);
   const auto rows = y.output.reshape({-1, a}).index_select(0, d.slots);
   return d.reduce(apply_stack(parts.o, rows, d.counts), flat.size(0)).view({batch, time, -1});
 }
 
 torch::Tensor ModuleAttention::forward(const torch::Tensor& x, const AttentionContext& context, Pass& pass) {
   auto k = project(parts.k, x).unsqueeze(1), v = project(parts.v, x).unsqueeze(1);
-  torch::Tensor mask = pass.mask;
-  check(!pass.segments.defined(), "stick-breaking attention does not take packed sequences");
-  if (pass.cache) {
-    const auto& past = pass.cache->mask();
-    const int64_t before = pass.cache->length();
-    if (past.defined() || mask.defined()) {
-      const auto truth = x.options().dtype(torch::kBool).requires_grad(false);
-      mask = torch::cat({past.defined() ? past : torch::ones({x.size(0), before}, truth),
-                         mask.defined() ? mask.to(torch::kBool) : torch::ones({x.size(0), x.size(1)}, truth)},
-                        1);
-    }
-    std::tie(k, v) = pass.cache->append(pass.slot, k, v);
-  }
-  return attend(x, k.squeeze(1), v.squeeze(1), mask, pass);
+  if (pass.cache) std::tie(k, v) = pass.cache->append(pass.slot, k, v);
+  return attend(x, k.squeeze(1), v.squeeze(1), context.allowed(0), pass);
 }
 
 torch::Tensor ModuleAttention::forward(const torch::Tensor& x, torch::Tensor& past_k, torch::Tensor& past_v,

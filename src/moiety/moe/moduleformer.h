@@ -45,13 +45,14 @@ class ModuleGate : public Router {
 
 struct StickBreaking {
   torch::Tensor output;   ///< like q
-  torch::Tensor weights;  ///< [B, k, heads, T, C]
+  torch::Tensor weights;  ///< [B, k, heads, T, C], when kept
 };
 /// alpha_j = beta_j prod_{j < l <= i} (1 - beta_l), beta = sigmoid(q k / sqrt(size)): weight goes to the nearest
 /// relevant key first, the query's own position included. q [B, T, k, heads, size], keys and values [B, C, heads,
-/// size], queries are the last T of C positions; mask [B, C] bool (true: real) or undefined.
+/// size], queries are the last T of C positions; mask [B, C] bool (true: real), [1 or B, 1, T, C] (true: may be seen),
+/// or undefined.
 StickBreaking stick_breaking_attention(const torch::Tensor& q, const torch::Tensor& keys, const torch::Tensor& values,
-                                       const torch::Tensor& mask = {});
+                                       const torch::Tensor& mask = {}, bool keep_weights = true);
 
 /// Attention whose query and output matrices are modules; keys and values are shared by all. The cache keeps one head
 /// of width a.
