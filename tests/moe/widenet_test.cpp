@@ -101,9 +101,10 @@ TEST(WideNet, SharedTensorsGetTheSumOfAllBlocksGradients) {
                                             LinearStack(copy(experts->w2->weight), copy(experts->w2->bias)),
                                             activation("gelu_new"));
     copies.push_back(own);
-    Mixture layer(stack->mixture->router, own);
+    const auto& shared = stack->blocks()[static_cast<size_t>(i)];
+    Mixture layer(std::dynamic_pointer_cast<Mixture>(shared.ffn)->router, own);
     Pass inner;
-    h = h + stack->attention->forward(norms[static_cast<size_t>(i)].first->forward(h));
+    h = h + shared.attention->forward(norms[static_cast<size_t>(i)].first->forward(h));
     h = h + layer.forward(norms[static_cast<size_t>(i)].second->forward(h), inner);
   }
   h.backward(grad);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <set>
 
 #include "moiety/base/error.h"
 #include "moiety/base/registry.h"
@@ -75,28 +76,44 @@ torch::Tensor BidirectionalAttention::forward(const torch::Tensor& x, const torc
   return o(y.transpose(1, 2).reshape({rows, time, -1}));
 }
 
+namespace {
+
+std::vector<WideNetBlock> sharing(const std::shared_ptr<BidirectionalAttention>& attention,
+                                  const std::shared_ptr<Mixture>& mixture,
+                                  const std::vector<std::pair<std::shared_ptr<Norm>, std::shared_ptr<Norm>>>& norms) {
+  std::vector<WideNetBlock> blocks;
+  for (const auto& [first, second] : norms) blocks.push_back({first, attention, second, mixture});
+  return blocks;
+}
+
+}  // namespace
+
 WideNet::WideNet(std::shared_ptr<BidirectionalAttention> a, std::shared_ptr<Mixture> m,
                  std::vector<std::pair<std::shared_ptr<Norm>, std::shared_ptr<Norm>>> norms, double dropout)
-    : norms_(std::move(norms)), dropout_(dropout) {
-  check(!norms_.empty(), "a WideNet without blocks computes nothing");
-  attention = register_module("attention", std::move(a));
-  mixture = register_module("ffn", std::move(m));
-  for (size_t i = 0; i < norms_.size(); ++i) {
-    register_module("block" + std::to_string(i) + "_ln1", norms_[i].first);
-    register_module("block" + std::to_string(i) + "_ln2", norms_[i].second);
+    : WideNet(sharing(a, m, norms), dropout) {}
+
+WideNet::WideNet(std::vector<WideNetBlock> b, double dropout) : blocks_(std::move(b)), dropout_(dropout) {
+  check(!blocks_.empty(), "a WideNet without blocks computes nothing");
+  std::set<const torch::nn::Module*> seen;
+  const auto once = [&](size_t i, const char* name, const auto& module) {
+    if (seen.insert(module.get()).second) register_module(fmt::format("block{}_{}", i, name), module);
+  };
+  for (size_t i = 0; i < blocks_.size(); ++i) {
+    once(i, "attention", blocks_[i].attention);
+    once(i, "ffn", blocks_[i].ffn);
+    once(i, "ln1", blocks_[i].before_attention);
+    once(i, "ln2", blocks_[i].before_ffn);
   }
 }
 
 torch::Tensor WideNet::forward(const torch::Tensor& x, Pass& pass) {
   auto h = x;
-  const auto drop = [&](const torch::Tensor& t) {
-    return dropout_ > 0.0 ? torch::dropout(t, dropout_, is_training()) : t;
-  };
-  for (int64_t i = 0; i < blocks(); ++i) {
-    pass.block = i;
-    const auto& [before_attention, before_ffn] = norms_[static_cast<size_t>(i)];
-    h = h + drop(attention->forward(before_attention->forward(h), pass.mask));
-    h = h + drop(mixture->forward(before_ffn->forward(h), pass));
+  for (size_t i = 0; i < blocks_.size(); ++i) {
+    pass.block = static_cast<int64_t>(i);
+    const auto& b = blocks_[i];
+    const auto y = b.attention->forward(b.before_attention->forward(h), pass.mask);
+    h = h + (dropout_ > 0.0 ? torch::dropout(y, dropout_, is_training()) : y);
+    h = h + b.ffn->forward(b.before_ffn->forward(h), pass);
   }
   pass.finish();
   return h;

@@ -51,18 +51,27 @@ class BidirectionalAttention : public torch::nn::Module {
   int64_t heads_;
 };
 
-/// x -> u = x + A(LN1_i x), u + M(LN2_i u) for i < L with one A and one M. Routing is reported under (block, 0, "ffn").
+struct WideNetBlock {
+  std::shared_ptr<Norm> before_attention;
+  std::shared_ptr<BidirectionalAttention> attention;
+  std::shared_ptr<Norm> before_ffn;
+  std::shared_ptr<FeedForwardBase> ffn;
+};
+
+/// x -> u = x + A_i(LN1_i x), u + M_i(LN2_i u) for i < L. In the full method all blocks have one A and one M; blocks
+/// that name the same module share it, and it is registered once. Routing is reported under (block, 0, "ffn"). Dropout
+/// behind attention while the module trains.
 class WideNet : public torch::nn::Module {
  public:
+  explicit WideNet(std::vector<WideNetBlock> blocks, double dropout = 0.0);
+  /// One attention, one mixture, and a pair of norms a block.
   WideNet(std::shared_ptr<BidirectionalAttention> attention, std::shared_ptr<Mixture> mixture,
           std::vector<std::pair<std::shared_ptr<Norm>, std::shared_ptr<Norm>>> norms, double dropout = 0.0);
   torch::Tensor forward(const torch::Tensor& x, Pass& pass);
-  int64_t blocks() const { return static_cast<int64_t>(norms_.size()); }
-  std::shared_ptr<BidirectionalAttention> attention;
-  std::shared_ptr<Mixture> mixture;
+  const std::vector<WideNetBlock>& blocks() const { return blocks_; }
 
  private:
-  std::vector<std::pair<std::shared_ptr<Norm>, std::shared_ptr<Norm>>> norms_;
+  std::vector<WideNetBlock> blocks_;
   double dropout_;
 };
 

@@ -1,0 +1,53 @@
+#pragma once
+// Vision transformers that classify images: WideNet (Xue et al. 2021, arXiv 2107.11817), whose blocks share attention
+// and experts, and what it is compared with: blocks of their own (ViT, arXiv 2010.11929), dense layers, shared norms.
+#include <torch/nn/module.h>
+#include <torch/types.h>
+
+#include <memory>
+#include <string>
+
+#include "moiety/base/config.h"
+#include "moiety/moe/widenet.h"
+
+namespace moiety {
+
+struct VisionConfig {
+  int64_t image = 28, channels = 1, patch = 7;
+  int64_t hidden = 64, blocks = 6, heads = 4;
+  int64_t width = 128;  ///< hidden units of the dense layer, and of one expert
+  int64_t classes = 10;
+  double dropout = 0.1, norm_eps = 1e-6;
+  bool mixture = true;          ///< the feed-forward layer is a mixture of experts, else dense
+  bool share_attention = true;  ///< one for all blocks of a group
+  bool share_ffn = true;        ///< the experts, or the dense layer
+  bool share_router = true;     ///< of shared experts
+  bool share_norms = false;
+  int64_t group = 128;  ///< blocks that share; only the last group has a mixture, those before it dense layers
+  WideNetConfig moe;
+  void fields(Fields& f);
+  std::string problem() const;
+};
+
+/// Patches by a strided convolution, a position of zeros in front that is no parameter, trained positions, blocks, a
+/// last norm, the mean over all positions, a dense layer with tanh, and one to the classes. Kernels start as Keras
+/// does it: uniform within sqrt(6 / (fan in + fan out)), experts each by its own fans; biases 0, in feed-forward layers
+/// N(0, 1e-6); positions N(0, 0.02).
+class VisionModel : public torch::nn::Module {
+ public:
+  /// New, from torch's random state. Throws Error for a config that does not fit together.
+  explicit VisionModel(VisionConfig config);
+  /// images [B, channels, image, image] f32, about -1 to 1 -> logits [B, classes]. Capacity couples the images of a
+  /// batch; a capacity factor of infinity does not. Error for images of another shape.
+  torch::Tensor forward(const torch::Tensor& images, Pass& pass);
+  const VisionConfig& config() const { return config_; }
+
+ private:
+  VisionConfig config_;
+  torch::Tensor patches_, patches_bias_, positions_;
+  std::shared_ptr<WideNet> body_;
+  std::shared_ptr<Norm> norm_;
+  Linear representation_{nullptr}, head_{nullptr};
+};
+
+}  // namespace moiety
