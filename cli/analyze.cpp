@@ -42,21 +42,26 @@ std::string bars(const std::vector<double>& values, double most) {
 }
 
 void print_table(const json& report) {
-  fmt::print("{:>5} {:<10} {:>7} {:>6} {:>8} {:>8} {:>7} {:>10} {:>7}  load\n", "layer", "site", "experts", "chosen",
-             "even", "largest", "unused", "indecision", "repeat");
+  fmt::print("{:>5} {:<10} {:>7} {:>6} {:>8} {:>8} {:>7} {:>10} {:>7} {:>7}  load\n", "layer", "site", "experts",
+             "chosen", "even", "largest", "unused", "indecision", "repeat", "informs");
   for (const auto& l : report["layers"]) {
     const auto share = l["share"].get<std::vector<double>>();
     const auto round = l["round"].get<int64_t>();
-    fmt::print("{:>5} {:<10} {:>7} {:>6.2f} {:>8.3f} {:>7.2f}x {:>7} {:>10.3f} {:>6.1f}%  {}\n",
+    fmt::print("{:>5} {:<10} {:>7} {:>6.2f} {:>8.3f} {:>7.2f}x {:>7} {:>10.3f} {:>6.1f}% {:>7}  {}\n",
                l["layer"].get<int64_t>(), l["site"].get<std::string>() + (round > 0 ? fmt::format("#{}", round) : ""),
                share.size(), l["experts_per_token"].get<double>(), l["load_entropy_normalized"].get<double>(),
                l["imbalance"].get<double>(), l["unused"].get<int64_t>(), l["token_entropy_normalized"].get<double>(),
-               100.0 * l["repetition"].get<double>(), bars(share, *std::max_element(share.begin(), share.end())));
+               100.0 * l["repetition"].get<double>(),
+               l.contains("mutual_information") ? fmt::format("{:.3f}", l["mutual_information"].get<double>()) : "",
+               bars(share, *std::max_element(share.begin(), share.end())));
   }
   const auto& s = report["summary"];
-  fmt::print("\n{} tokens, {} layers with experts, {} of {} experts unused, largest load {:.2f}x even\n",
-             report["tokens"].get<int64_t>(), s["layers"].get<int64_t>(), s["unused"].get<int64_t>(),
-             s["experts"].get<int64_t>(), s["worst_imbalance"].get<double>());
+  fmt::print(
+      "\n{} tokens, {} layers with experts, {} of {} experts unused, largest load {:.2f}x even, neighbouring layers "
+      "share "
+      "{:.3f} nats\n",
+      report["tokens"].get<int64_t>(), s["layers"].get<int64_t>(), s["unused"].get<int64_t>(),
+      s["experts"].get<int64_t>(), s["worst_imbalance"].get<double>(), s["mean_mutual_information"].get<double>());
 }
 
 int run_routing(const Options& o) {

@@ -94,6 +94,46 @@ RC_GTEST_PROP(RoutingStatistics, BatchesAddUpToTheWhole, ()) {
   RC_ASSERT(a.repeated <= a.followed);
 }
 
+Trace::Record choices_of(int64_t block, std::vector<int64_t> first, int64_t experts) {
+  auto r = record_of(torch::tensor(first).unsqueeze(1), experts);
+  r.site.block = block;
+  return r;
+}
+
+TEST(ChoiceInformation, OfKnownTables) {
+  ChoiceInformation copied, independent, mixed;
+  copied.add(choices_of(0, {0, 1, 2, 3}, 4));
+  EXPECT_TRUE(copied.nats().empty());
+  EXPECT_EQ(copied.mean(), 0.0);
+  copied.add(choices_of(2, {3, 2, 1, 0}, 4));
+  EXPECT_NEAR(copied.nats().at({2, 0, "ffn"}), std::log(4.0), 1e-12);
+  independent.add(choices_of(0, {0, 0, 1, 1}, 2));
+  independent.add(choices_of(1, {0, 2, 0, 2}, 3));
+  EXPECT_NEAR(independent.mean(), 0.0, 1e-12);
+  // p = 3/8, 1/8, 1/8, 3/8 with even margins; the last token has no choice, and the one before does not count.
+  const std::vector<int64_t> a = {0, 0, 0, 0, 1, 1, 1, 1, 0, -1}, b = {0, 0, 0, 1, 0, 1, 1, 1, 1, 1};
+  auto counted = torch::ones({10}, kBool);
+  counted[8] = false;
+  mixed.add(choices_of(0, a, 2), counted);
+  mixed.add(choices_of(1, b, 2), counted);
+  EXPECT_NEAR(mixed.mean(), 0.75 * std::log(1.5) + 0.25 * std::log(0.5), 1e-12);
+}
+
+TEST(ChoiceInformation, PassesAndSitesStayApart) {
+  ChoiceInformation all;
+  for (int pass = 0; pass < 2; ++pass) {
+    all.add(choices_of(0, {0, 1}, 2));
+    auto attention = choices_of(1, {0, 0}, 3);
+    attention.site.site = "attention";
+    all.add(attention);
+    all.add(choices_of(1, {1, 0}, 2));
+  }
+  ASSERT_EQ(all.nats().size(), 1u);
+  EXPECT_NEAR(all.mean(), std::log(2.0), 1e-12);
+  all.add(choices_of(0, {0, 1}, 2));
+  EXPECT_THROW(all.add(choices_of(1, {0, 1}, 5)), Error);
+}
+
 json small_mixture() {
   return {{"model_type", "olmoe"},        {"vocab_size", 50},       {"hidden_size", 16},
           {"intermediate_size", 8},       {"num_hidden_layers", 2}, {"num_attention_heads", 2},
@@ -143,6 +183,9 @@ TEST(AnalyzeRouting, ReportsAndFillsThePage) {
   ASSERT_EQ(report["layers"].size(), 2u);
   const json& layer = report["layers"][1];
   EXPECT_EQ(layer["layer"], 1);
+  EXPECT_FALSE(report["layers"][0].contains("mutual_information"));
+  EXPECT_GE(layer["mutual_information"].get<double>(), 0.0);
+  EXPECT_EQ(report["summary"]["mean_mutual_information"], layer["mutual_information"]);
   int64_t sum = 0;
   for (const auto& n : layer["load"]) sum += n.get<int64_t>();
   EXPECT_EQ(sum, 7 * 2);

@@ -29,7 +29,7 @@ json part_of(const std::string& slug) {
       {"dynamic-routing", {{"experts", 4}}},
       {"adamoe", {{"experts", 4}, {"null_experts", 4}, {"top_k", 3}}},
       {"smoe-dropout", {{"experts", 4}, {"k_min", 2}, {"k_max", 4}}},
-      {"rmoe", {{"experts", 4}, {"width", 6}}},
+      {"rmoe", {{"experts", 4}, {"width", 6}, {"bias", true}, {"shared_width", 8}}},
       {"chain-of-experts", {{"experts", 5}, {"top_k", 2}}},
       {"moduleformer", {{"modules", 4}, {"gating_size", 6}}},
       {"moduleformer-attention", {{"modules", 4}, {"gating_size", 6}, {"heads", 2}}},
@@ -140,6 +140,31 @@ TEST(PartLayers, AreChosenAndOthersStayDense) {
   EXPECT_EQ(model->experts(0), 5);
   EXPECT_EQ(model->experts(1), 0);
   EXPECT_EQ(model->experts(2), 5);
+}
+
+TEST(PartRmoe, WeighsTheRoutedSumAndTheSharedExpert) {
+  torch::NoGradGuard frozen;
+  const auto ids = torch::arange(12, torch::kInt64).view({2, 6});
+  std::vector<torch::Tensor> logits, halved;
+  for (const double weight : {0.5, 1.0}) {
+    torch::manual_seed(4);
+    auto part = part_of("rmoe");
+    part["moe_weight"] = weight;
+    part["share_weight"] = weight;
+    const auto model = make_causal(model_with({part}));
+    model->eval();
+    Pass first;
+    halved.push_back(model->forward(ids, first));
+    // The part's output doubles; so it does when its last matrices do (the bias starts at zero).
+    if (weight < 1.0)
+      for (const auto& p : model->named_parameters())
+        if (p.key().find("expert") != std::string::npos && p.key().find("down_proj") != std::string::npos)
+          p.value().mul_(2.0);
+    Pass pass;
+    logits.push_back(model->forward(ids, pass));
+  }
+  EXPECT_GT((halved[0] - halved[1]).abs().max().item<double>(), 1e-4);
+  EXPECT_LT((logits[0] - logits[1]).abs().max().item<double>(), 1e-5);
 }
 
 }  // namespace

@@ -87,6 +87,21 @@ TEST(Rmoe, EarlierLayersReachLaterOnes) {
   }
 }
 
+TEST(Rmoe, WithoutCarryEveryLayerStartsFromZeros) {
+  torch::manual_seed(6);
+  torch::NoGradGuard frozen;
+  auto config = small();
+  config.carry = false;
+  Stack stack(2, config);
+  const auto x = torch::randn({3, 6}), z = torch::randn({3, 6});
+  Pass both, alone;
+  const auto r = stack.run({x, z}, both);
+  EXPECT_LT(distance(stack.routers[1]->route(z, alone.at("ffn"), alone).logits, r[1].logits), 1e-6);
+  stack.routers[1]->config.carry = true;
+  Pass carried;
+  EXPECT_GT(distance(stack.run({x, z}, carried)[1].logits, r[1].logits), 1e-3);
+}
+
 TEST(Rmoe, TokensAreIndependent) {
   torch::manual_seed(4);
   torch::NoGradGuard frozen;

@@ -64,6 +64,45 @@ int64_t SiteStatistics::unused() const {
   return (load == 0).sum().item<int64_t>();
 }
 
+void ChoiceInformation::add(const Trace::Record& record, const torch::Tensor& counted) {
+  const auto& routing = record.routing;
+  check(routing.experts.dim() == 2 && routing.experts.size(1) >= 1, "a record without choices tells nothing");
+  const torch::Tensor& width = routing.scores.defined() ? routing.scores : routing.logits;
+  check(record.experts > 0 || width.defined(), "a record that names no number of experts tells nothing");
+  auto choice = routing.experts.select(1, 0).to(torch::kCPU);
+  const torch::Tensor& real = counted.defined() ? counted : record.real;
+  if (real.defined()) choice = choice.masked_fill(~real.reshape({-1}).to(torch::kCPU), -1);
+  const int64_t experts = record.experts > 0 ? record.experts : width.size(1);
+  Last& before = last_[record.site.site];
+  // Not behind the one before: another pass begins.
+  if (before.choice.defined() && before.site < record.site && before.choice.numel() == choice.numel()) {
+    auto& table = pairs_[record.site];
+    if (!table.defined()) table = torch::zeros({before.experts, experts}, torch::kInt64);
+    check(table.size(0) == before.experts && table.size(1) == experts,
+          "block {} has {} experts behind {} here, and had {} behind {} before", record.site.block, experts,
+          before.experts, table.size(1), table.size(0));
+    const auto both = (before.choice >= 0) & (choice >= 0);
+    const auto cell = (before.choice * experts + choice).masked_select(both);
+    table += torch::bincount(cell, {}, before.experts * experts).view_as(table);
+  }
+  before = {record.site, choice, experts};
+}
+
+std::map<Site, double> ChoiceInformation::nats() const {
+  std::map<Site, double> out;
+  for (const auto& [site, table] : pairs_) {
+    const auto p = table.to(torch::kFloat64) / static_cast<double>(std::max<int64_t>(1, table.sum().item<int64_t>()));
+    out[site] = std::max(0.0, entropy_of(p.sum(0)) + entropy_of(p.sum(1)) - entropy_of(p));
+  }
+  return out;
+}
+
+double ChoiceInformation::mean() const {
+  double sum = 0;
+  for (const auto& [site, nats] : nats()) sum += nats;
+  return ratio(sum, static_cast<double>(pairs_.size()));
+}
+
 void RoutingStatistics::add(const Trace::Record& record, const torch::Tensor& ids, const torch::Tensor& counted,
                             int64_t text) {
   const auto& routing = record.routing;
@@ -88,6 +127,7 @@ void RoutingStatistics::add(const Trace::Record& record, const torch::Tensor& id
   check(text >= 0 && text < texts_, "text {} is none of {}", text, texts_);
 
   const auto real = counted.reshape({n});
+  information_.add(record, real);
   const auto chosen = routing.experts.to(torch::kCPU), used = (chosen >= 0) & real.unsqueeze(1);
   const auto to = chosen.clamp_min(0);
   // [N, E] of 0 and 1: a token that names an expert twice counts once.
@@ -179,6 +219,7 @@ json to_json(const RoutingStatistics& statistics, const std::vector<std::string>
   json layers = json::array();
   double load_entropy = 0, token_entropy = 0, worst = 0, repetition = 0;
   int64_t unused = 0, experts = 0;
+  const auto information = statistics.information().nats();
   for (const auto& [site, s] : statistics.sites()) {
     const double even = std::log(static_cast<double>(s.experts));
     const double of_even = s.experts > 1 ? s.load_entropy() / even : 1.0;
@@ -202,6 +243,7 @@ json to_json(const RoutingStatistics& statistics, const std::vector<std::string>
                   {"unused", s.unused()},
                   {"repetition", s.repetition()},
                   {"chance_repetition", s.chance_repetition()}};
+    if (const auto it = information.find(site); it != information.end()) layer["mutual_information"] = it->second;
     const auto load = s.load.to(torch::kFloat64).clamp_min(1.0);
     layer["mean_gate"] = values<double>(s.gates / load);
     if (s.scored > 0) layer["mean_probability"] = values<double>(s.probability / static_cast<double>(s.scored));
@@ -255,6 +297,7 @@ json to_json(const RoutingStatistics& statistics, const std::vector<std::string>
             {"mean_load_entropy_normalized", load_entropy / count},
             {"mean_token_entropy_normalized", token_entropy / count},
             {"mean_repetition", repetition / count},
+            {"mean_mutual_information", statistics.information().mean()},
             {"worst_imbalance", worst}}},
           {"layers", std::move(layers)}};
 }

@@ -46,6 +46,28 @@ struct SiteStatistics {
   int64_t unused() const;            ///< experts that no token chose
 };
 
+/// How much the first choice (slot 0) of a layer tells about that of the next layer: over tokens,
+/// sum p(a, b) ln(p(a, b) / (p(a) p(b))), nats, as arXiv 2408.06793 asks of routers that see each other. A site's
+/// neighbour is the record before it in the same pass with the same site name: the block or the round before. Few
+/// tokens overstate it, by about (Ea - 1)(Eb - 1) / (2 tokens).
+class ChoiceInformation {
+ public:
+  /// Records of a pass in their order. `counted` [N] bool; undefined: the record's real tokens.
+  void add(const Trace::Record& record, const torch::Tensor& counted = {});
+  /// Between the site and its neighbour before; nothing for a site that has none.
+  std::map<Site, double> nats() const;
+  double mean() const;  ///< over the pairs; 0 when there is none
+
+ private:
+  struct Last {
+    Site site;
+    torch::Tensor choice;  // [N] int64, -1 where not counted
+    int64_t experts = 0;
+  };
+  std::map<std::string, Last> last_;     // by site name
+  std::map<Site, torch::Tensor> pairs_;  // [E before, E here] int64
+};
+
 class RoutingStatistics {
  public:
   /// `count_ids`: keep which token ids chose each expert. `texts`: rows of load_by_text.
@@ -55,11 +77,13 @@ class RoutingStatistics {
   void add(const Trace::Record& record, const torch::Tensor& ids, const torch::Tensor& counted, int64_t text = 0);
   /// In the order of depth.
   const std::map<Site, SiteStatistics>& sites() const { return sites_; }
+  const ChoiceInformation& information() const { return information_; }
 
  private:
   int64_t texts_;
   bool count_ids_;
   std::map<Site, SiteStatistics> sites_;
+  ChoiceInformation information_;
 };
 
 struct RoutingText {

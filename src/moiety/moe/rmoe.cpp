@@ -21,6 +21,11 @@ void RmoeConfig::fields(Fields& f) {
   f("top_k", top_k, "experts a token").min(1);
   f("aux_coef", aux_coef, "weight of the balance loss").min(0);
   f("detach", detach, "no gradient from a layer's state to the layers before");
+  f("carry", carry, "layers see the state of the layer before; without it each starts from zeros");
+  f("bias", bias, "an output bias, added once to the routed sum");
+  f("shared_width", shared_width, "hidden units of a shared expert beside the routed ones; 0: none").min(0);
+  f("moe_weight", moe_weight, "weight of the routed sum and its bias, where the part has a shared expert");
+  f("share_weight", share_weight, "weight of the shared expert");
 }
 
 std::string RmoeConfig::problem() const {
@@ -113,7 +118,7 @@ RecurrentRouter::RecurrentRouter(Linear p, Linear w2, std::shared_ptr<RecurrentC
 
 Routing RecurrentRouter::route(const torch::Tensor& x, const Site& site, Pass& pass) {
   auto& state = pass.state[kState];
-  const auto before = config.detach && state.defined() ? state.detach() : state;
+  const auto before = !config.carry ? torch::Tensor() : config.detach && state.defined() ? state.detach() : state;
   const auto h = cell->forward(project(x.to(torch::kFloat32)), before);
   state = h;
   Routing r;
@@ -160,8 +165,22 @@ const RegisterMethod registered(
        auto project = site.own.linear("weight1", site.hidden, c.width, false, uniform_init());
        auto head = site.own.linear("weight2", c.width, experts, false, uniform_init());
        auto router = std::make_shared<RecurrentRouter>(project, head, cell, first, c);
-       if (own) return std::make_shared<Mixture>(router, own->experts, own->shared, own->shared_gate);
-       return std::make_shared<Mixture>(router, experts_at(site, experts, width_at(site, c.expert_width, c.top_k)));
+       std::shared_ptr<Mixture> mixture;
+       if (own) {
+         check(c.shared_width == 0 || !own->shared, "block {} has a shared expert already; set `shared_width` to 0",
+               site.layer);
+         mixture = std::make_shared<Mixture>(
+             router, own->experts, own->shared ? own->shared : shared_at(site, c.shared_width), own->shared_gate);
+       } else {
+         mixture = std::make_shared<Mixture>(router, experts_at(site, experts, width_at(site, c.expert_width, c.top_k)),
+                                             shared_at(site, c.shared_width));
+       }
+       if (c.bias) mixture->set_bias(site.own.get("bias", {site.hidden}, constant_init(0.0)));
+       if (c.shared_width > 0) {
+         mixture->routed_scale = c.moe_weight;
+         mixture->shared_scale = c.share_weight;
+       }
+       return mixture;
      })});
 
 }  // namespace

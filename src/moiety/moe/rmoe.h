@@ -15,8 +15,13 @@ struct RmoeConfig {
   int64_t experts = 8;
   int64_t expert_width = 0;  ///< hidden units of one expert; 0: the dense layer's over top_k
   int64_t top_k = 2;
-  double aux_coef = 0.001;  ///< of the balance loss over all layers in one table
-  bool detach = false;      ///< ablation: no gradient from layer to layer
+  double aux_coef = 0.001;   ///< of the balance loss over all layers in one table
+  bool detach = false;       ///< ablation: no gradient from layer to layer
+  bool carry = true;         ///< false: every layer starts from a state of zeros (ablation: no recurrence)
+  bool bias = false;         ///< [d], added to the routed sum
+  int64_t shared_width = 0;  ///< hidden units of a shared expert; 0: none
+  /// y = moe_weight * (routed + bias) + share_weight * shared where the part has a shared expert.
+  double moe_weight = 0.5, share_weight = 0.5;
   void fields(Fields& f);
   std::string problem() const;
 };
