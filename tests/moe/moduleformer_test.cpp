@@ -159,6 +159,18 @@ TEST(ModuleGate, DrawsTheLastModulesInTraining) {
   EXPECT_TRUE((drawn.narrow(0, 1, 5) > 40).all().item<bool>());
 }
 
+TEST(ModuleGate, DropsOutInTrainingOnly) {
+  torch::manual_seed(8);
+  ModuleGate::Weights w;
+  w.w1 = torch::randn({64, 6}), w.b1 = torch::randn({64}), w.w2 = torch::randn({4, 64});
+  ModuleGate gate(w, 2), plain(w, 2);
+  gate.dropout = 0.5;
+  const auto x = torch::randn({5, 6});
+  EXPECT_GT((gate.logits(x) - plain.logits(x)).abs().max().item<double>(), 1e-3);
+  gate.eval();
+  EXPECT_TRUE(torch::equal(gate.logits(x), plain.logits(x)));
+}
+
 TEST(ModuleGate, TensorsOfAnotherTypeAreErrors) {
   ModuleGate::Weights w;
   w.type = "gmm";

@@ -78,7 +78,10 @@ ModuleGate::ModuleGate(Weights w, int64_t top_k, std::string loss, double coef, 
 torch::Tensor ModuleGate::logits(const torch::Tensor& input) const {
   const auto x = input.to(torch::kFloat32);
   if (w_.type == "linear") return torch::linear(x, w_.w2);
-  if (w_.type == "mlp") return torch::linear(torch::gelu(torch::linear(x, w_.w1, w_.b1)), w_.w2);
+  if (w_.type == "mlp") {
+    const auto h = torch::gelu(torch::linear(x, w_.w1, w_.b1));
+    return torch::linear(dropout > 0.0 ? torch::dropout(h, dropout, is_training()) : h, w_.w2);
+  }
   const auto unit = [](const torch::Tensor& t) {
     return torch::nn::functional::normalize(t, torch::nn::functional::NormalizeFuncOptions().dim(-1).eps(1e-12));
   };
@@ -228,7 +231,7 @@ namespace {
 struct ModuleFormerConfig {
   int64_t modules = 32, top_k = 2, width = 0, gating_size = 256, heads = 1;
   std::string gate_type = "mlp", aux_loss = "mi";
-  double aux_loss_weight = 1e-3;
+  double aux_loss_weight = 1e-3, gate_dropout = 0.0;
   int64_t sample_top_k = 0;
   void fields(Fields& f) {
     f("modules", modules, "modules of a mixture").min(1);
@@ -243,6 +246,7 @@ struct ModuleFormerConfig {
     f("gate_type", gate_type, "form of the gate").choices({"mlp", "linear", "gmm"});
     f("aux_loss", aux_loss, "what makes modules specialise").choices({"mi", "switch", "concentration"});
     f("aux_loss_weight", aux_loss_weight, "weight of that loss").min(0);
+    f("gate_dropout", gate_dropout, "dropout inside a gate of type mlp").min(0).max(0.99);
     f("sample_top_k", sample_top_k, "how many of the chosen modules are drawn while training").min(0);
   }
   std::string problem() const {
@@ -267,7 +271,9 @@ std::shared_ptr<ModuleGate> gate_at(PartSite& site, const ModuleFormerConfig& c)
     w.centroids = site.own.get("gate.expert_centroids", {c.modules, c.gating_size}, normal_init(1.0));
     w.temperature = site.own.get("gate.temperature", {1}, constant_init(0.0));
   }
-  return std::make_shared<ModuleGate>(w, c.top_k, c.aux_loss, c.aux_loss_weight, c.sample_top_k);
+  auto gate = std::make_shared<ModuleGate>(w, c.top_k, c.aux_loss, c.aux_loss_weight, c.sample_top_k);
+  gate->dropout = c.gate_dropout;
+  return gate;
 }
 
 // U(-1 / fan_in, 1 / fan_in), the fan-in itself and not its root.

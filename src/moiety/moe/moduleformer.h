@@ -35,6 +35,7 @@ class ModuleGate : public Router {
   int64_t experts() const override { return count_; }
   /// Logits [T, N].
   torch::Tensor logits(const torch::Tensor& x) const;
+  double dropout = 0.0;  ///< of an mlp gate, behind its gelu, while the module trains
 
  private:
   Weights w_;

@@ -1,0 +1,121 @@
+// moiety compress: a smaller model out of one that has more than a task needs.
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <iostream>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+#include "moiety/analyze/routing.h"
+#include "moiety/base/error.h"
+#include "moiety/base/files.h"
+#include "moiety/base/progress.h"
+#include "moiety/compress/module_pruning.h"
+#include "moiety/io/checkpoint_writer.h"
+#include "moiety/tasks/scoring.h"
+#include "open_model.h"
+#include "verb.h"
+
+namespace moiety::cli {
+namespace {
+
+using nlohmann::json;
+
+struct CompressArguments : Common {
+  std::string prune, out;
+  std::vector<std::string> calibration;
+  double tau = 0.01;
+  int64_t keep_at_least = 0, context = 0, batch_size = 8, limit_tokens = 0;
+  bool dry_run = false, overwrite = false;
+};
+
+std::vector<ModuleUse> module_use(const CompressArguments& a, const OpenModel& open) {
+  RoutingOptions options;
+  options.context = a.context > 0 ? a.context : std::min<int64_t>(512, open.model->context_length());
+  options.batch_size = a.batch_size;
+  if (adds_bos(*open.tokenizer)) options.bos = *open.tokenizer->bos();
+  std::vector<RoutingText> texts;
+  for (const auto& path : a.calibration) {
+    auto ids = open.tokenizer->encode(read_text(path, int64_t{4} << 30), false);
+    check(!ids.empty(), "{} gives no tokens", path);
+    if (a.limit_tokens > 0 && static_cast<int64_t>(ids.size()) > a.limit_tokens)
+      ids.resize(static_cast<size_t>(a.limit_tokens));
+    texts.push_back({path, std::move(ids)});
+  }
+  std::optional<Progress> progress;
+  const auto statistics = analyze_routing(*open.model, texts, options, [&](int64_t done, int64_t windows) {
+    if (!progress) progress.emplace("calibration", windows, "window");
+    progress->set(done);
+  });
+  std::vector<ModuleUse> use;
+  for (const auto& [site, s] : statistics.sites())
+    use.push_back({site.block, site.site, s.slots,
+                   s.load.to(torch::kFloat64) / static_cast<double>(std::max<int64_t>(1, s.tokens))});
+  return use;
+}
+
+int run_compress(const CompressArguments& a) {
+  const OpenModel open = open_causal(a);
+  const auto plan = plan_module_pruning(module_use(a, open), a.tau, a.keep_at_least);
+  const auto pruned = prune_modules(open.checkpoint, plan);
+  WriteOptions write;
+  write.overwrite = a.overwrite;
+  write.dry_run = a.dry_run;
+  const WriteReport report = write_hf(*pruned, a.out, write);
+  int64_t kept = 0, modules = 0, before = 0;
+  for (const auto& k : plan) kept += static_cast<int64_t>(k.keep.size()), modules += k.modules;
+  for (const auto& t : open.checkpoint->tensors()) before += t.elements();
+  if (a.json) {
+    json layers = json::array();
+    for (const auto& k : plan)
+      layers.push_back({{"layer", k.layer}, {"site", k.site}, {"modules", k.modules}, {"keep", k.keep}});
+    std::cout << json{{"output", a.out},    {"written", !a.dry_run}, {"tau", a.tau},         {"layers", layers},
+                      {"modules", modules}, {"kept", kept},          {"parameters", before}, {"left", report.elements}}
+                     .dump(2, ' ', false, json::error_handler_t::replace)
+              << "\n";
+    return 0;
+  }
+  fmt::print("{:>5} {:<10} {:>8} {:>6}\n", "layer", "site", "modules", "kept");
+  for (const auto& k : plan) fmt::print("{:>5} {:<10} {:>8} {:>6}\n", k.layer, k.site, k.modules, k.keep.size());
+  fmt::print("\n{} {}: {} of {} modules, {} of {} parameters\n", a.dry_run ? "would write" : "wrote", a.out, kept,
+             modules, report.elements, before);
+  return 0;
+}
+
+const Register compress({
+    "compress",
+    "A smaller model: take modules out that a text does not use",
+    "moiety compress tuned/last --prune moduleformer --calibration task.txt -o small\n"
+    "moiety compress tuned/last --prune moduleformer --tau 0.05 --keep-at-least 2 --calibration task.txt -o small\n"
+    "moiety compress tuned/last --prune moduleformer --calibration task.txt -o small --dry-run --json",
+    [](CLI::App& app) {
+      auto a = std::make_shared<CompressArguments>();
+      add_common(app, *a);
+      app.add_option("--prune", a->prune, "What is taken out: moduleformer (modules of its mixtures)")
+          ->required()
+          ->check(CLI::IsMember({"moduleformer"}));
+      app.add_option("--calibration", a->calibration, "Text files of the task that the model has to do")->required();
+      app.add_option("-o,--output", a->out, "Folder of the new model")->required();
+      app.add_option("--tau", a->tau, "Modules stay that at least this share of the tokens chooses")
+          ->check(CLI::Range(0.0, 1.0))
+          ->capture_default_str();
+      app.add_option("--keep-at-least", a->keep_at_least,
+                     "So many modules of every mixture stay in any case, the most frequent ones")
+          ->check(CLI::NonNegativeNumber)
+          ->capture_default_str();
+      app.add_option("--context", a->context, "Tokens that the model sees at a time (default: 512, or its limit)")
+          ->check(CLI::Range(1, 1 << 30));
+      app.add_option("--limit-tokens", a->limit_tokens, "Use only the first tokens of each text; 0: all")
+          ->check(CLI::NonNegativeNumber)
+          ->capture_default_str();
+      app.add_option("--batch-size", a->batch_size, "Windows at a time")
+          ->check(CLI::Range(1, 65536))
+          ->capture_default_str();
+      app.add_flag("--dry-run", a->dry_run, "Say what would be written, write nothing");
+      app.add_flag("--overwrite", a->overwrite, "Replace a model that is there already");
+      return [a] { return run_compress(*a); };
+    },
+});
+
+}  // namespace
+}  // namespace moiety::cli
