@@ -14,8 +14,8 @@ using nlohmann::json;
 
 LanguageRecipe recipe() {
   LanguageRecipe r;
-  r.hidden = 64;
   r.width = 256;  // 2 of 16 experts of 128, 4 of 64, 8 of 32
+  r.held_out_tokens = 12288;
   return r;
 }
 
@@ -143,7 +143,7 @@ Study study() {
       "on every "
       "seed the shared expert's loss hurts (over 0.3 %) and more than three times one routed expert's. Not reproduced: "
       "clearly higher than the coarse arm, or the shared expert is replaceable. Else inconclusive.";
-  s.full = {.seeds = 3, .steps = 500};
+  s.full = {.seeds = 3, .steps = 800};
   s.brief = {.seeds = 1, .steps = 150};
   s.measure = measure;
   s.judge = judge;
