@@ -17,10 +17,6 @@ namespace {
 
 using nlohmann::json;
 
-double entropy_of(const torch::Tensor& p) {
-  return torch::special::entr(p).sum().item<double>();
-}
-
 template <class T>
 std::vector<T> values(const torch::Tensor& t) {
   const auto flat = t.contiguous();
@@ -33,22 +29,6 @@ double ratio(double a, double b) {
 
 }  // namespace
 
-torch::Tensor SiteStatistics::share() const {
-  const auto total = load.sum().item<int64_t>();
-  return load.to(torch::kFloat64) / static_cast<double>(std::max<int64_t>(total, 1));
-}
-double SiteStatistics::experts_per_token() const {
-  return ratio(load.sum().item<double>(), static_cast<double>(tokens));
-}
-double SiteStatistics::load_entropy() const {
-  return entropy_of(share());
-}
-double SiteStatistics::token_entropy() const {
-  return ratio(entropy_sum, static_cast<double>(scored));
-}
-double SiteStatistics::imbalance() const {
-  return share().max().item<double>() * static_cast<double>(experts);
-}
 double SiteStatistics::variation() const {
   const auto l = load.to(torch::kFloat64);
   return ratio(l.std(/*unbiased=*/false).item<double>(), l.mean().item<double>());
@@ -59,9 +39,6 @@ double SiteStatistics::repetition() const {
 double SiteStatistics::chance_repetition() const {
   const auto l = load.to(torch::kFloat64);
   return ratio((l * l).sum().item<double>(), l.sum().item<double>() * static_cast<double>(tokens));
-}
-int64_t SiteStatistics::unused() const {
-  return (load == 0).sum().item<int64_t>();
 }
 
 void ChoiceInformation::add(const Trace::Record& record, const torch::Tensor& counted) {
@@ -109,47 +86,27 @@ void RoutingStatistics::add(const Trace::Record& record, const torch::Tensor& id
   const int64_t rows = ids.size(0), time = ids.size(1), n = rows * time;
   check(routing.experts.dim() == 2 && routing.experts.size(0) == n,
         "a record of {} tokens does not belong to a batch of {}", routing.experts.size(0), n);
-  const torch::Tensor& width = routing.scores.defined() ? routing.scores : routing.logits;
-  check(width.defined(), "a router that reports neither scores nor logits has no statistics");
-  const int64_t experts = record.experts > 0 ? record.experts : width.size(1), slots = routing.experts.size(1);
+  check(text >= 0 && text < texts_, "text {} is none of {}", text, texts_);
   auto& s = sites_[record.site];
-  if (s.experts == 0) {
+  const auto real = counted.reshape({n});
+  const bool first = s.experts == 0;
+  const auto hot = s.add(record, real);
+  const int64_t experts = s.experts;
+  if (first) {
     s.site = record.site;
-    s.experts = experts;
-    s.load = torch::zeros({experts}, torch::kInt64);
     s.coactivation = torch::zeros({experts, experts}, torch::kInt64);
     s.gates = torch::zeros({experts}, torch::kFloat64);
-    s.probability = torch::zeros({experts}, torch::kFloat64);
     s.load_by_text = torch::zeros({texts_, experts}, torch::kInt64);
     if (count_ids_) s.ids.resize(static_cast<size_t>(experts));
   }
-  check(s.experts == experts, "block {} has {} experts here and had {} before", record.site.block, experts, s.experts);
-  check(text >= 0 && text < texts_, "text {} is none of {}", text, texts_);
-
-  const auto real = counted.reshape({n});
   information_.add(record, real);
-  const auto chosen = routing.experts.to(torch::kCPU), used = (chosen >= 0) & real.unsqueeze(1);
-  const auto to = chosen.clamp_min(0);
-  // [N, E] of 0 and 1: a token that names an expert twice counts once.
-  const auto hot = torch::zeros({n, experts}).scatter_reduce_(1, to, used.to(torch::kFloat32), "amax");
-  // Whole numbers below 2^24 are exact in f32.
-  check(n < (1 << 24), "a batch of {} tokens is too large for routing statistics", n);
-  const auto load = hot.sum(0).to(torch::kInt64);
-  s.slots = std::max(s.slots, slots);
-  s.tokens += real.sum().item<int64_t>();
-  s.load += load;
-  s.load_by_text.select(0, text) += load;
+  s.slots = std::max(s.slots, routing.experts.size(1));
+  s.load_by_text.select(0, text) += hot.sum(0).to(torch::kInt64);
   s.coactivation += hot.t().mm(hot).to(torch::kInt64);
-  const auto gates = routing.gates.to(torch::kCPU, torch::kFloat64).masked_fill(~used, 0.0);
-  s.gates.index_add_(0, to.reshape({-1}), gates.reshape({-1}));
-  if (routing.scores.defined()) {
-    const auto all = routing.scores.to(torch::kCPU, torch::kFloat64);
-    const auto p = (all / all.sum(-1, true).clamp_min(1e-300)).masked_fill(~real.unsqueeze(1), 0.0);
-    s.probability += p.sum(0).narrow(0, 0, experts);
-    s.entropy_sum += entropy_of(p);
-    s.scored_options = all.size(1);
-    s.scored += real.sum().item<int64_t>();
-  }
+  const auto chosen = routing.experts.to(torch::kCPU);
+  const auto gates =
+      routing.gates.to(torch::kCPU, torch::kFloat64).masked_fill(~((chosen >= 0) & real.unsqueeze(1)), 0.0);
+  s.gates.index_add_(0, chosen.clamp_min(0).reshape({-1}), gates.reshape({-1}));
   if (time > 1) {
     const auto grid = hot.view({rows, time, experts});
     const auto here = grid.narrow(1, 0, time - 1), next = grid.narrow(1, 1, time - 1);
@@ -221,10 +178,6 @@ json to_json(const RoutingStatistics& statistics, const std::vector<std::string>
   int64_t unused = 0, experts = 0;
   const auto information = statistics.information().nats();
   for (const auto& [site, s] : statistics.sites()) {
-    const double even = std::log(static_cast<double>(s.experts));
-    const double of_even = s.experts > 1 ? s.load_entropy() / even : 1.0;
-    const double sure =
-        s.scored_options > 1 ? s.token_entropy() / std::log(static_cast<double>(s.scored_options)) : 0.0;
     json layer = {{"layer", site.block},
                   {"round", site.round},
                   {"site", site.site},
@@ -235,9 +188,9 @@ json to_json(const RoutingStatistics& statistics, const std::vector<std::string>
                   {"load", values<int64_t>(s.load)},
                   {"share", values<double>(s.share())},
                   {"load_entropy", s.load_entropy()},
-                  {"load_entropy_normalized", of_even},
+                  {"load_entropy_normalized", s.evenness()},
                   {"token_entropy", s.token_entropy()},
-                  {"token_entropy_normalized", sure},
+                  {"token_entropy_normalized", s.indecision()},
                   {"imbalance", s.imbalance()},
                   {"variation", s.variation()},
                   {"unused", s.unused()},
@@ -282,8 +235,8 @@ json to_json(const RoutingStatistics& statistics, const std::vector<std::string>
       layer["top_tokens"] = std::move(top);
     }
     layers.push_back(std::move(layer));
-    load_entropy += of_even;
-    token_entropy += sure;
+    load_entropy += s.evenness();
+    token_entropy += s.indecision();
     repetition += s.repetition();
     worst = std::max(worst, s.imbalance());
     unused += s.unused();

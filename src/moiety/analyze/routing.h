@@ -13,37 +13,25 @@
 
 #include "moiety/io/tokenizer.h"
 #include "moiety/models/model.h"
+#include "moiety/moe/routing_counts.h"
 #include "moiety/nn/pass.h"
 
 namespace moiety {
 
-/// Counts of one site (block, round, name). E experts; a token counts once for each expert that it chose.
-struct SiteStatistics {
+/// Counts of one site (block, round, name), beside those that training logs too.
+struct SiteStatistics : RoutingCounts {
   Site site;
-  int64_t experts = 0;         ///< E
-  int64_t slots = 0;           ///< largest K seen
-  int64_t scored_options = 0;  ///< what the router scores: E, and null experts besides
-  int64_t tokens = 0;
-  torch::Tensor load;          ///< [E] int64: tokens that chose the expert
-  torch::Tensor coactivation;  ///< [E, E] int64: tokens that chose both; the diagonal is `load`
-  torch::Tensor gates;         ///< [E] f64: sum of the gates given to the expert
-  torch::Tensor probability;   ///< [E] f64: sum over tokens of the router's scores, normalized to a distribution
-  torch::Tensor load_by_text;  ///< [texts, E] int64
-  double entropy_sum = 0;      ///< sum over tokens of the entropy of that distribution, nats
-  int64_t scored = 0;          ///< tokens whose router gave scores
-  int64_t followed = 0;        ///< choices of tokens that have a next token in their row
-  int64_t repeated = 0;        ///< those that the next token made again
+  int64_t slots = 0;                            ///< largest K seen
+  torch::Tensor coactivation;                   ///< [E, E] int64: tokens that chose both; the diagonal is `load`
+  torch::Tensor gates;                          ///< [E] f64: sum of the gates given to the expert
+  torch::Tensor load_by_text;                   ///< [texts, E] int64
+  int64_t followed = 0;                         ///< choices of tokens that have a next token in their row
+  int64_t repeated = 0;                         ///< those that the next token made again
   std::vector<std::map<int64_t, int64_t>> ids;  ///< per expert: token id -> times chosen; empty unless asked for
 
-  torch::Tensor share() const;       ///< [E] f64: load over all choices; zeros when there is none
-  double experts_per_token() const;  ///< choices over tokens
-  double load_entropy() const;       ///< of share(), nats; log E when the load is even
-  double token_entropy() const;      ///< mean over tokens, nats
-  double imbalance() const;          ///< largest share times E: 1 when even, E when one expert takes all
   double variation() const;          ///< standard deviation of the load over its mean
   double repetition() const;         ///< share of choices that the next token repeats
   double chance_repetition() const;  ///< what repetition() would be if tokens chose independently
-  int64_t unused() const;            ///< experts that no token chose
 };
 
 /// How much the first choice (slot 0) of a layer tells about that of the next layer: over tokens,

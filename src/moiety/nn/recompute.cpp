@@ -1,9 +1,9 @@
 #include "moiety/nn/recompute.h"
 
-#include <ATen/CPUGeneratorImpl.h>
 #include <torch/torch.h>
 
 #include "moiety/base/error.h"
+#include "moiety/nn/random_state.h"
 
 namespace moiety {
 namespace {
@@ -11,22 +11,6 @@ namespace {
 using torch::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-at::Generator generator_of(torch::Device device) {
-  return at::globalContext().defaultGenerator(device);
-}
-
-Tensor random_state(torch::Device device) {
-  auto generator = generator_of(device);
-  const std::lock_guard<std::mutex> lock(generator.mutex());
-  return generator.get_state();
-}
-
-void set_random_state(torch::Device device, const Tensor& state) {
-  auto generator = generator_of(device);
-  const std::lock_guard<std::mutex> lock(generator.mutex());
-  generator.set_state(state);
-}
 
 // What one piece is, shared by both runs.
 struct Piece : torch::CustomClassHolder {

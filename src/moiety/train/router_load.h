@@ -1,18 +1,16 @@
 #pragma once
 // How the routers of a training step used their experts, for the log.
-#include <torch/types.h>
-
 #include <map>
 #include <nlohmann/json.hpp>
 
-#include "moiety/nn/pass.h"
+#include "moiety/moe/routing_counts.h"
 
 namespace moiety {
 
 /// Sums over the records of one step; padding does not count.
 class RouterLoad {
  public:
-  void add(const Trace::Record& record);
+  void add(const Trace::Record& record) { sites_[record.site].add(record, record.real); }
   bool empty() const { return sites_.empty(); }
   /// Per site ("3", with a round "3.1", elsewhere than in the feed-forward layer "3 attention"): evenness (entropy of
   /// the load over its maximum), imbalance (largest load over an even one), unused (experts without a token),
@@ -21,11 +19,7 @@ class RouterLoad {
   nlohmann::json report(bool shares) const;
 
  private:
-  struct Counts {
-    torch::Tensor load;  // [E] f64
-    double tokens = 0, entropy = 0;
-  };
-  std::map<Site, Counts> sites_;
+  std::map<Site, RoutingCounts> sites_;
 };
 
 }  // namespace moiety
