@@ -50,6 +50,14 @@ TEST(FixedRouter, IsNeverTrainedButGradientPassesIt) {
   for (const auto& p : router.parameters()) EXPECT_FALSE(p.requires_grad());
 }
 
+TEST(FixedRouter, IsEvaluatedWithAllExperts) {
+  FixedRouter router(Linear(6, 5, true), 2);
+  router.before_evaluation();
+  EXPECT_EQ(router.top_k, 5);
+  router.after_evaluation();
+  EXPECT_EQ(router.top_k, 2);
+}
+
 TEST(FixedRouter, ChoicesAreNestedAndGatesSumToOne) {
   torch::manual_seed(2);
   FixedRouter router(Linear(6, 5, true), 1);

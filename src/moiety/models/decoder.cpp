@@ -395,11 +395,19 @@ MixtureParts mixture_parts(WeightsSource& w, const string& layer, const DecoderC
   } else {
     torch::Tensor bias;
     const string bias_name = mlp + "gate.e_score_correction_bias";
-    if (m.choice_bias) bias = w.random() ? torch::zeros({m.experts}) : dequantize(w.view(bias_name, {m.experts}));
+    if (m.choice_bias || c.added_choice_bias) {
+      const bool stored = w.has(bias_name, false);
+      check(stored || w.random() || (w.may_create && !m.choice_bias),
+            "the model needs tensor '{}' [{}], which is not there", bias_name, m.experts);
+      bias = stored ? dequantize(w.view(bias_name, {m.experts})) : torch::zeros({m.experts});
+      bias = bias.to(w.device());
+    }
     const auto top = std::make_shared<TopKRouter>(projection, m.router, bias);
-    if (m.choice_bias) w.store(bias_name, [top] { return top->choice_bias; });
+    if (bias.defined()) w.store(bias_name, [top] { return top->choice_bias; });
     r = top;
   }
+  r->of_family = true;
+  r->set_balance(m.balance);
   const ExpertStacks s = make_experts(w, layer, mlp, c);
   std::shared_ptr<Experts> experts;
   if (m.clamped)
@@ -423,7 +431,9 @@ MixtureParts mixture_parts(WeightsSource& w, const string& layer, const DecoderC
 
 std::shared_ptr<FeedForwardBase> make_mixture(WeightsSource& w, const string& layer, const DecoderConfig& c) {
   const auto p = mixture_parts(w, layer, c);
-  return std::make_shared<Mixture>(p.router, p.experts, p.shared, p.shared_gate);
+  auto mixture = std::make_shared<Mixture>(p.router, p.experts, p.shared, p.shared_gate);
+  mixture->jitter = c.moe.jitter;
+  return mixture;
 }
 
 class NamedWeights : public PartWeights {
@@ -475,13 +485,13 @@ auto make_part(const PartEntry& entry, WeightsSource& w, const string& layer, co
   at.act = c.act;
   at.init_std = c.init_std;
   at.norm_eps = c.norm_eps;
+  at.choice_bias = c.added_choice_bias;
   at.norm = std::move(norm);
   at.dense = [&] { return dense_layer(w, layer + "mlp.", c); };
   at.mixture = [&]() -> std::shared_ptr<FamilyMixture> {
     if (!c.layers[static_cast<size_t>(index)].mixture) return nullptr;
     const auto p = mixture_parts(w, layer, c);
-    return std::make_shared<FamilyMixture>(
-        FamilyMixture{p.projection, p.experts, p.shared, p.shared_gate});
+    return std::make_shared<FamilyMixture>(FamilyMixture{p.projection, p.experts, p.shared, p.shared_gate});
   };
   try {
     return factory<Make>(get_method("part", entry.slug))(at, entry.settings);

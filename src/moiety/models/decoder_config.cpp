@@ -302,6 +302,12 @@ void smollm3(Context& x) {
   }
 }
 
+double jitter(const Keys& keys, const char* key) {
+  const double value = keys.number(key, 0.0);
+  check(value >= 0.0 && value < 1.0, "config.json: '{}' is {}, it must be at least 0 and below 1", key, value);
+  return value;
+}
+
 void mixtral(Context& x) {
   windowed_layers(x);
   all_mixture(x.c);
@@ -310,6 +316,7 @@ void mixtral(Context& x) {
   m.width = x.c.intermediate;
   m.router.top_k = x.keys.count("num_experts_per_tok", 1);
   m.router.normalize = true;
+  m.jitter = jitter(x.keys, "router_jitter_noise");
 }
 
 void phimoe(Context& x) {
@@ -320,6 +327,7 @@ void phimoe(Context& x) {
   c.head_bias = x.keys.flag("lm_head_bias", false);
   c.moe.sparse_mixer = true;
   c.moe.sparse_mixer_jitter = x.keys.number("router_jitter_noise", 0.0);
+  c.moe.jitter = jitter(x.keys, "input_jitter_noise");
   for (RopeConfig& r : c.ropes) r.scale_by_length = r.type == "longrope" && r.parameters.contains("short_mscale");
 }
 
@@ -375,6 +383,7 @@ void deepseek_mixture(Context& x) {
   m.router.top_k = x.keys.count("num_experts_per_tok", 1);
   m.router.scale = x.keys.number("routed_scaling_factor", 1.0);
   m.shared_width = x.keys.count("n_shared_experts", 0) * m.width;
+  m.balance.kind = x.keys.flag("seq_aux", true) ? "sequence" : "switch";
   const int64_t dense = x.keys.count("first_k_dense_replace", 0), every = x.keys.size("moe_layer_freq", 1, 1, kMany);
   for (int64_t i = 0; i < x.layers; ++i) x.c.layers[i].mixture = m.experts > 0 && i >= dense && i % every == 0;
 }
@@ -674,7 +683,17 @@ DecoderConfig parse_decoder_config(const nlohmann::json& whole) {
   c.init_std = keys.number("initializer_range", 0.02);
   c.tied = keys.flag("tie_word_embeddings", false);
   Context context{keys, c, layers};
+  c.moe.balance.kind = "pooled";
   family->second(context);
+  const auto weight = [&](const char* key, double otherwise) {
+    const double value = keys.number(key, otherwise);
+    check(value >= 0.0 && std::isfinite(value), "config.json: '{}' is {}, it must be at least 0", key, value);
+    return value;
+  };
+  c.moe.balance.coef = weight("router_aux_loss_coef", weight("aux_loss_alpha", 0.0));
+  c.moe.balance.z_coef = weight("router_z_loss_coef", 0.0);
+  if (const auto own = whole.find("moiety"); own != whole.end() && own->is_object())
+    c.added_choice_bias = Keys(*own).flag("choice_bias", false);
   if (c.attention_scale == 0.0) c.attention_scale = 1.0 / std::sqrt(static_cast<double>(c.head_dim));
   const bool mixture = std::any_of(c.layers.begin(), c.layers.end(), [](const LayerConfig& l) { return l.mixture; });
   if (mixture || c.moe.experts > 0) {

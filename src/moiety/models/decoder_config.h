@@ -27,6 +27,8 @@ struct MixtureConfig {
   int64_t shared_width = 0;  ///< hidden units of the shared expert, 0: none
   bool shared_gate = false;
   bool choice_bias = false;
+  BalanceRule balance;  ///< what the family is trained with; without a weight unless the config gives one
+  double jitter = 0.0;  ///< see Mixture::jitter
   bool router_bias = false;
   bool clamped = false;  ///< gpt-oss experts
   double clamp_alpha = 1.702, clamp_limit = 7.0;
@@ -61,6 +63,7 @@ struct DecoderConfig {
   bool latent = false;
   LatentConfig mla;
   MixtureConfig moe;
+  bool added_choice_bias = false;  ///< `moiety.choice_bias`: routers have one that their family does not know
   std::vector<RopeConfig> ropes;
   std::vector<LayerConfig> layers;
 };

@@ -68,6 +68,7 @@ class WeightsSource {
   /// Error naming tensors of the checkpoint that the model has no place for, except those that `ignored` accepts.
   void check_all_used(const std::function<bool(const std::string&)>& ignored) const;
   torch::Dtype dtype() const { return dtype_; }
+  torch::Device device() const { return options_.device; }
 
  private:
   struct Parts {

@@ -45,6 +45,11 @@ class NullRouter : public Router {
   NullRouter(Linear gate, Linear null_gate, AdaMoeConfig config);
   Routing route(const torch::Tensor& x, const Site& site, Pass& pass) override;
   int64_t experts() const override { return gate->out(); }  ///< true ones
+  void set_active(int64_t k) override {
+    check_active(k);
+    config.top_k = k;
+  }
+  bool has_rule() const override { return true; }
   Linear gate{nullptr}, null_gate{nullptr};
   AdaMoeConfig config;
 };

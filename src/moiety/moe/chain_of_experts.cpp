@@ -29,13 +29,13 @@ std::string ChainOfExpertsConfig::problem() const {
   return top_k > experts ? fmt::format("`top_k` is {}, but there are {} routed experts", top_k, experts) : "";
 }
 
-std::shared_ptr<TopKRouter> chain_router(Linear projection, const ChainOfExpertsConfig& c) {
+std::shared_ptr<TopKRouter> chain_router(Linear projection, const ChainOfExpertsConfig& c, torch::Tensor choice_bias) {
   TopKRouterOptions options;
   options.top_k = c.top_k;
   options.normalize = c.norm_topk_prob && c.top_k > 1;
   options.normalize_eps = 1e-20;
   options.scale = options.normalize ? 1.0 : c.routed_scaling_factor;
-  auto router = std::make_shared<TopKRouter>(std::move(projection), options);
+  auto router = std::make_shared<TopKRouter>(std::move(projection), options, std::move(choice_bias));
   router->losses.push_back(std::make_shared<ExpertBalance>("chain-of-experts.balance", c.aux_loss_alpha, c.seq_aux));
   return router;
 }
@@ -87,7 +87,8 @@ const RegisterMethod registered(
        std::vector<std::shared_ptr<Router>> routers;
        for (int64_t t = 0; t < (c.per_round_router ? c.rounds : 1); ++t) {
          const std::string name = c.per_round_router ? "gate." + std::to_string(t) : "gate";
-         routers.push_back(chain_router(site.own.linear(name, site.hidden, c.experts, false, uniform_init()), c));
+         auto rows = site.own.linear(name, site.hidden, c.experts, false, uniform_init());
+         routers.push_back(chain_router(rows, c, choice_bias_at(site, name, c.experts, c.aux_loss_alpha > 0.0)));
        }
        auto experts = experts_at(site, c.experts, width);
        return std::make_shared<ChainOfExperts>(site.norm, routers, experts, shared_at(site, c.shared * width), c);

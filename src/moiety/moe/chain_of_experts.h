@@ -29,7 +29,8 @@ struct ChainOfExpertsConfig {
 
 /// A router of one round, as DeepSeek-V2's gate: raw scores times the scaling factor, or scores over their sum; adds
 /// the loss "chain-of-experts.balance".
-std::shared_ptr<TopKRouter> chain_router(Linear projection, const ChainOfExpertsConfig& config);
+std::shared_ptr<TopKRouter> chain_router(Linear projection, const ChainOfExpertsConfig& config,
+                                         torch::Tensor choice_bias = {});
 
 /// The whole half of a block: norm once; per round h = mixture(h) + shared(h) (+ h); and (+ the input). With the
 /// method's switches the residual stream is replaced.

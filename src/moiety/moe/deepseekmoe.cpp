@@ -29,12 +29,12 @@ std::string DeepseekMoeConfig::problem() const {
   return "";
 }
 
-std::shared_ptr<TopKRouter> deepseek_router(Linear projection, const DeepseekMoeConfig& c) {
+std::shared_ptr<TopKRouter> deepseek_router(Linear projection, const DeepseekMoeConfig& c, torch::Tensor choice_bias) {
   TopKRouterOptions options;
   options.top_k = c.top_k;
   options.normalize = c.norm_topk_prob && c.top_k > 1;
   options.normalize_eps = 1e-20;
-  auto router = std::make_shared<TopKRouter>(std::move(projection), options);
+  auto router = std::make_shared<TopKRouter>(std::move(projection), options, std::move(choice_bias));
   router->losses.push_back(std::make_shared<ExpertBalance>("deepseekmoe.expert_balance", c.alpha1, c.seq_aux));
   if (c.alpha2 > 0.0)
     router->losses.push_back(std::make_shared<DeviceBalance>("deepseekmoe.device_balance", c.alpha2,
@@ -75,7 +75,8 @@ const RegisterMethod registered(
        const int64_t width = width_at(site, c.width, c.top_k + c.shared);
        auto rows = site.own.linear("gate", site.hidden, c.experts, false, uniform_init());
        auto experts = experts_at(site, c.experts, width);
-       return std::make_shared<Mixture>(deepseek_router(rows, c), experts, shared_at(site, c.shared * width));
+       const auto bias = choice_bias_at(site, "gate", c.experts, c.alpha1 > 0.0 || c.alpha2 > 0.0);
+       return std::make_shared<Mixture>(deepseek_router(rows, c, bias), experts, shared_at(site, c.shared * width));
      })});
 
 }  // namespace

@@ -25,7 +25,8 @@ struct DeepseekMoeConfig {
 
 /// Softmax over the routed experts, the K_r best, their scores as gates (over their sum with norm_topk_prob and K_r >
 /// 1), and the losses "deepseekmoe.expert_balance" and "deepseekmoe.device_balance".
-std::shared_ptr<TopKRouter> deepseek_router(Linear projection, const DeepseekMoeConfig& config);
+std::shared_ptr<TopKRouter> deepseek_router(Linear projection, const DeepseekMoeConfig& config,
+                                            torch::Tensor choice_bias = {});
 
 struct ExpertTensors {
   torch::Tensor gate, up, down;  ///< [N, f, d], [N, f, d], [N, d, f]

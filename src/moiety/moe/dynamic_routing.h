@@ -33,6 +33,10 @@ class TopPRouter : public Router {
   TopPRouter(Linear projection, DynamicRoutingConfig config);
   Routing route(const torch::Tensor& x, const Site& site, Pass& pass) override;
   int64_t experts() const override { return projection->out(); }
+  void set_active(int64_t k) override {
+    check_active(k);
+    config.min_k = config.max_k = k;
+  }
 
   Linear projection{nullptr};
   DynamicRoutingConfig config;  ///< p, min_k and max_k may change between passes

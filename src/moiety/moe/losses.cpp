@@ -5,13 +5,10 @@
 #include <cmath>
 
 #include "moiety/base/error.h"
+#include "moiety/moe/topk.h"
 
 namespace moiety {
 namespace {
-
-void check_coef(const std::string& name, double coef) {
-  check(coef >= 0.0 && std::isfinite(coef), "the weight {} of the {} loss must be a number of at least 0", coef, name);
-}
 
 // Rows of real tokens.
 torch::Tensor real_rows(const torch::Tensor& t, const torch::Tensor& real) {
@@ -148,13 +145,18 @@ torch::Tensor pooled_balance_loss(const torch::Tensor& experts, const torch::Ten
   return static_cast<double>(count) * (chosen * scores.mean(0)).sum();
 }
 
-ExpertBalance::ExpertBalance(std::string name, double coef, bool per_sequence, Slots slots)
-    : name_(std::move(name)), coef_(coef), per_sequence_(per_sequence), slots_(slots) {
-  check_coef(name_, coef_);
+RoutingLoss::RoutingLoss(std::string name, double coef) : name_(std::move(name)), coef_(coef) {
+  check(coef >= 0.0 && std::isfinite(coef), "the weight {} of the {} loss must be a number of at least 0", coef, name_);
 }
 
-void ExpertBalance::add(const Routing& r, const Site& site, Pass& pass) {
-  if (coef_ == 0.0) return;
+void RoutingLoss::add(const Routing& r, const Site& site, Pass& pass) {
+  if (coef_ != 0.0) value(r, site, pass);
+}
+
+ExpertBalance::ExpertBalance(std::string name, double coef, bool per_sequence, Slots slots)
+    : RoutingLoss(std::move(name), coef), per_sequence_(per_sequence), slots_(slots) {}
+
+void ExpertBalance::value(const Routing& r, const Site& site, Pass& pass) {
   const auto load = load_of(r.experts, r.scores, token_groups(pass, r.scores.size(0), per_sequence_));
   const double slots = slots_ == Slots::per_choice ? static_cast<double>(r.experts.size(1)) : 1.0;
   // f of balance_loss carries the factor E in both cases.
@@ -162,49 +164,71 @@ void ExpertBalance::add(const Routing& r, const Site& site, Pass& pass) {
 }
 
 DeviceBalance::DeviceBalance(std::string name, double coef, torch::Tensor device_of_expert)
-    : name_(std::move(name)), coef_(coef), device_of_expert_(std::move(device_of_expert)) {
-  check_coef(name_, coef_);
-}
+    : RoutingLoss(std::move(name), coef), device_of_expert_(std::move(device_of_expert)) {}
 
-void DeviceBalance::add(const Routing& r, const Site& site, Pass& pass) {
-  if (coef_ == 0.0) return;
+void DeviceBalance::value(const Routing& r, const Site& site, Pass& pass) {
   const auto load = load_of(r.experts, r.scores, token_groups(pass, r.scores.size(0), false));
   pass.add_loss(name_, coef_ * device_balance_loss(load, static_cast<double>(r.experts.size(1)), device_of_expert_));
 }
 
-ZLoss::ZLoss(double coef, std::string name) : coef_(coef), name_(std::move(name)) {
-  check_coef(name_, coef_);
+ZLoss::ZLoss(double coef, std::string name) : RoutingLoss(std::move(name), coef) {}
+
+void ZLoss::value(const Routing& r, const Site& site, Pass& pass) {
+  pass.add_loss(name_, coef_ * z_loss(r.logits, token_groups(pass, r.logits.size(0), false)));
 }
 
-void ZLoss::add(const Routing& r, const Site& site, Pass& pass) {
-  if (coef_ != 0.0) pass.add_loss(name_, coef_ * z_loss(r.logits, token_groups(pass, r.logits.size(0), false)));
+EntropyLoss::EntropyLoss(std::string name, double coef) : RoutingLoss(std::move(name), coef) {}
+
+void EntropyLoss::value(const Routing& r, const Site& site, Pass& pass) {
+  pass.add_loss(name_, coef_ * entropy_loss(r.logits, token_groups(pass, r.logits.size(0), false)));
 }
 
-EntropyLoss::EntropyLoss(std::string name, double coef) : name_(std::move(name)), coef_(coef) {
-  check_coef(name_, coef_);
-}
+PooledBalance::PooledBalance(std::string name, double coef) : RoutingLoss(std::move(name), coef) {}
 
-void EntropyLoss::add(const Routing& r, const Site& site, Pass& pass) {
-  if (coef_ != 0.0) pass.add_loss(name_, coef_ * entropy_loss(r.logits, token_groups(pass, r.logits.size(0), false)));
-}
-
-PooledBalance::PooledBalance(std::string name, double coef) : name_(std::move(name)), coef_(coef) {
-  check_coef(name_, coef_);
-}
-
-void PooledBalance::add(const Routing& r, const Site& site, Pass& pass) {
-  if (coef_ == 0.0) return;
+void PooledBalance::value(const Routing& r, const Site& site, Pass& pass) {
   const auto groups = token_groups(pass, r.scores.size(0), false);
+  const std::string key = fmt::format("{}.{}.{}", name_, r.scores.size(1), r.experts.size(1));
   const auto pool = [&](const char* what, const torch::Tensor& t) {
-    auto& held = pass.state[name_ + what];
+    auto& held = pass.state[key + what];
     const auto rows = real_rows(t, groups.real);
     held = held.defined() ? torch::cat({held, rows}) : rows;
   };
   pool(".experts", r.experts);
   pool(".scores", r.scores);
-  pass.at_end(name_, [name = name_, coef = coef_](Pass& p) {
-    p.add_loss(name, coef * pooled_balance_loss(p.state.at(name + ".experts"), p.state.at(name + ".scores")));
+  pass.at_end(key, [key, name = name_, coef = coef_](Pass& p) {
+    p.add_loss(name, coef * pooled_balance_loss(p.state.at(key + ".experts"), p.state.at(key + ".scores")));
   });
+}
+
+ByScores::ByScores(std::shared_ptr<RoutingLoss> loss)
+    : RoutingLoss(loss->name(), loss->coef()), loss_(std::move(loss)) {}
+
+void ByScores::value(const Routing& r, const Site& site, Pass& pass) {
+  Routing own = r;
+  own.scores = r.scores / r.scores.sum(-1, true).clamp_min(1e-20);
+  own.experts = top_k(r.scores.detach(), r.experts.size(1)).second;
+  loss_->add(own, site, pass);
+}
+
+RoutingLosses losses_of(const BalanceRule& rule, int64_t experts, bool by_scores) {
+  RoutingLosses out;
+  std::shared_ptr<RoutingLoss> balance;
+  const std::string name = "balance";
+  if (rule.kind == "switch" || rule.kind == "sequence") {
+    balance = std::make_shared<ExpertBalance>(name, rule.coef, rule.kind == "sequence");
+  } else if (rule.kind == "pooled") {
+    balance = std::make_shared<PooledBalance>(name, rule.coef);
+  } else if (rule.kind == "device") {
+    check(rule.devices >= 1 && experts % rule.devices == 0, "{} experts cannot be shared evenly by {} devices", experts,
+          rule.devices);
+    balance = std::make_shared<DeviceBalance>(
+        name, rule.coef, torch::arange(experts, torch::kInt64).div(experts / rule.devices, "floor"));
+  } else {
+    check(rule.kind == "none", "unknown balance `{}`; known are none, switch, sequence, pooled and device", rule.kind);
+  }
+  if (balance && rule.coef > 0.0) out.push_back(by_scores ? std::make_shared<ByScores>(balance) : balance);
+  if (rule.z_coef > 0.0) out.push_back(std::make_shared<ZLoss>(rule.z_coef, "router_z"));
+  return out;
 }
 
 void update_choice_bias(torch::Tensor bias, const torch::Tensor& counts, double rate) {

@@ -47,23 +47,34 @@ torch::Tensor entropy_loss(const torch::Tensor& logits, const TokenGroups& group
 /// balanced. What Mixtral, OLMoE and their kin are trained with, over the rows of all layers together.
 torch::Tensor pooled_balance_loss(const torch::Tensor& experts, const torch::Tensor& scores);
 
+/// coef * value, added to the pass under a name.
 class RoutingLoss {
  public:
+  /// Error: a weight below 0, or none that is finite.
+  RoutingLoss(std::string name, double coef);
   virtual ~RoutingLoss() = default;
-  virtual void add(const Routing& routing, const Site& site, Pass& pass) = 0;
+  /// Nothing happens when the weight is 0.
+  void add(const Routing& routing, const Site& site, Pass& pass);
+  double coef() const { return coef_; }
+  const std::string& name() const { return name_; }
+
+ protected:
+  virtual void value(const Routing& routing, const Site& site, Pass& pass) = 0;
+  std::string name_;
+  double coef_;
 };
 using RoutingLosses = std::vector<std::shared_ptr<RoutingLoss>>;
 
-/// coef * balance_loss of this site.
+/// balance_loss of this site.
 class ExpertBalance : public RoutingLoss {
  public:
   enum class Slots { per_choice, per_token };  ///< f counts choices over T * K, or over T
   ExpertBalance(std::string name, double coef, bool per_sequence, Slots slots = Slots::per_choice);
-  void add(const Routing& routing, const Site& site, Pass& pass) override;
+
+ protected:
+  void value(const Routing& routing, const Site& site, Pass& pass) override;
 
  private:
-  std::string name_;
-  double coef_;
   bool per_sequence_;
   Slots slots_;
 };
@@ -71,44 +82,66 @@ class ExpertBalance : public RoutingLoss {
 class DeviceBalance : public RoutingLoss {
  public:
   DeviceBalance(std::string name, double coef, torch::Tensor device_of_expert);
-  void add(const Routing& routing, const Site& site, Pass& pass) override;
+
+ protected:
+  void value(const Routing& routing, const Site& site, Pass& pass) override;
 
  private:
-  std::string name_;
-  double coef_;
   torch::Tensor device_of_expert_;
 };
 
 class ZLoss : public RoutingLoss {
  public:
   explicit ZLoss(double coef, std::string name = "z");
-  void add(const Routing& routing, const Site& site, Pass& pass) override;
 
- private:
-  double coef_;
-  std::string name_;
+ protected:
+  void value(const Routing& routing, const Site& site, Pass& pass) override;
 };
 
 class EntropyLoss : public RoutingLoss {
  public:
   EntropyLoss(std::string name, double coef);
-  void add(const Routing& routing, const Site& site, Pass& pass) override;
 
- private:
-  std::string name_;
-  double coef_;
+ protected:
+  void value(const Routing& routing, const Site& site, Pass& pass) override;
 };
 
-/// coef * pooled_balance_loss over the sites of the whole pass, added once at its end. Sites that share a name pool.
+/// pooled_balance_loss over the sites of the whole pass, added once at its end. Sites that share a name, a number of
+/// experts and a number of choices pool.
 class PooledBalance : public RoutingLoss {
  public:
   PooledBalance(std::string name, double coef);
-  void add(const Routing& routing, const Site& site, Pass& pass) override;
+
+ protected:
+  void value(const Routing& routing, const Site& site, Pass& pass) override;
+};
+
+/// Another loss over what the scores alone say: divided by their sum, the K best of every token counted as chosen,
+/// whatever moved the choice besides (a bias, groups, sampling). What DeepSeek-V3 balances (arXiv 2412.19437, eq. 17 to
+/// 20).
+class ByScores : public RoutingLoss {
+ public:
+  explicit ByScores(std::shared_ptr<RoutingLoss> loss);
+
+ protected:
+  void value(const Routing& routing, const Site& site, Pass& pass) override;
 
  private:
-  std::string name_;
-  double coef_;
+  std::shared_ptr<RoutingLoss> loss_;
 };
+
+/// How a mixture is kept in balance by losses: what a family's config or a run asks for.
+struct BalanceRule {
+  /// none; switch (every site over the whole batch); sequence (every site, within each sequence); pooled (all sites in
+  /// one table); device (every site, between `devices` groups of neighbouring experts).
+  std::string kind = "none";
+  double coef = 0.0;
+  int64_t devices = 0;
+  double z_coef = 0.0;  ///< of z_loss
+};
+/// The losses "balance" and "router_z" of a rule for a router of `experts` experts; those without a weight are left
+/// out. `by_scores`: see ByScores. Error: an unknown kind, devices that do not divide the experts.
+RoutingLosses losses_of(const BalanceRule& rule, int64_t experts, bool by_scores);
 
 /// One step of balancing without a loss (DeepSeek-V3, arXiv 2408.15664): bias_e += rate * sign(mean load - load_e).
 /// bias [E] is changed in place; counts [E] of the last step.

@@ -37,7 +37,8 @@ torch::Tensor Mixture::forward(const torch::Tensor& x, Pass& pass) {
   const auto flat = x.reshape({-1, x.size(-1)});
   const auto routed =
       pass.training && jitter > 0.0 ? flat * torch::empty_like(flat).uniform_(1.0 - jitter, 1.0 + jitter) : flat;
-  auto y = mix(*router, *experts, routed, pass.at("ffn"), pass, expert_map, capacity_factor);
+  auto y = mix(*router, *experts, routed, pass.at("ffn"), pass, expert_map,
+               pass.training && training_capacity_factor > 0.0 ? training_capacity_factor : capacity_factor);
   if (bias.defined()) y = y + bias.to(y.scalar_type());
   if (routed_scale != 1.0) y = y * routed_scale;
   if (shared) {

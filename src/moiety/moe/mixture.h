@@ -35,8 +35,9 @@ class Mixture : public FeedForwardBase {
   double routed_scale = 1.0, shared_scale = 1.0;
   double jitter =
       0.0;  ///< while training, router and routed experts see x * U(1 - jitter, 1 + jitter), element by element
-  double capacity_factor = 0.0;  ///< see expert_capacity; 0: no limit
-  torch::Tensor expert_map;      ///< [E] int64 to physical experts; undefined: the identity
+  double capacity_factor = 0.0;           ///< see expert_capacity; 0: no limit
+  double training_capacity_factor = 0.0;  ///< instead of it while training; 0: as else
+  torch::Tensor expert_map;               ///< [E] int64 to physical experts; undefined: the identity
 };
 
 }  // namespace moiety

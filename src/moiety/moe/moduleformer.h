@@ -33,6 +33,11 @@ class ModuleGate : public Router {
   ModuleGate(Weights weights, int64_t top_k, std::string loss = "mi", double coef = 0.0, int64_t sample_top_k = 0);
   Routing route(const torch::Tensor& x, const Site& site, Pass& pass) override;
   int64_t experts() const override { return count_; }
+  void set_active(int64_t k) override {
+    check_active(k);
+    top_k_ = k;
+  }
+  bool has_rule() const override { return (!loss_.empty() && coef_ > 0.0) || Router::has_rule(); }
   /// Logits [T, N].
   torch::Tensor logits(const torch::Tensor& x) const;
   double dropout = 0.0;  ///< of an mlp gate, behind its gelu, while the module trains

@@ -53,6 +53,10 @@ class RecurrentRouter : public Router {
   RecurrentRouter(Linear project, Linear head, std::shared_ptr<RecurrentCell> cell, bool own_cell, RmoeConfig config);
   Routing route(const torch::Tensor& x, const Site& site, Pass& pass) override;
   int64_t experts() const override { return head->out(); }
+  void set_active(int64_t k) override {
+    check_active(k);
+    config.top_k = k;
+  }
   static constexpr const char* kState = "rmoe.h";
 
   Linear project{nullptr}, head{nullptr};

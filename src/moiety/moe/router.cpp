@@ -2,6 +2,8 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "moiety/base/error.h"
@@ -40,6 +42,29 @@ class HeunMultiplier : public torch::autograd::Function<HeunMultiplier> {
 };
 
 }  // namespace
+
+bool Router::has_rule() const {
+  if (of_family) return false;
+  return std::any_of(losses.begin(), losses.end(), [](const auto& loss) { return loss->coef() > 0.0; });
+}
+
+void Router::set_balance(const BalanceRule& rule) {
+  losses = losses_of(rule, experts(), balance_by_scores());
+}
+
+void Router::check_active(int64_t k) const {
+  check(k >= 1 && k <= experts(), "{} active experts are impossible: there are {} to choose from", k, experts());
+}
+
+void set_active_experts(torch::nn::Module& model, int64_t k) {
+  int64_t routers = 0;
+  for (const auto& module : model.modules())
+    if (auto* router = dynamic_cast<Router*>(module.get())) {
+      router->set_active(k);
+      ++routers;
+    }
+  check(routers > 0, "the model has no mixture of experts, so the number of active experts cannot be chosen");
+}
 
 void Router::edit_logits(torch::Tensor& logits, const Site& site, Pass& pass) {
   for (const auto& edit : pass.edits) edit->logits(site, pass, logits);
@@ -81,12 +106,51 @@ Routing TopKRouter::route(const torch::Tensor& x, const Site& site, Pass& pass) 
     r.gates = r.gates / sum;
   }
   if (options.scale != 1.0) r.gates = r.gates * options.scale;
-  return finish(std::move(r), site, pass);
+  r = finish(std::move(r), site, pass);
+  if (bias_rate_ > 0.0 && pass.training && !pass.recomputing) {
+    const torch::NoGradGuard frozen;
+    load_ += load_of(r.experts, r.scores, token_groups(pass, r.scores.size(0), false)).counts[0].to(load_.device());
+  }
+  return r;
+}
+
+void TopKRouter::set_active(int64_t k) {
+  check_active(k);
+  if (options.groups > 1) {
+    const int64_t most = experts() / options.groups * options.top_groups;
+    check(k <= most, "{} active experts are impossible: a token chooses among {} of {}, those of its best {} groups", k,
+          most, experts(), options.top_groups);
+  }
+  options.top_k = k;
+}
+
+void TopKRouter::set_bias_rate(double rate) {
+  check(choice_bias.defined(), "a router without a bias on its choice cannot be balanced by one");
+  check(rate > 0.0 && std::isfinite(rate), "a rate of {} for the bias of a router is not above 0", rate);
+  bias_rate_ = rate;
+  load_ = torch::zeros_like(choice_bias);
+}
+
+void TopKRouter::before_step(int64_t step, int64_t steps) {
+  if (load_.defined()) load_.zero_();
+}
+
+std::vector<torch::Tensor> TopKRouter::counts() {
+  return load_.defined() ? std::vector<torch::Tensor>{load_} : std::vector<torch::Tensor>();
+}
+
+void TopKRouter::after_step() {
+  if (bias_rate_ > 0.0) update_choice_bias(choice_bias, load_, bias_rate_);
 }
 
 SparseMixerRouter::SparseMixerRouter(Linear p, int64_t top_k, double jitter) : top_k_(top_k), jitter_(jitter) {
   projection = register_module("projection", std::move(p));
   check(top_k >= 1 && top_k <= experts(), "a router of {} experts cannot choose {}", experts(), top_k);
+}
+
+void SparseMixerRouter::set_active(int64_t k) {
+  check_active(k);
+  top_k_ = k;
 }
 
 Routing SparseMixerRouter::route(const torch::Tensor& x, const Site& site, Pass& pass) {

@@ -39,6 +39,11 @@ std::shared_ptr<FeedForward> shared_at(PartSite& s, int64_t width) {
   return std::make_shared<FeedForward>(gate, up, down, activation(s.act));
 }
 
+torch::Tensor choice_bias_at(PartSite& s, const std::string& name, int64_t experts, bool has_rule) {
+  if (!s.choice_bias || has_rule) return {};
+  return s.own.get(name + ".e_score_correction_bias", {experts}, constant_init(0.0)).set_requires_grad(false);
+}
+
 int64_t width_at(const PartSite& s, int64_t given, int64_t active) {
   return given > 0 ? given : std::max<int64_t>(1, s.width / std::max<int64_t>(1, active));
 }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numbers>
+#include <utility>
 
 #include "moiety/base/error.h"
 #include "moiety/base/registry.h"
@@ -90,6 +91,14 @@ void FixedRouter::before_step(int64_t step, int64_t steps) {
       std::min(experts(), smoe_dropout_k(c.mode, c.k_min, c.k_max, c.total_steps > 0 ? c.total_steps : steps, step));
 }
 
+void FixedRouter::before_evaluation() {
+  trained_k_ = std::exchange(top_k, experts());
+}
+
+void FixedRouter::after_evaluation() {
+  top_k = trained_k_;
+}
+
 Routing FixedRouter::route(const torch::Tensor& x, const Site& site, Pass& pass) {
   Routing r;
   r.logits = projection(x.to(torch::kFloat32));
@@ -129,7 +138,7 @@ const RegisterMethod registered(
              c.experts);
        auto rows = site.own.linear("gate", site.hidden, c.experts, true, normal_init(0.02));
        // Outside of training all experts are active.
-       auto router = std::make_shared<FixedRouter>(rows, c.k_max);
+       auto router = std::make_shared<FixedRouter>(rows, c.experts);
        router->schedule = c;
        const double scale = c.rescale ? static_cast<double>(c.experts) : 1.0;
        return std::make_shared<Mixture>(router, experts_at(site, c.experts, site.width / c.experts, scale));

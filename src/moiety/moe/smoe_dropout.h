@@ -33,11 +33,22 @@ class FixedRouter : public Router, public Scheduled {
   FixedRouter(Linear projection, int64_t top_k);
   Routing route(const torch::Tensor& x, const Site& site, Pass& pass) override;
   int64_t experts() const override { return projection->out(); }
+  void set_active(int64_t k) override {
+    check_active(k);
+    top_k = k;
+  }
+  bool has_rule() const override { return true; }  // nothing could train it
   /// Sets k by the schedule, when there is one.
   void before_step(int64_t step, int64_t steps) override;
+  /// Evaluations see all experts, then k is what it was.
+  void before_evaluation() override;
+  void after_evaluation() override;
   std::optional<SmoeDropoutConfig> schedule;
   Linear projection{nullptr};
   int64_t top_k;  ///< may change between passes
+
+ private:
+  int64_t trained_k_ = 0;  // during an evaluation
 };
 
 struct MlpTensors {

@@ -31,6 +31,10 @@ class CapacityRouter : public Router {
   CapacityRouter(Linear projection, WideNetConfig config);
   Routing route(const torch::Tensor& x, const Site& site, Pass& pass) override;
   int64_t experts() const override { return projection->out(); }
+  void set_active(int64_t k) override {
+    check_active(k);
+    config.top_k = k;
+  }
   /// Places an expert has in a batch of `tokens`.
   int64_t capacity(int64_t tokens) const;
   Linear projection{nullptr};

@@ -59,8 +59,9 @@ struct PartSite {
   int64_t heads = 0;
   std::string act;
   double init_std = 0.02, norm_eps = 1e-6;
-  PartWeights& own;    ///< names relative to the site ("gate.weight")
-  PartWeights& model;  ///< names relative to the model ("rnn_router.weight_ir")
+  bool choice_bias = false;  ///< the run balances routers by a bias on their choice: parts without a rule may have one
+  PartWeights& own;          ///< names relative to the site ("gate.weight")
+  PartWeights& model;        ///< names relative to the model ("rnn_router.weight_ir")
   std::map<std::string, std::any>&
       shared;                         ///< objects that all sites of the model share, by a name that a part chooses
   std::shared_ptr<Norm> norm;         ///< in front of the site; a part that takes the whole half may keep it

@@ -21,6 +21,9 @@ class Scheduled {
   virtual std::vector<torch::Tensor> counts() { return {}; }
   /// After the optimizer has changed the parameters.
   virtual void after_step() {}
+  /// Around every evaluation during training: what is measured may differ from what trains.
+  virtual void before_evaluation() {}
+  virtual void after_evaluation() {}
 };
 
 }  // namespace moiety

@@ -70,7 +70,7 @@ void compare(const json& before, const json& now, const std::string& path, std::
     return;
   }
   // What may change between the sittings of one run.
-  for (const char* free : {"output", "evaluation", "train.steps", "train.epochs", "train.log_every"})
+  for (const char* free : {"output", "evaluation", "parallel", "train.steps", "train.epochs", "train.log_every"})
     if (path == free || path.rfind(std::string(free) + ".", 0) == 0) return;
   out.push_back(fmt::format("{} (was {}, is {})", path, shown(before.dump(), 60), shown(now.dump(), 60)));
 }
@@ -87,6 +87,12 @@ std::string ModelConfig::problem() const {
 
 std::string LoopConfig::problem() const {
   if ((steps > 0) == (epochs > 0)) return "either steps or epochs is needed, and not both";
+  return "";
+}
+
+std::string RoutingConfig::problem() const {
+  if (balance == "none" && coef) return "balance: none has no coef";
+  if ((balance == "device") != (devices > 0)) return "balance: device and devices belong together";
   return "";
 }
 

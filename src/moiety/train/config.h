@@ -82,6 +82,50 @@ struct LoopConfig {
   std::string problem() const;
 };
 
+struct RoutingConfig {
+  std::string balance = "auto";
+  std::optional<double> coef;
+  int64_t devices = 0;
+  std::optional<double> z_coef, jitter;
+  double capacity_factor = 0.0;
+  double bias_rate = 0.0;
+
+  void fields(Fields& f) {
+    f("balance", balance,
+      "the loss that keeps experts evenly used: auto (what the model's config asks for, if it does), none, switch "
+      "(every mixture over the batch), sequence (every mixture within each sequence), pooled (all mixtures in one "
+      "table), device (groups of experts)")
+        .choices({"auto", "none", "switch", "pooled", "sequence", "device"});
+    f("coef", coef, "weight of that loss; default: the weight in the model's config").min(0);
+    f("devices", devices, "balance: device: groups of neighbouring experts").min(0);
+    f("z_coef", z_coef, "weight of the squared log-sum-exp of the router's logits; default: the config's, or none")
+        .min(0);
+    f("jitter", jitter, "noise on what a mixture sees: times U(1 - jitter, 1 + jitter); default: the config's")
+        .min(0)
+        .max(0.99);
+    f("capacity_factor", capacity_factor,
+      "an expert takes at most tokens * choices / experts times this from a micro-batch, the others' gates stay; 0: no "
+      "limit")
+        .min(0);
+    f("bias_rate", bias_rate,
+      "balance without a loss: a bias on the choice moves by this towards experts with less load after every step; 0: "
+      "no such bias, or as it is")
+        .min(0)
+        .max(1);
+  }
+  std::string problem() const;
+};
+
+struct ParallelConfig {
+  int64_t experts = 1;
+  void fields(Fields& f) {
+    f("experts", experts,
+      "spread the experts of every mixture over so many processes, which have to be all of the run; 1: every process "
+      "has all experts")
+        .min(1);
+  }
+};
+
 struct EvaluationConfig {
   int64_t every = 0;
   int64_t tokens = 65536;
@@ -118,6 +162,8 @@ struct SaveConfig {
 struct TrainConfig {
   ModelConfig model;
   nlohmann::json parts;
+  RoutingConfig routing;
+  ParallelConfig parallel;
   DataConfig data;
   LoopConfig train;
   OptimizerConfig optimizer;
@@ -129,6 +175,8 @@ struct TrainConfig {
   void fields(Fields& f) {
     f("model", model, "what learns; a text is short for {checkpoint: TEXT}").required();
     f("parts", parts, "modules that take sites of the model (see `moiety methods`)");
+    f("routing", routing, "how mixtures of experts are kept in balance");
+    f("parallel", parallel, "what several processes share besides the data");
     f("data", data, "what it learns from; a text is short for {sources: [{path: TEXT}]}").required();
     f("train", train, "how long and in what portions").required();
     f("optimizer", optimizer, "how gradients become steps");

@@ -11,6 +11,7 @@
 #include "moiety/io/checkpoint_writer.h"
 #include "moiety/nn/weights.h"
 #include "moiety/train/byte_tokenizer.h"
+#include "moiety/train/routing.h"
 
 namespace moiety {
 namespace {
@@ -160,6 +161,7 @@ OpenRun open_run(const TrainConfig& config, torch::Device device, const fs::path
     if (!run.generation_config.contains(key) && run.config.contains(key) && !run.config[key].is_null())
       run.generation_config[key] = run.config[key];
   if (!config.parts.is_null()) run.config["moiety"]["parts"] = config.parts;
+  prepare_routing(run.config, config.routing);
   torch::manual_seed(static_cast<uint64_t>(config.train.seed));
   LoadOptions options;
   options.dtype = config.train.dtype;
@@ -169,6 +171,7 @@ OpenRun open_run(const TrainConfig& config, torch::Device device, const fs::path
     run.model = load_causal(*checkpoint, run.config, options);
   else
     run.model = make_causal(run.config, options);
+  apply_routing(*run.model, config.routing);
   const std::string source =
       config.model.chat_template.empty() ? run.tokenizer->chat_template() : read_text(config.model.chat_template);
   if (!source.empty()) run.chat_template = std::make_shared<const ChatTemplate>(source);
