@@ -341,8 +341,11 @@ class Clock : public torch::nn::Module, public Scheduled {
  public:
   void before_step(int64_t step, int64_t steps) override { seen.emplace_back(step, steps); }
   void after_step() override { ++after; }
+  void before_evaluation() override { evaluating = true; }
+  void after_evaluation() override { evaluations += std::exchange(evaluating, false); }
   std::vector<std::pair<int64_t, int64_t>> seen;
-  int64_t after = 0;
+  int64_t after = 0, evaluations = 0;
+  bool evaluating = false;
 };
 
 TEST(Trainer, CallsScheduledModulesOncePerStep) {
@@ -357,6 +360,7 @@ TEST(Trainer, CallsScheduledModulesOncePerStep) {
   Trainer(config, options).run();
   EXPECT_EQ(clock->seen, (std::vector<std::pair<int64_t, int64_t>>{{0, 3}, {1, 3}, {2, 3}}));
   EXPECT_EQ(clock->after, 3);
+  EXPECT_EQ(clock->evaluations, 3);
 }
 
 }  // namespace

@@ -124,14 +124,19 @@ std::unique_ptr<Optimizer> make_optimizer(const OptimizerConfig& config, std::ve
   return std::make_unique<Lion>(config, std::move(slots));
 }
 
-double clip_gradients(const std::vector<Slot>& slots, double limit) {
+double clip_gradients(const std::vector<Slot>& slots, double limit, const std::function<double(double)>& sum) {
   const torch::NoGradGuard frozen;
-  std::vector<Tensor> gradients;
+  std::vector<Tensor> gradients, shares;
   for (const Slot& s : slots)
-    if (s.parameter.grad().defined()) gradients.push_back(s.parameter.grad());
-  if (gradients.empty()) return 0.0;
-  const auto norms = torch::stack(at::_foreach_norm(gradients)).to(torch::kCPU, torch::kFloat64);
-  const double norm = norms.norm().item<double>();
+    if (s.parameter.grad().defined()) (s.share ? shares : gradients).push_back(s.parameter.grad());
+  const auto norm_of = [](const std::vector<Tensor>& list) {
+    if (list.empty()) return 0.0;
+    return torch::stack(at::_foreach_norm(list)).to(torch::kCPU, torch::kFloat64).norm().item<double>();
+  };
+  double norm = norm_of(gradients);
+  if (sum) norm = std::hypot(norm, std::sqrt(sum(std::pow(norm_of(shares), 2))));
+  gradients.insert(gradients.end(), shares.begin(), shares.end());
+  if (gradients.empty()) return norm;
   // The small number as in torch's clip_grad_norm_.
   if (limit > 0 && norm > limit) at::_foreach_mul_(gradients, limit / (norm + 1e-6));
   return norm;

@@ -3,6 +3,7 @@
 // counter of its own: experts that no token chose stand still.
 #include <torch/types.h>
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -43,7 +44,8 @@ struct Slot {
   torch::Tensor parameter;  ///< f32, asks for gradients
   double lr = 0.0;          ///< peak rate
   double weight_decay = 0.0;
-  int64_t step = 0;  ///< updates that it got
+  int64_t step = 0;    ///< updates that it got
+  bool share = false;  ///< this process holds a share of the experts: gradients of others belong to other weights
   std::map<std::string, torch::Tensor> state;
 };
 
@@ -75,6 +77,7 @@ std::unique_ptr<Optimizer> make_optimizer(const OptimizerConfig& config, std::ve
 
 /// Norm of all gradients together, in f32 per tensor and double across them; gradients are scaled so that it does not
 /// pass `limit` (0: they stay). Returns the norm before that.
-double clip_gradients(const std::vector<Slot>& slots, double limit);
+/// `sum`: adds up a number over the processes that hold the other shares; unset: there are none.
+double clip_gradients(const std::vector<Slot>& slots, double limit, const std::function<double(double)>& sum = {});
 
 }  // namespace moiety

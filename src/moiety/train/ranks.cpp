@@ -9,11 +9,14 @@
 #include <charconv>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 
 #include "moiety/base/error.h"
 
 namespace moiety {
 namespace {
+
+using torch::Tensor;
 
 constexpr auto kTimeout = std::chrono::minutes(30);  // evaluation and saving keep the others waiting
 constexpr int64_t kBucket = int64_t{1} << 23;        // elements that are summed at a time
@@ -75,6 +78,18 @@ class GlooRanks : public Ranks {
       }
       begin = end;
     }
+  }
+
+  Tensor all_to_all(const Tensor& rows, const std::vector<int64_t>& send,
+                    const std::vector<int64_t>& receive) override {
+    const torch::NoGradGuard frozen;
+    // As bytes: Gloo does not know every dtype.
+    auto out = torch::empty({std::accumulate(receive.begin(), receive.end(), int64_t{0}), rows.size(1)},
+                            rows.options().device(torch::kCPU));
+    auto from = rows.to(torch::kCPU).contiguous().view(torch::kUInt8), to = out.view(torch::kUInt8);
+    auto receive_counts = receive, send_counts = send;
+    group_->alltoall_base(to, from, receive_counts, send_counts)->wait();
+    return out.to(rows.device());
   }
 
   void barrier() override { group_->barrier()->wait(); }

@@ -5,17 +5,16 @@
 #include <memory>
 #include <vector>
 
+#include "moiety/moe/exchange.h"
+
 namespace moiety {
 
-class Ranks {
+class Ranks : public Exchange {
  public:
   /// Joins the processes that torchrun's environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); null when
   /// there is one process only. Throws Error when the environment is incomplete or the others do not come.
   static std::unique_ptr<Ranks> from_environment();
-  virtual ~Ranks() = default;
 
-  virtual int64_t rank() const = 0;
-  virtual int64_t size() const = 0;
   /// Every tensor becomes the sum over the processes. All processes call it with the same shapes in the same order.
   virtual void sum(const std::vector<torch::Tensor>& tensors) = 0;
   /// Returns when all processes have come here.

@@ -1,6 +1,5 @@
 #include "moiety/train/trainer.h"
 
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
 #include <torch/torch.h>
 
@@ -15,6 +14,8 @@
 #include "moiety/base/log.h"
 #include "moiety/base/text.h"
 #include "moiety/base/version.h"
+#include "moiety/nn/random_state.h"
+#include "moiety/train/expert_parallel.h"
 
 namespace moiety {
 namespace {
@@ -33,18 +34,6 @@ double seconds_since(Clock::time_point start) {
 
 double unix_time() {
   return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
-}
-
-Tensor random_state(torch::Device device) {
-  auto generator = at::globalContext().defaultGenerator(device);
-  const std::lock_guard<std::mutex> lock(generator.mutex());
-  return generator.get_state();
-}
-
-void set_random_state(torch::Device device, const Tensor& state) {
-  auto generator = at::globalContext().defaultGenerator(device);
-  const std::lock_guard<std::mutex> lock(generator.mutex());
-  generator.set_state(state);
 }
 
 Pass pass_over(const MicroBatch& m) {
@@ -98,13 +87,17 @@ EvaluationResult evaluate(CausalModel& model, const HeldOut& data, torch::Device
   const bool training = model.is_training();
   model.eval();
   double nll = 0;
-  for (size_t i = 0; i < data.batches.size(); ++i) {
+  const size_t processes = ranks ? static_cast<size_t>(ranks->size()) : 1;
+  const size_t rounds = (data.batches.size() + processes - 1) / processes * processes;
+  for (size_t i = 0; i < rounds; ++i) {
     if (ranks && static_cast<int64_t>(i) % ranks->size() != ranks->rank()) continue;
-    const MicroBatch m = data.batches[i].to(device);
+    // Processes that exchange rows run equally often: some once more for nothing.
+    const MicroBatch m = data.batches[std::min(i, data.batches.size() - 1)].to(device);
     Pass pass = pass_over(m);
     pass.edits = edits;
-    pass.trace = trace;
-    nll += token_loss(model.forward(m.ids, pass), m.targets).item<double>();
+    if (i < data.batches.size()) pass.trace = trace;
+    const double loss = token_loss(model.forward(m.ids, pass), m.targets).item<double>();
+    if (i < data.batches.size()) nll += loss;
   }
   if (ranks) {
     auto sum = torch::tensor(nll, torch::kFloat64);
@@ -157,6 +150,31 @@ TrainPlan plan_training(const TrainConfig& config) {
   return plan;
 }
 
+namespace {
+
+// Other values stand in for those of parameters while it lives.
+class Substitute {
+ public:
+  Substitute(std::vector<Tensor> parameters, const std::vector<Tensor>& values) : parameters_(std::move(parameters)) {
+    const torch::NoGradGuard frozen;
+    for (size_t i = 0; i < parameters_.size(); ++i) {
+      kept_.push_back(parameters_[i].variable_data());
+      parameters_[i].set_data(values[i]);
+    }
+  }
+  Substitute(const Substitute&) = delete;
+  Substitute& operator=(const Substitute&) = delete;
+  ~Substitute() {
+    const torch::NoGradGuard frozen;
+    for (size_t i = 0; i < parameters_.size(); ++i) parameters_[i].set_data(kept_[i]);
+  }
+
+ private:
+  std::vector<Tensor> parameters_, kept_;
+};
+
+}  // namespace
+
 struct Trainer::Window {
   double nll = 0;
   int64_t learned = 0, steps = 0, tokens = 0;
@@ -194,6 +212,14 @@ Trainer::Trainer(TrainConfig config, TrainOptions options)
         folder_->path().string());
   in_turn([&] { run_ = open_run(config_, options_.device, folder_->path()); });
   if (options_.prepare) options_.prepare(*run_.model);
+  if (config_.parallel.experts > 1) {
+    const int64_t wanted = config_.parallel.experts;
+    check(processes() == wanted,
+          "parallel.experts is {}, but the run has {}: start it with torchrun --no-python --nproc-per-node {} moiety "
+          "train ...",
+          wanted, processes() == 1 ? std::string("one process") : fmt::format("{} processes", processes()), wanted);
+    shares_ = split_experts(*run_.model, *options_.ranks);
+  }
   check_length(config_, *run_.model);
   const Encoder encoder = encoder_of(config_, run_);
   data_ = open_data(config_.data, encoder, static_cast<uint64_t>(config_.train.seed));
@@ -202,7 +228,10 @@ Trainer::Trainer(TrainConfig config, TrainOptions options)
                               config_.evaluation.batch > 0 ? config_.evaluation.batch : config_.train.batch,
                               config_.evaluation.tokens, static_cast<uint64_t>(config_.train.seed));
   }
-  optimizer_ = make_optimizer(config_.optimizer, trained_slots(*run_.model, config_));
+  auto slots = trained_slots(*run_.model, config_);
+  for (Slot& s : slots)
+    s.share = std::any_of(shares_.begin(), shares_.end(), [&](const Tensor& t) { return t.is_same(s.parameter); });
+  optimizer_ = make_optimizer(config_.optimizer, std::move(slots));
   for (const auto& module : run_.model->modules(/*include_self=*/true)) {
     auto* scheduled = dynamic_cast<Scheduled*>(module.get());
     if (scheduled && std::find(scheduled_.begin(), scheduled_.end(), scheduled) == scheduled_.end())
@@ -228,23 +257,25 @@ void Trainer::restore(int64_t step) {
           "{} was begun with other settings: {}; give the run another output.folder, or begin it anew with --restart",
           folder_->path().string(), list_of(changed, "and"));
     const auto tensors = read_tensors(folder / "state.safetensors");
-    const auto get = [&](const std::string& name, const Tensor& like) {
+    const auto get = [&](const std::string& name, const Tensor& like, bool share = false) {
       const auto it = tensors.find(name);
-      check(it != tensors.end() && it->second.sizes() == like.sizes(), "{}: no tensor '{}' of the right shape",
-            (folder / "state.safetensors").string(), name);
-      return it->second.to(like.device());
+      auto shape = like.sizes().vec();
+      if (share) shape[0] *= processes();
+      check(it != tensors.end() && it->second.sizes() == at::IntArrayRef(shape),
+            "{}: no tensor '{}' of the right shape", (folder / "state.safetensors").string(), name);
+      return (share ? share_of(it->second, *options_.ranks) : it->second).to(like.device());
     };
     const torch::NoGradGuard frozen;
     const auto& counts = state.at("updates");
     auto& slots = optimizer_->slots();
     for (size_t i = 0; i < slots.size(); ++i) {
       Slot& s = slots[i];
-      s.parameter.copy_(get("parameter." + s.name, s.parameter));
+      s.parameter.copy_(get("parameter." + s.name, s.parameter, s.share));
       s.step = counts.at(s.name).get<int64_t>();
       if (s.step > 0)
         for (const auto& name : optimizer_->state_names())
-          s.state[name] = get("optimizer." + name + "." + s.name, s.parameter);
-      if (!average_.empty()) average_[i].copy_(get("average." + s.name, s.parameter));
+          s.state[name] = get("optimizer." + name + "." + s.name, s.parameter, s.share).clone();
+      if (!average_.empty()) average_[i].copy_(get("average." + s.name, s.parameter, s.share));
     }
     for (auto& buffer : run_.model->named_buffers()) {
       auto& value = buffer.value();
@@ -322,7 +353,8 @@ void Trainer::train_step(bool record) {
     std::vector<Tensor> gradients, sums;
     for (Slot& s : optimizer_->slots()) {
       if (!s.parameter.grad().defined()) s.parameter.mutable_grad() = torch::zeros_like(s.parameter.detach());
-      gradients.push_back(s.parameter.grad());
+      // A share has got the gradients of all processes with their rows.
+      if (!s.share) gradients.push_back(s.parameter.grad());
     }
     options_.ranks->sum(gradients);
     sums.push_back(torch::tensor(nll, torch::kFloat64));
@@ -333,7 +365,14 @@ void Trainer::train_step(bool record) {
     for (auto& [name, value] : auxiliary) value = sums[at++].item<double>();
     for (Scheduled* s : scheduled_) options_.ranks->sum(s->counts());
   }
-  grad_norm_ = clip_gradients(optimizer_->slots(), config_.optimizer.clip);
+  std::function<double(double)> sum;
+  if (!shares_.empty())
+    sum = [&](double value) {
+      auto all = torch::tensor(value, torch::kFloat64);
+      options_.ranks->sum({all});
+      return all.item<double>();
+    };
+  grad_norm_ = clip_gradients(optimizer_->slots(), config_.optimizer.clip, sum);
   if (std::isfinite(grad_norm_) && std::isfinite(nll)) {
     skipped_ = 0;
     optimizer_->step(schedule_factor(config_.schedule, step_, steps_));
@@ -386,28 +425,17 @@ json Trainer::log_record() {
 // The moving average stands in for the weights while `body` runs.
 template <class Body>
 void Trainer::with_average(Body body) {
-  if (average_.empty()) return body();
-  const torch::NoGradGuard frozen;
-  auto& slots = optimizer_->slots();
-  std::vector<Tensor> kept;
-  for (size_t i = 0; i < slots.size(); ++i) {
-    kept.push_back(slots[i].parameter.variable_data());
-    slots[i].parameter.set_data(average_[i]);
-  }
-  const auto put_back = [&] {
-    for (size_t i = 0; i < slots.size(); ++i) slots[i].parameter.set_data(kept[i]);
-  };
-  try {
-    body();
-  } catch (...) {
-    put_back();
-    throw;
-  }
-  put_back();
+  std::vector<Tensor> parameters;
+  if (!average_.empty())
+    for (const Slot& s : optimizer_->slots()) parameters.push_back(s.parameter);
+  const Substitute substitute(std::move(parameters), average_);
+  body();
 }
 
 bool Trainer::evaluate_now() {
+  for (Scheduled* scheduled : scheduled_) scheduled->before_evaluation();
   with_average([&] { last_evaluation_ = evaluate(*run_.model, *held_out_, options_.device, options_.ranks); });
+  for (Scheduled* scheduled : scheduled_) scheduled->after_evaluation();
   if (log_) log_->add({{"step", step_}, {"time", unix_time()}, {"evaluation", to_json(*last_evaluation_)}});
   const bool better = best_step_ == 0 || last_evaluation_->loss < best_ - config_.evaluation.min_delta;
   if (better) {
@@ -434,21 +462,32 @@ void Trainer::save() {
   auto random = torch::zeros({processes(), own.numel()}, torch::kInt32);
   random[options_.ranks ? options_.ranks->rank() : 0] = own.to(torch::kCPU, torch::kInt32);
   if (options_.ranks) options_.ranks->sum({random});
+  NamedTensors tensors;
+  json updates = json::object();
+  auto& slots = optimizer_->slots();
+  for (size_t i = 0; i < slots.size(); ++i) {
+    const Slot& s = slots[i];
+    // All processes hand in their shares; what is written is whole.
+    const auto put = [&](const std::string& name, const Tensor& t) {
+      tensors[name] = s.share ? gather_share(t, *options_.ranks) : t;
+    };
+    put("parameter." + s.name, s.parameter);
+    updates[s.name] = s.step;
+    for (const auto& [name, value] : s.state) put("optimizer." + name + "." + s.name, value);
+    if (!average_.empty()) put("average." + s.name, average_[i]);
+  }
+  std::vector<Tensor> whole;
+  with_average([&] {
+    for (const Tensor& share : shares_) whole.push_back(gather_share(share, *options_.ranks));
+  });
   if (!leader()) return;
   log_->sync();
   folder_->save(step_, [&](const fs::path& folder) {
-    with_average([&] { write_model(folder, run_, config_.output.dtype); });
+    with_average([&] {
+      const Substitute substitute(shares_, whole);
+      write_model(folder, run_, config_.output.dtype);
+    });
     fs::create_directory(folder / "training");
-    NamedTensors tensors;
-    json updates = json::object();
-    auto& slots = optimizer_->slots();
-    for (size_t i = 0; i < slots.size(); ++i) {
-      const Slot& s = slots[i];
-      tensors["parameter." + s.name] = s.parameter;
-      updates[s.name] = s.step;
-      for (const auto& [name, value] : s.state) tensors["optimizer." + name + "." + s.name] = value;
-      if (!average_.empty()) tensors["average." + s.name] = average_[i];
-    }
     for (const auto& buffer : run_.model->named_buffers())
       if (buffer.value().defined()) tensors["buffer." + parameter_name(buffer.key())] = buffer.value();
     for (int64_t r = 0; r < processes(); ++r) tensors[fmt::format("random.{}", r)] = random[r].to(torch::kUInt8);
@@ -478,7 +517,7 @@ void Trainer::save() {
 void Trainer::report(const std::string& ended) {
   if (!log_) return;
   int64_t parameters = 0;
-  for (const Slot& s : optimizer_->slots()) parameters += s.parameter.numel();
+  for (const Slot& s : optimizer_->slots()) parameters += s.parameter.numel() * (s.share ? processes() : 1);
   json tiles = json::array();
   tiles.push_back({"step", fmt::format("{} of {}", step_, steps_)});
   tiles.push_back({"training loss", last_loss_});

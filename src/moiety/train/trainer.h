@@ -116,6 +116,7 @@ class Trainer {
   std::optional<HeldOut> held_out_;
   std::unique_ptr<Optimizer> optimizer_;
   std::vector<torch::Tensor> average_;  // of slots, when on
+  std::vector<torch::Tensor> shares_;   // parameters of which this process holds a share, when experts are spread
   std::vector<Scheduled*> scheduled_;
   std::unique_ptr<RunLog> log_;
   std::unique_ptr<RouterLoad> routing_;  // of the step that is recorded
