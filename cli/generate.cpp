@@ -164,6 +164,7 @@ const Register registered{{
     [](CLI::App& app) -> std::function<int()> {
       auto o = std::make_shared<Options>();
       add_common(app, o->common);
+      add_active_experts(app, o->common);
       auto* prompt =
           app.add_option("-p,--prompt", o->prompts, "Text to continue; several give a batch")->allow_extra_args(true);
       auto* file =

@@ -4,6 +4,7 @@
 
 #include "moiety/base/error.h"
 #include "moiety/base/log.h"
+#include "moiety/moe/router.h"
 
 namespace moiety::cli {
 
@@ -17,6 +18,7 @@ OpenModel open_causal(const Common& common, bool tokenizer) {
   if (tokenizer) open.tokenizer = Tokenizer::load(*open.checkpoint);
   open.model = load_causal(*open.checkpoint, {common.dtype, torch::Device(common.device)});
   open.model->eval();
+  if (common.active_experts > 0) set_active_experts(*open.model, common.active_experts);
   log::debug("{} opened in {:.2f} s", common.model,
              std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   return open;

@@ -32,9 +32,12 @@ struct Common {
   bool json = false;
   bool quiet = false;
   bool verbose = false;
+  int64_t active_experts = 0;  ///< of every mixture, for verbs that ask; 0: as the model has it
 };
 /// Adds MODEL, --device, --dtype, --threads, --json, --quiet, --verbose, and applies threads and log level once parsed.
 /// `common` must outlive `app`'s parsing and is read by what the verb's setup returns: hold it in a shared_ptr.
 void add_common(CLI::App& app, Common& common, bool model = true);
+/// Adds --active-experts, which open_causal applies.
+CLI::Option* add_active_experts(CLI::App& app, Common& common);
 
 }  // namespace moiety::cli

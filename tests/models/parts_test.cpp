@@ -8,6 +8,7 @@
 #include "moiety/base/registry.h"
 #include "moiety/models/decoder.h"
 #include "moiety/models/model.h"
+#include "moiety/moe/router.h"
 #include "moiety/nn/part.h"
 
 namespace moiety {
@@ -131,6 +132,32 @@ TEST(PartErrors, SayWhatIsWrong) {
   cut["experts"] = 5;
   cut["k_max"] = 5;
   EXPECT_NE(message_of(model_with({cut})).find("24 hidden units"), std::string::npos);
+}
+
+TEST(ActiveExperts, AreChosenAtRunTimeInEveryMixture) {
+  const torch::NoGradGuard frozen;
+  const auto ids = torch::arange(24, torch::kInt64).view({2, 12});
+  for (const char* slug : {"deepseekmoe", "dynamic-routing", "adamoe", "smoe-dropout", "rmoe", "chain-of-experts",
+                           "moduleformer", "moduleformer-attention", "widenet"}) {
+    const auto model = make_causal(model_with({part_of(slug)}));
+    for (const int64_t k : {1, 3, 4}) {
+      set_active_experts(*model, k);
+      Trace trace;
+      Pass pass;
+      pass.trace = &trace;
+      EXPECT_TRUE(model->forward(ids, pass).isfinite().all().item<bool>()) << slug;
+      ASSERT_FALSE(trace.records.empty()) << slug;
+      for (const auto& r : trace.records) {
+        const auto used = (r.routing.experts >= 0).sum(1);
+        EXPECT_EQ(used.max().item<int64_t>(), std::string(slug) == "adamoe" ? used.max().item<int64_t>() : k) << slug;
+        EXPECT_LE(used.max().item<int64_t>(), k) << slug;
+      }
+    }
+    EXPECT_THROW(set_active_experts(*model, 6), Error) << slug;
+    EXPECT_THROW(set_active_experts(*model, 0), Error) << slug;
+  }
+  json dense = model_with(json::array());
+  EXPECT_THROW(set_active_experts(*make_causal(dense), 1), Error);
 }
 
 TEST(PartLayers, AreChosenAndOthersStayDense) {
