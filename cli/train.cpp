@@ -10,6 +10,7 @@
 #include "moiety/base/error.h"
 #include "moiety/base/files.h"
 #include "moiety/base/log.h"
+#include "moiety/base/memory.h"
 #include "moiety/base/progress.h"
 #include "moiety/train/trainer.h"
 #include "verb.h"
@@ -87,6 +88,7 @@ int run_train(const TrainArguments& a) {
   interrupts = 0;
   std::signal(SIGINT, train_interrupt);
   std::signal(SIGTERM, train_interrupt);
+  keep_freed_memory();
   const auto ranks = Ranks::from_environment();
   const bool leader = !ranks || ranks->rank() == 0;
   if (!leader) {

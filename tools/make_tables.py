@@ -112,7 +112,42 @@ def study(slug):
     return lines
 
 
-PARTS = {"systems": systems, "perplexity": perplexity, "parity": parity, "load": load_time}
+def moe_layer():
+    record = load("results/moe_layer.json")
+    if not record:
+        return ["Not measured yet: `python3 bench/side_by_side_moe.py --write`."]
+    lines = ["| type | experts | a step | of a dense layer's speed | of the peak | against eager | against grouped_mm | and its memory kept | memory, theirs |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for r in record["results"]:
+        def times(name):
+            return f"{r['ratios'][name]:.2f}x" if name in r["ratios"] else ""
+
+        lines.append(f"| {r['dtype']} | {r['experts']} | {r['seconds'] * 1e3:.0f} ms | {r['of_dense']:.2f} | {r['of_peak']:.2f} | {times('eager')} | "
+                     f"{times('grouped_mm')} | {times('kept')} | {r['memory_mib']:.0f} MiB, {r['peers'][r['fastest_peer']]['memory_mib']:.0f} MiB |")
+    lines += ["", f"Forward and backward: hidden {record['hidden']}, expert width {record['width']}, {record['tokens']} tokens, {record['chosen']} experts a token; "
+              f"best of {record['rounds']} round{'s' if record['rounds'] > 1 else ''}; transformers {record['transformers']}, torch {record['torch']}; {where(record)}."]
+    return lines
+
+
+def train_step():
+    record = load("results/train_step.json")
+    if not record:
+        return ["Not measured yet: `python3 bench/side_by_side_train.py --write`."]
+    tokens = record["batch"] * record["length"]
+    lines = ["| type | moiety | transformers, eager | transformers, grouped_mm |", "| --- | --- | --- | --- |"]
+    for r in record["results"]:
+        def peer(name):
+            p = r["peers"].get(name, {})
+            return f"{tokens / p['seconds']:.0f} tokens/s ({r['ratios'][name]:.2f}x)" if "seconds" in p else ""
+
+        lines.append(f"| {r['dtype']} | {r['tokens_per_second']:.0f} tokens/s | {peer('eager')} | {peer('grouped_mm')} |")
+    c = record["config"]
+    lines += ["", f"A Mixtral of {c['num_hidden_layers']} layers, hidden {c['hidden_size']}, {c['num_local_experts']} experts of width {c['intermediate_size']}, "
+              f"{tokens} tokens a step, AdamW, clipped gradients; in brackets how much faster moiety is; transformers {record['transformers']}, torch {record['torch']}; {where(record)}."]
+    return lines
+
+
+PARTS = {"systems": systems, "perplexity": perplexity, "parity": parity, "load": load_time, "moe": moe_layer, "train": train_step}
 
 
 def render(text, name):

@@ -3,10 +3,14 @@
 #include <gtest/gtest.h>
 #include <rapidcheck/gtest.h>
 
+#include <algorithm>
+#include <limits>
 #include <numeric>
 
 #include "moe_tools.h"
 #include "moiety/base/error.h"
+#include "moiety/moe/tasks.h"
+#include "moiety/moe/topk.h"
 
 namespace moiety {
 namespace {
@@ -84,6 +88,80 @@ TEST(GroupedSwiglu, GradientsEqualFiniteDifferences) {
   const auto weights = torch::randn({3, 4}, kDouble);
   const auto f = [&] { return (grouped_swiglu(x, tokens, gates, counts, g, u, d) * weights).sum(); };
   for (const auto& t : {x, gates, g, u, d}) EXPECT_LT(gradient_error(f, t), 1e-7);
+}
+
+// Enough pairs for the path that cuts the work into tasks, against the same layer in f64, which takes the other.
+class SwigluTasks : public testing::TestWithParam<std::tuple<torch::Dtype, int>> {};
+
+TEST_P(SwigluTasks, EqualTheLayerInDouble) {
+  const auto [dtype, threads] = GetParam();
+  const int before = at::get_num_threads();
+  at::set_num_threads(threads);
+  torch::manual_seed(11);
+  const int64_t experts = 9, tokens = 300, hidden = 24, width = 40;
+  auto choice = std::get<1>(torch::rand({tokens, experts}).topk(3));
+  choice = choice.masked_fill(choice == 4, -1);  // an expert without tokens
+  choice = choice.masked_fill((choice == 2) & (torch::arange(tokens).unsqueeze(1) > 3), -1);
+  choice[7].fill_(-1);  // a token without experts
+  std::vector<torch::Tensor> low, high;
+  for (const auto& shape : std::vector<std::vector<int64_t>>{{tokens, hidden},
+                                                             {tokens, 3},
+                                                             {experts, width, hidden},
+                                                             {experts, width, hidden},
+                                                             {experts, hidden, width}}) {
+    low.push_back((torch::randn(shape) * 0.4).to(shape[1] == 3 ? torch::kFloat32 : dtype).requires_grad_());
+    high.push_back(low.back().detach().to(torch::kFloat64).requires_grad_());
+  }
+  const auto weights = torch::randn({tokens, hidden}).to(dtype);
+  const auto run = [&](const std::vector<torch::Tensor>& in) {
+    Routing r;
+    r.experts = choice;
+    r.gates = in[1];
+    const auto d = Dispatch::of(r, experts);
+    EXPECT_EQ(d.counts[4], 0);
+    const auto y = grouped_swiglu(in[0], d.tokens, d.gates, d.counts, in[2], in[3], in[4]);
+    const auto loss = (y * weights.to(y.scalar_type())).sum();
+    auto all = torch::autograd::grad({loss}, in, {}, /*retain_graph=*/true);
+    const auto again = torch::autograd::grad({loss}, in, {}, /*retain_graph=*/true);
+    for (size_t i = 0; i < all.size(); ++i) EXPECT_TRUE(torch::equal(all[i], again[i])) << i;
+    // Frozen experts: the gradients of the rest stay.
+    auto frozen = in;
+    for (size_t i = 2; i < 5; ++i) frozen[i] = in[i].detach();
+    const auto z = grouped_swiglu(in[0], d.tokens, d.gates, d.counts, frozen[2], frozen[3], frozen[4]);
+    const auto some = torch::autograd::grad({(z * weights.to(z.scalar_type())).sum()}, {in[0], in[1]});
+    EXPECT_TRUE(torch::equal(some[0], all[0]) && torch::equal(some[1], all[1]));
+    all.push_back(y.detach());
+    return all;
+  };
+  const auto got = run(low), want = run(high);
+  const double tolerance = dtype == torch::kFloat32 ? 1e-5 : 3e-2;
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double scale = want[i].abs().max().item<double>();
+    EXPECT_LT((got[i].to(torch::kFloat64) - want[i]).abs().max().item<double>(), tolerance * scale) << i;
+  }
+  at::set_num_threads(before);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, SwigluTasks,
+                         testing::Combine(testing::Values(torch::kFloat32, torch::kBFloat16), testing::Values(1, 3)));
+
+TEST(RunTasks, RunsAllAndPassesErrorsOn) {
+  std::vector<int> runs(100, 0);
+  run_tasks(100, [&](int64_t i) { ++runs[static_cast<size_t>(i)]; });
+  EXPECT_EQ(std::count(runs.begin(), runs.end(), 1), 100);
+  EXPECT_THROW(run_tasks(10, [&](int64_t i) { check(i != 3, "task {}", i); }), Error);
+}
+
+TEST(TopK, OrdersAsAStableSort) {
+  torch::manual_seed(2);
+  auto scores = torch::randint(0, 5, {60, 33}).to(torch::kFloat32);  // many ties
+  scores[3][5] = std::numeric_limits<float>::quiet_NaN();
+  scores[4].fill_(std::numeric_limits<float>::quiet_NaN());
+  scores[5].fill_(-std::numeric_limits<float>::infinity());
+  const auto want = std::get<1>(at::sort(scores, /*stable=*/true, -1, /*descending=*/true));
+  for (const int64_t k : {1, 2, 16, 33})
+    for (const auto& s : {scores, scores.t().contiguous().t()})
+      EXPECT_TRUE(torch::equal(top_k(s, k).second, want.narrow(1, 0, k))) << k;
 }
 
 TEST(GroupedLinear, BadCountsAreErrors) {

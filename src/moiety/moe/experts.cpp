@@ -7,12 +7,17 @@
 
 namespace moiety {
 
+namespace {
+
+// In x's dtype; undefined stays undefined.
+torch::Tensor like(const torch::Tensor& x, const torch::Tensor& t) {
+  return t.defined() && t.scalar_type() != x.scalar_type() ? t.to(x.scalar_type()) : t;
+}
+
+}  // namespace
+
 torch::Tensor apply_stack(LinearStack& stack, const torch::Tensor& x, const std::vector<int64_t>& counts) {
-  if (stack->weight.defined()) {
-    const auto dtype = x.scalar_type();
-    const auto cast = [&](const torch::Tensor& t) { return t.defined() && t.scalar_type() != dtype ? t.to(dtype) : t; };
-    return grouped_linear(x, cast(stack->weight), cast(stack->bias), counts);
-  }
+  if (stack->weight.defined()) return grouped_linear(x, like(x, stack->weight), like(x, stack->bias), counts);
   std::vector<torch::Tensor> pieces;
   int64_t begin = 0;
   for (int64_t e = 0; e < static_cast<int64_t>(counts.size()); ++e) {
@@ -46,8 +51,9 @@ torch::Tensor GatedExperts::forward(const torch::Tensor& x, const std::vector<in
 }
 
 torch::Tensor GatedExperts::mix(const torch::Tensor& x, const Dispatch& d) {
-  if (!fused_ || gate->weight.scalar_type() != x.scalar_type()) return Experts::mix(x, d);
-  return grouped_swiglu(x, d.tokens, d.gates, d.counts, gate->weight, up->weight, down->weight);
+  if (!fused_) return Experts::mix(x, d);
+  return grouped_swiglu(x, d.tokens, d.gates, d.counts, like(x, gate->weight), like(x, up->weight),
+                        like(x, down->weight));
 }
 
 ClampedExperts::ClampedExperts(LinearStack g, LinearStack u, LinearStack d, double alpha, double limit)

@@ -3,7 +3,12 @@
 #include <fmt/ranges.h>
 #include <torch/torch.h>
 
+#include <algorithm>
+#include <array>
+
 #include "moiety/base/error.h"
+#include "moiety/moe/swiglu_tasks.h"
+#include "moiety/moe/tasks.h"
 
 namespace moiety {
 namespace {
@@ -20,6 +25,16 @@ void for_experts(const std::vector<int64_t>& counts, Use use) {
     if (counts[e] > 0) use(static_cast<int64_t>(e), begin, counts[e]);
     begin += counts[e];
   }
+}
+
+// The same, experts side by side where there are enough of them: `use` writes to memory of its expert only.
+template <class Use>
+void for_experts_apart(const std::vector<int64_t>& counts, torch::Device device, Use use) {
+  const int64_t used = std::count_if(counts.begin(), counts.end(), [](int64_t c) { return c > 0; });
+  if (!device.is_cpu() || used < 2 * at::get_num_threads()) return for_experts(counts, use);
+  std::vector<std::array<int64_t, 3>> all;
+  for_experts(counts, [&](int64_t e, int64_t begin, int64_t n) { all.push_back({e, begin, n}); });
+  run_tasks(used, [&](int64_t i) { std::apply(use, all[static_cast<size_t>(i)]); });
 }
 
 void check_counts(const std::vector<int64_t>& counts, int64_t experts, int64_t rows) {
@@ -44,7 +59,7 @@ struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
     context->saved_data["counts"] = counts;
     context->saved_data["bias"] = bias.has_value();
     auto y = torch::empty({x.size(0), weight.size(1)}, x.options().requires_grad(false));
-    for_experts(counts, [&](int64_t e, int64_t begin, int64_t n) {
+    for_experts_apart(counts, x.device(), [&](int64_t e, int64_t begin, int64_t n) {
       auto out = y.narrow(0, begin, n);
       const auto rows = x.narrow(0, begin, n), w = weight.select(0, e).t();
       if (bias)
@@ -64,7 +79,7 @@ struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
     if (context->needs_input_grad(1)) dw = zero_where_unused(torch::empty_like(weight), counts);
     if (context->saved_data["bias"].toBool() && context->needs_input_grad(2))
       db = torch::zeros({weight.size(0), weight.size(1)}, weight.options());
-    for_experts(counts, [&](int64_t e, int64_t begin, int64_t n) {
+    for_experts_apart(counts, x.device(), [&](int64_t e, int64_t begin, int64_t n) {
       const auto g = grad.narrow(0, begin, n);
       if (dx.defined()) {
         auto out = dx.narrow(0, begin, n);
@@ -85,12 +100,16 @@ struct GroupedSwiglu : torch::autograd::Function<GroupedSwiglu> {
                         const Tensor& gate_w, const Tensor& up_w, const Tensor& down_w,
                         const std::vector<int64_t>& counts, bool keep) {
     const int64_t pairs = tokens.size(0), width = gate_w.size(1);
-    auto y = torch::zeros({x.size(0), down_w.size(1)}, x.options().requires_grad(false));
+    const SwigluInputs in{x, tokens, gates, gate_w, up_w, down_w, counts};
     Tensor g, u;
     if (keep) {
-      g = torch::empty({pairs, width}, y.options());
+      g = torch::empty({pairs, width}, x.options().requires_grad(false));
       u = torch::empty_like(g);
+      context->save_for_backward({x, tokens, gates, gate_w, up_w, down_w, g, u});
+      context->saved_data["counts"] = counts;
     }
+    if (runs_as_tasks(in)) return swiglu_tasks_forward(in, g, u);
+    auto y = torch::zeros({x.size(0), down_w.size(1)}, x.options().requires_grad(false));
     const auto weight_of_pair = gates.to(x.scalar_type()).unsqueeze(1);
     for_experts(counts, [&](int64_t e, int64_t begin, int64_t n) {
       const auto at = tokens.narrow(0, begin, n);
@@ -102,10 +121,6 @@ struct GroupedSwiglu : torch::autograd::Function<GroupedSwiglu> {
       auto h = at::silu(gp).mul_(up);
       y.index_add_(0, at, at::mm(h, down_w.select(0, e).t()).mul_(weight_of_pair.narrow(0, begin, n)));
     });
-    if (keep) {
-      context->save_for_backward({x, tokens, gates, gate_w, up_w, down_w, g, u});
-      context->saved_data["counts"] = counts;
-    }
     return y;
   }
   static tensor_list backward(AutogradContext* context, tensor_list grads) {
@@ -114,12 +129,18 @@ struct GroupedSwiglu : torch::autograd::Function<GroupedSwiglu> {
                &down_w = saved[5], &g = saved[6], &u = saved[7];
     const auto counts = context->saved_data["counts"].toIntVector();
     const auto dy = grads[0].contiguous();
+    const SwigluInputs in{x, tokens, gates, gate_w, up_w, down_w, counts};
     const auto wanted = [&](size_t i, const Tensor& like) {
-      return context->needs_input_grad(i) ? zero_where_unused(torch::empty_like(like), counts) : Tensor();
+      return context->needs_input_grad(i) ? torch::empty_like(like) : Tensor();
     };
-    auto dx = context->needs_input_grad(0) ? torch::zeros_like(x) : Tensor(),
-         dgates = context->needs_input_grad(2) ? torch::empty_like(gates) : Tensor();
-    auto dgate = wanted(3, gate_w), dup = wanted(4, up_w), ddown = wanted(5, down_w);
+    SwigluGradients d{wanted(0, x), wanted(2, gates), wanted(3, gate_w), wanted(4, up_w), wanted(5, down_w)};
+    for (const auto& stack : {d.gate, d.up, d.down})
+      if (stack.defined()) zero_where_unused(stack, counts);
+    if (runs_as_tasks(in)) {
+      swiglu_tasks_backward(in, g, u, dy, d);
+      return {d.x, Tensor(), d.gates, d.gate, d.up, d.down, Tensor(), Tensor()};
+    }
+    if (d.x.defined()) d.x.zero_();
     const auto weight_of_pair = gates.to(x.scalar_type()).unsqueeze(1);
     for_experts(counts, [&](int64_t e, int64_t begin, int64_t n) {
       const auto at = tokens.narrow(0, begin, n);
@@ -129,29 +150,24 @@ struct GroupedSwiglu : torch::autograd::Function<GroupedSwiglu> {
       // The output's gradient through down, before the gate: also what the gate's own gradient is read from.
       auto t = at::mm(grad, down_w.select(0, e));
       const auto h = a * up;
-      if (dgates.defined()) dgates.narrow(0, begin, n).copy_((t * h).sum(1));
-      if (ddown.defined()) {
-        auto out = ddown.select(0, e);
-        at::mm_out(out, (grad * share).t(), h);
-      }
-      if (!dx.defined() && !dgate.defined() && !dup.defined()) return;
+      if (d.gates.defined()) d.gates.narrow(0, begin, n).copy_((t * h).sum(1));
+      const auto product = [&](const Tensor& stack, const Tensor& left, const Tensor& right) {
+        if (!stack.defined()) return;
+        auto out = stack.select(0, e);
+        at::mm_out(out, left.t(), right);
+      };
+      product(d.down, grad * share, h);
+      if (!d.x.defined() && !d.gate.defined() && !d.up.defined()) return;
       t.mul_(share);
       const auto du = t * a;
       // silu'(g) = s + a (1 - s)
       const auto dg = t.mul_(up).mul_(s + a * (1.0 - s));
-      const bool weights = dgate.defined() || dup.defined();
-      const auto rows = weights ? x.index_select(0, at) : Tensor();
-      if (dgate.defined()) {
-        auto out = dgate.select(0, e);
-        at::mm_out(out, dg.t(), rows);
-      }
-      if (dup.defined()) {
-        auto out = dup.select(0, e);
-        at::mm_out(out, du.t(), rows);
-      }
-      if (dx.defined()) dx.index_add_(0, at, at::addmm(at::mm(dg, gate_w.select(0, e)), du, up_w.select(0, e)));
+      const auto rows = d.gate.defined() || d.up.defined() ? x.index_select(0, at) : Tensor();
+      product(d.gate, dg, rows);
+      product(d.up, du, rows);
+      if (d.x.defined()) d.x.index_add_(0, at, at::addmm(at::mm(dg, gate_w.select(0, e)), du, up_w.select(0, e)));
     });
-    return {dx, Tensor(), dgates, dgate, dup, ddown, Tensor(), Tensor()};
+    return {d.x, Tensor(), d.gates, d.gate, d.up, d.down, Tensor(), Tensor()};
   }
 };
 

@@ -1,0 +1,231 @@
+#include "moiety/moe/swiglu_tasks.h"
+
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <deque>
+
+#include "moiety/kernels/swiglu.h"
+#include "moiety/moe/tasks.h"
+
+namespace moiety {
+namespace {
+
+using torch::Tensor;
+
+// Rows of a piece: enough for the products to run at full speed, few enough that threads end together.
+constexpr int64_t kFewRows = 32, kManyRows = 192;
+// Weight gradients of an expert are cut into blocks of at least so many rows.
+constexpr int64_t kBlockRows = 256;
+
+struct Piece {
+  int64_t expert, begin, rows;
+};
+
+// The rows of every expert in pieces of nearly equal size.
+std::vector<Piece> pieces_of(const std::vector<int64_t>& counts) {
+  int64_t pairs = 0, begin = 0;
+  for (const int64_t c : counts) pairs += c;
+  const int64_t most = std::clamp(pairs / (8 * at::get_num_threads()), kFewRows, kManyRows);
+  std::vector<Piece> pieces;
+  for (size_t e = 0; e < counts.size(); ++e) {
+    const int64_t parts = (counts[e] + most - 1) / most;
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t from = counts[e] * i / parts, to = counts[e] * (i + 1) / parts;
+      pieces.push_back({static_cast<int64_t>(e), begin + from, to - from});
+    }
+    begin += counts[e];
+  }
+  return pieces;
+}
+
+// The pairs of every token, in the order of pairs: entries start[n] ... start[n + 1] of `pair`.
+struct PairsOfTokens {
+  std::vector<int64_t> start, pair;
+  PairsOfTokens(const Tensor& tokens, int64_t rows)
+      : start(static_cast<size_t>(rows) + 1), pair(static_cast<size_t>(tokens.numel())) {
+    const int64_t* token = tokens.const_data_ptr<int64_t>();
+    const int64_t pairs = tokens.numel();
+    for (int64_t p = 0; p < pairs; ++p) ++start[static_cast<size_t>(token[p]) + 1];
+    for (size_t n = 1; n < start.size(); ++n) start[n] += start[n - 1];
+    std::vector<int64_t> next(start.begin(), start.end() - 1);
+    for (int64_t p = 0; p < pairs; ++p) pair[static_cast<size_t>(next[static_cast<size_t>(token[p])]++)] = p;
+  }
+};
+
+template <class T>
+using Bits = std::conditional_t<std::is_same_v<T, float>, float, uint16_t>;
+
+template <class T>
+Bits<T>* bits(const Tensor& t) {
+  return reinterpret_cast<Bits<T>*>(t.data_ptr<T>());
+}
+
+// out[n] = sum over the pairs p of token n of weight[p] * rows[p]; every weight is 1 when undefined.
+template <class T>
+void sum_pairs(const Tensor& rows, const Tensor& weights, const Tensor& tokens, const Tensor& out) {
+  const PairsOfTokens of(tokens, out.size(0));
+  const int64_t width = out.size(1);
+  const Bits<T>* from = bits<T>(rows);
+  Bits<T>* to = bits<T>(out);
+  const float* weight = weights.defined() ? weights.const_data_ptr<float>() : nullptr;
+  at::parallel_for(0, out.size(0), std::max<int64_t>(1, 16384 / width), [&](int64_t first, int64_t last) {
+    std::vector<const Bits<T>*> row;
+    std::vector<float> scale;
+    for (int64_t n = first; n < last; ++n) {
+      row.clear();
+      scale.clear();
+      for (auto i = static_cast<size_t>(of.start[n]); i < static_cast<size_t>(of.start[n + 1]); ++i) {
+        row.push_back(from + of.pair[i] * width);
+        scale.push_back(weight ? weight[of.pair[i]] : 1.f);
+      }
+      weighted_sum(row.data(), scale.data(), static_cast<int64_t>(row.size()), to + n * width, width);
+    }
+  });
+}
+
+void sum_pairs(const Tensor& rows, const Tensor& weights, const Tensor& tokens, const Tensor& out) {
+  if (out.scalar_type() == torch::kFloat32)
+    sum_pairs<float>(rows, weights, tokens, out);
+  else
+    sum_pairs<at::BFloat16>(rows, weights, tokens, out);
+}
+
+// What is between the products of one piece: h (weighted), dg and du from t; dg takes t's place.
+template <class T>
+void elementwise(const Tensor& g, const Tensor& u, const Tensor& t, const float* share, const Tensor& h,
+                 const Tensor& du, float* dgates) {
+  const int64_t n = g.size(0), width = g.size(1);
+  for (int64_t r = 0; r < n; ++r) {
+    const int64_t at = r * width;
+    const float sum =
+        swiglu_backward(bits<T>(g) + at, bits<T>(u) + at, bits<T>(t) + at, share[r],
+                        h.defined() ? bits<T>(h) + at : nullptr, bits<T>(t) + at, bits<T>(du) + at, width);
+    if (dgates != nullptr) dgates[r] = sum;
+  }
+}
+
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
+  auto to = out;
+  at::mm_out(to, a, b);
+}
+
+// An expert during the backward pass. What its pieces leave for its weight gradients lives from the first piece to the
+// last block.
+struct Running {
+  int64_t begin = 0, rows = 0;
+  std::once_flag first;
+  Tensor x, dy, h, dg, du;
+  Countdown pieces;
+  std::atomic<int64_t> blocks{0};
+};
+
+struct Task {
+  int64_t expert;
+  int64_t begin, rows;  // of a piece: rows of the pairs; of a block: rows of the weight
+  int which;            // 0: a piece; 1, 2, 3: a block of the gradient of gate, up, down
+};
+
+}  // namespace
+
+bool runs_as_tasks(const SwigluInputs& in) {
+  const auto type = in.x.scalar_type();
+  if (!in.x.device().is_cpu() || (type != torch::kFloat32 && type != torch::kBFloat16)) return false;
+  if (in.gates.scalar_type() != torch::kFloat32 || !in.x.is_contiguous()) return false;
+  return static_cast<int64_t>(pieces_of(in.counts).size()) >= 2 * at::get_num_threads();
+}
+
+Tensor swiglu_tasks_forward(const SwigluInputs& in, const Tensor& g, const Tensor& u) {
+  const auto pieces = pieces_of(in.counts);
+  const auto options = in.x.options().requires_grad(false);
+  auto outputs = torch::empty({in.tokens.size(0), in.down.size(1)}, options);
+  run_tasks(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
+    const auto [e, begin, n] = pieces[static_cast<size_t>(i)];
+    const auto rows = in.x.index_select(0, in.tokens.narrow(0, begin, n));
+    const auto gp = g.defined() ? g.narrow(0, begin, n) : torch::empty({n, in.gate.size(1)}, options);
+    const auto up = u.defined() ? u.narrow(0, begin, n) : torch::empty_like(gp);
+    multiply(gp, rows, in.gate.select(0, e).t());
+    multiply(up, rows, in.up.select(0, e).t());
+    multiply(outputs.narrow(0, begin, n), at::silu(gp).mul_(up), in.down.select(0, e).t());
+  });
+  auto y = torch::empty({in.x.size(0), in.down.size(1)}, options);
+  sum_pairs(outputs, in.gates.contiguous(), in.tokens, y);
+  return y;
+}
+
+void swiglu_tasks_backward(const SwigluInputs& in, const Tensor& g, const Tensor& u, const Tensor& dy,
+                           SwigluGradients& out) {
+  const auto gates = in.gates.contiguous();
+  const auto options = dy.options();
+  const int64_t width = in.gate.size(1);
+  const bool f32 = dy.scalar_type() == torch::kFloat32;
+  // Pieces of an expert, then the blocks of the expert before it: when a block is taken, what it needs is mostly done.
+  std::deque<Running> experts(in.counts.size());
+  std::vector<Task> tasks;
+  const auto pieces = pieces_of(in.counts);
+  const auto add_blocks = [&](int64_t e) {
+    for (const auto& [which, stack] : {std::pair{1, out.gate}, std::pair{2, out.up}, std::pair{3, out.down}}) {
+      if (!stack.defined()) continue;
+      const int64_t size = stack.size(1), parts = std::max<int64_t>(1, size / kBlockRows);
+      for (int64_t i = 0; i < parts; ++i)
+        tasks.push_back({e, size * i / parts, size * (i + 1) / parts - size * i / parts, which});
+      experts[static_cast<size_t>(e)].blocks += parts;
+    }
+  };
+  int64_t before = -1;
+  for (size_t i = 0; i < pieces.size();) {
+    const int64_t e = pieces[i].expert;
+    Running& r = experts[static_cast<size_t>(e)];
+    r.begin = pieces[i].begin;
+    r.rows = in.counts[static_cast<size_t>(e)];
+    int64_t count = 0;
+    for (; i < pieces.size() && pieces[i].expert == e; ++i, ++count)
+      tasks.push_back({e, pieces[i].begin, pieces[i].rows, 0});
+    r.pieces.expect(count);
+    if (before >= 0) add_blocks(before);
+    before = e;
+  }
+  if (before >= 0) add_blocks(before);
+
+  const auto dx = out.x.defined() ? torch::empty({in.tokens.size(0), dy.size(1)}, options) : Tensor();
+  run_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
+    const auto [e, begin, n, which] = tasks[static_cast<size_t>(i)];
+    Running& r = experts[static_cast<size_t>(e)];
+    if (which == 0) {
+      const Countdown::Done done(r.pieces);
+      if (r.blocks > 0)
+        std::call_once(r.first, [&] {
+          const auto at = in.tokens.narrow(0, r.begin, r.rows);
+          r.dy = dy.index_select(0, at);
+          if (out.gate.defined() || out.up.defined()) r.x = in.x.index_select(0, at);
+          if (out.down.defined()) r.h = torch::empty({r.rows, width}, options);
+          r.dg = torch::empty({r.rows, width}, options);
+          r.du = torch::empty_like(r.dg);
+        });
+      const auto part = [&](const Tensor& kept) {
+        return kept.defined() ? kept.narrow(0, begin - r.begin, n) : torch::empty({n, width}, options);
+      };
+      const auto t = part(r.dg), du = part(r.du), h = r.h.defined() ? part(r.h) : Tensor();
+      const auto grad =
+          r.dy.defined() ? r.dy.narrow(0, begin - r.begin, n) : dy.index_select(0, in.tokens.narrow(0, begin, n));
+      multiply(t, grad, in.down.select(0, e));
+      (f32 ? elementwise<float> : elementwise<at::BFloat16>)(g.narrow(0, begin, n), u.narrow(0, begin, n), t,
+                                                             gates.const_data_ptr<float>() + begin, h, du,
+                                                             out.gates.defined() ? out.gates.data_ptr<float>() + begin
+                                                                                 : nullptr);
+      if (!dx.defined()) return;
+      auto to = dx.narrow(0, begin, n);
+      multiply(to, t, in.gate.select(0, e));
+      to.addmm_(du, in.up.select(0, e));
+      return;
+    }
+    r.pieces.wait();
+    const Tensor& stack = which == 1 ? out.gate : which == 2 ? out.up : out.down;
+    const Tensor &left = which == 1 ? r.dg : which == 2 ? r.du : r.dy, &right = which == 3 ? r.h : r.x;
+    multiply(stack.select(0, e).narrow(0, begin, n), left.narrow(1, begin, n).t(), right);
+    if (--r.blocks == 0) r.x = r.dy = r.h = r.dg = r.du = Tensor();
+  });
+  if (dx.defined()) sum_pairs(dx, {}, in.tokens, out.x);
+}
+
+}  // namespace moiety
