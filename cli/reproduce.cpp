@@ -14,6 +14,7 @@
 #include "moiety/base/error.h"
 #include "moiety/base/files.h"
 #include "moiety/base/log.h"
+#include "moiety/base/memory.h"
 #include "moiety/base/progress.h"
 #include "moiety/base/text.h"
 #include "moiety/study/runner.h"
@@ -152,6 +153,7 @@ int run_reproduce(ReproduceArguments a) {
   if (!a.cell.empty()) {
     const size_t colon = a.cell.rfind(':');
     check(studies.size() == 1 && colon != std::string::npos, "--cell is ARM:SEED of one study");
+    keep_freed_memory();
     measure_cell(studies[0], options, a.cell.substr(0, colon), std::stoll(a.cell.substr(colon + 1)));
     return 0;
   }
