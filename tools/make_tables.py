@@ -108,7 +108,7 @@ def study(slug):
     seeds = r["budget"]["seeds"]
     lines += ["", f"**Verdict: {r['verdict']}.** {r['reason']}", "",
               f"{seeds} seed{'' if seeds == 1 else 's'} (mean ± standard deviation), {r['budget']['name']} budget, {r['budget']['steps']} steps, "
-              f"{r['processor_seconds'] / 60:.0f} minutes of one core in all; torch {r['versions']['torch']}; {where(r)}."]
+              f"cells of one thread took {r['cell_seconds'] / 60:.0f} minutes in all, beside other work; torch {r['versions']['torch']}; {where(r)}."]
     return lines
 
 

@@ -182,7 +182,7 @@ json run_study(const Study& study, const StudyOptions& options) {
           {"verdict", to_string(outcome.verdict)},
           {"reason", outcome.reason},
           {"headline", outcome.headline},
-          {"processor_seconds", seconds},
+          {"cell_seconds", seconds},
           {"machine", machine_record()},
           {"date", today()},
           {"versions", {{"moiety", MOIETY_VERSION}, {"torch", TORCH_VERSION}}}};

@@ -33,7 +33,7 @@ StudyBudget study_budget(const Study& study, const StudyOptions& options);
 void measure_cell(const Study& study, const StudyOptions& options, const std::string& arm, int64_t seed);
 
 /// Everything: {slug, title, claim, setup, rule, budget, arms: [{name, text, values: {metric: {mean, spread, seeds}},
-/// cells: [{seed, ...}]}], metrics, verdict, reason, headline, seconds, machine, date, versions}.
+/// cells: [{seed, ...}]}], metrics, verdict, reason, headline, cell_seconds, machine, date, versions}.
 nlohmann::json run_study(const Study& study, const StudyOptions& options);
 
 /// The result as a page.
