@@ -88,6 +88,16 @@ TEST(TrainConfig, WhatMayChangeBetweenSittings) {
   EXPECT_TRUE(has(changed[1], "optimizer.lr (was 0.001, is 1"));
 }
 
+TEST(TrainConfig, ARunOfAnOlderProgramGoesOn) {
+  const auto now = dump(read_train_config(kRun, "run.yaml"));
+  auto before = now;
+  before.erase("routing");  // a section that came later
+  EXPECT_TRUE(changed_keys(before, now).empty());
+  auto other = now;
+  other["routing"]["z_coef"] = 0.1;
+  EXPECT_EQ(changed_keys(before, other).size(), 1u);
+}
+
 // Names of all fields, sections inside too.
 void collect(const std::vector<FieldInfo>& fields, std::vector<std::string>& out) {
   for (const auto& f : fields) {

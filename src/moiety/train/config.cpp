@@ -117,8 +117,11 @@ TrainConfig read_train_config(const std::string& yaml, const std::string& where,
 }
 
 std::vector<std::string> changed_keys(const json& before, const json& now) {
+  // A run that was begun by an older program lacks keys that came later: they had their defaults.
+  json filled = dump(TrainConfig());
+  filled.update(before, /*merge_objects=*/true);
   std::vector<std::string> out;
-  compare(before, now, "", out);
+  compare(filled, now, "", out);
   return out;
 }
 
