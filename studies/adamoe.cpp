@@ -8,8 +8,6 @@
 #include <map>
 #include <vector>
 
-#include "moiety/base/registry.h"
-#include "moiety/moe/mixture.h"
 #include "moiety/study/language.h"
 
 namespace moiety {
@@ -27,11 +25,12 @@ double target(int64_t slots) {
   return static_cast<double>(slots * kExperts) / static_cast<double>(kExperts + kNulls);
 }
 
-// The family's mixture has no balance loss of its own.
-void balance(CausalModel& model) {
-  for (const auto& m : model.modules())
-    if (auto* mixture = dynamic_cast<Mixture*>(m.get()))
-      mixture->router->losses.push_back(std::make_shared<ExpertBalance>("balance", 0.01, false));
+// Switch's loss for the family's own mixture.
+RoutingConfig balanced() {
+  RoutingConfig routing;
+  routing.balance = "switch";
+  routing.coef = 0.01;
+  return routing;
 }
 
 json null_experts(int64_t slots, double coef) {
@@ -60,11 +59,11 @@ json measure(const StudyCell& cell) {
                                     {"intermediate_size", r.width / kTopK},
                                     {"num_local_experts", kExperts},
                                     {"num_experts_per_tok", kTopK}},
-                         .prepare = balance});
+                         .routing = balanced()});
   });
   LanguageRun run{.recipe = r, .checkpoint = base / "run" / "last", .lr_scale = 0.25, .steps = cell.budget.steps / 2};
   if (cell.arm == "top-2")
-    run.prepare = balance;
+    run.routing = balanced();
   else
     run.parts = null_experts(cell.arm == "five-slots" ? 5 : 6, cell.arm == "unbalanced" ? 0.0 : 0.001);
   StudyCell other = cell;
@@ -114,8 +113,6 @@ StudyOutcome judge(const StudyTable& t) {
 
 Study study() {
   Study s;
-  s.slug = "adamoe";
-  s.title = "AdaMoE: null experts make the number of experts a token's own";
   s.claim =
       "Mixtral-8x7B fine-tuned on ARC-Challenge with null experts needs 14.5 % fewer operations and answers 1.69 "
       "points "
@@ -144,18 +141,12 @@ Study study() {
   s.brief = {.seeds = 1, .steps = 150};
   s.measure = measure;
   s.judge = judge;
-  s.settings = recipe().settings();
+  s.settings = [] { return recipe().settings(); };
   return s;
 }
 
-const RegisterMethod registered(
-    {.slug = "adamoe",
-     .kind = "study",
-     .title = "AdaMoE",
-     .summary = "null experts in a mixture that is trained already, at equal mean load",
-     .paper = {"AdaMoE: Token-Adaptive Routing with Null Experts for Mixture-of-Experts Language Models", "Zeng et al.",
-               2024, "2406.13233"},
-     .make = MakeStudy(study)});
+const RegisterStudy registered("adamoe", "AdaMoE: null experts make the number of experts a token's own",
+                               "null experts in a mixture that is trained already, at equal mean load", study);
 
 }  // namespace
 }  // namespace moiety

@@ -1,7 +1,6 @@
 // Chain-of-Experts: at equal compute, do two rounds of four experts do more than one round of eight?
 #include <fmt/format.h>
 
-#include "moiety/base/registry.h"
 #include "moiety/study/language.h"
 
 namespace moiety {
@@ -60,15 +59,12 @@ StudyOutcome judge(const StudyTable& t) {
 
 Study study() {
   Study s;
-  s.slug = "chain-of-experts";
-  s.title = "Chain-of-Experts: two rounds of half as many experts";
   s.claim =
       "Validation loss after 1000 steps on MetaMathQA: one round of 8 of 64 experts 1.196, two rounds of 4 1.121, one "
       "round of 16 1.166; two rounds behind one router 1.244, with an outer residual 1.175.";
-  s.setup =
-      "A byte-level decoder of 4 blocks, hidden size 64, on seven kinds of text (code, prose, manuals in four "
-      "languages); every block has 31 experts of 22 hidden units and a shared one. The method replaces the residual "
-      "stream by its norm, in the paper's baseline too; the ordinary pre-norm block is the baseline besides that.";
+  s.setup = recipe().text() +
+            "; every block has 31 experts of 22 hidden units and a shared one. The method replaces the residual stream "
+            "by its norm, in the paper's baseline too; the ordinary pre-norm block is the baseline besides that.";
   s.arms = {{"moe-8-plain", "one round of 8 in an ordinary pre-norm block"},
             {"moe-8", "one round of 8 with the method's residual switches"},
             {"chain", "two rounds of 4: Chain-of-Experts"},
@@ -86,18 +82,13 @@ Study study() {
   s.brief = {.seeds = 1, .steps = 100};
   s.measure = measure;
   s.judge = judge;
-  s.settings = recipe().settings();
+  s.settings = [] { return recipe().settings(); };
   return s;
 }
 
-const RegisterMethod registered(
-    {.slug = "chain-of-experts",
-     .kind = "study",
-     .title = "Chain-of-Experts",
-     .summary = "two rounds of four experts against one round of eight, and what the residual switches cost",
-     .paper = {"Chain-of-Experts: Unlocking the Communication Power of Mixture-of-Experts Models", "Wang et al.", 2025,
-               "2506.18945"},
-     .make = MakeStudy(study)});
+const RegisterStudy registered(
+    "chain-of-experts", "Chain-of-Experts: two rounds of half as many experts",
+    "two rounds of four experts against one round of eight, and what the residual switches cost", study);
 
 }  // namespace
 }  // namespace moiety

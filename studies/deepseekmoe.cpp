@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 #include <torch/torch.h>
 
-#include "moiety/base/registry.h"
 #include "moiety/moe/mixture.h"
 #include "moiety/study/language.h"
 
@@ -117,16 +116,13 @@ StudyOutcome judge(const StudyTable& t) {
 
 Study study() {
   Study s;
-  s.slug = "deepseekmoe";
-  s.title = "DeepSeekMoE: finer experts and a shared one";
   s.claim =
       "At equal parameters and compute, loss on the Pile falls from 1.867 (GShard, 2 of 16) to 1.808; with the shared "
       "expert "
       "off and one more routed one on it rises to 2.414 (2B parameters, 100B tokens).";
-  s.setup =
-      "A byte-level decoder of 4 blocks, hidden size 64, on seven kinds of text (code, prose, manuals in four "
-      "languages); all "
-      "arms have 256 active hidden units in a feed-forward layer, the mixtures 2048 in all, and see the same rows.";
+  s.setup = recipe().text() +
+            "; all arms have 256 active hidden units in a feed-forward layer, the mixtures 2048 in all, and see the "
+            "same rows.";
   s.arms = {{"dense", "one layer of 256 hidden units"},
             {"coarse", "2 of 16 experts of 128, raw gates"},
             {"coarse-normalized", "the same with gates over their sum", false},
@@ -147,18 +143,12 @@ Study study() {
   s.brief = {.seeds = 1, .steps = 150};
   s.measure = measure;
   s.judge = judge;
-  s.settings = recipe().settings();
+  s.settings = [] { return recipe().settings(); };
   return s;
 }
 
-const RegisterMethod registered(
-    {.slug = "deepseekmoe",
-     .kind = "study",
-     .title = "DeepSeekMoE",
-     .summary = "finer experts and a shared one, at equal active width",
-     .paper = {"DeepSeekMoE: Towards Ultimate Expert Specialization in Mixture-of-Experts Language Models",
-               "Dai et al.", 2024, "2401.06066"},
-     .make = MakeStudy(study)});
+const RegisterStudy registered("deepseekmoe", "DeepSeekMoE: finer experts and a shared one",
+                               "finer experts and a shared one, at equal active width", study);
 
 }  // namespace
 }  // namespace moiety

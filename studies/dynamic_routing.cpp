@@ -3,8 +3,7 @@
 #include <fmt/format.h>
 #include <torch/torch.h>
 
-#include "moiety/base/registry.h"
-#include "moiety/moe/dynamic_routing.h"
+#include "moiety/moe/routing_counts.h"
 #include "moiety/study/language.h"
 
 namespace moiety {
@@ -31,12 +30,6 @@ json parts_of(const std::string& arm) {
                        {"dynamic_coef", arm == "dynamic-sure" ? 1e-2 : 1e-4}}});
 }
 
-// Choices and tokens, to divide.
-struct Count {
-  double choices = 0, tokens = 0;
-  double mean() const { return choices / tokens; }
-};
-
 json measure(const StudyCell& cell) {
   const LanguageRecipe r = recipe();
   const auto trainer = train_language(cell, {.recipe = r, .parts = parts_of(cell.arm)});
@@ -44,33 +37,22 @@ json measure(const StudyCell& cell) {
   const auto text = held_out_text(r);
   json out = measure_language(model, text);
   out["parameters"] = static_cast<double>(parameter_count(model)) / 1e6;
-  Count all;
-  std::map<std::string, Count> by_source;
-  std::map<int64_t, Count> by_layer;
+  // Every layer has as many experts, so that layers add up in one count.
+  RoutingCounts all, lower, upper;
+  std::map<std::string, RoutingCounts> by_source;
+  std::map<int64_t, RoutingCounts> by_layer;
   trace_language(model, text, [&](const std::string& source, const Trace::Record& record) {
-    auto used = record.routing.experts >= 0;
-    if (record.real.defined()) used = used & record.real.unsqueeze(1);
-    const auto choices = used.sum().item<double>();
-    const auto tokens =
-        record.real.defined() ? record.real.sum().item<double>() : static_cast<double>(record.routing.experts.size(0));
-    for (Count* c : {&all, &by_source[source], &by_layer[record.site.block]}) {
-      c->choices += choices;
-      c->tokens += tokens;
-    }
+    RoutingCounts& half = 2 * record.site.block < r.layers ? lower : upper;
+    for (RoutingCounts* c : {&all, &half, &by_source[source], &by_layer[record.site.block]})
+      c->add(record, record.real);
   });
-  out["count"] = all.mean();
-  for (const auto& [source, c] : by_source) out["count_by_source"][source] = c.mean();
-  Count lower, upper;
+  out["count"] = all.experts_per_token();
+  for (const auto& [source, c] : by_source) out["count_by_source"][source] = c.experts_per_token();
   json layers = json::array();
-  for (const auto& [block, c] : by_layer) {
-    layers.push_back(c.mean());
-    Count& half = 2 * block < static_cast<int64_t>(by_layer.size()) ? lower : upper;
-    half.choices += c.choices;
-    half.tokens += c.tokens;
-  }
+  for (const auto& [block, c] : by_layer) layers.push_back(c.experts_per_token());
   out["count_by_layer"] = layers;
-  out["count_lower"] = lower.mean();
-  out["count_upper"] = upper.mean();
+  out["count_lower"] = lower.experts_per_token();
+  out["count_upper"] = upper.experts_per_token();
   return out;
 }
 
@@ -110,15 +92,11 @@ StudyOutcome judge(const StudyTable& t) {
 
 Study study() {
   Study s;
-  s.slug = "dynamic-routing";
-  s.title = "Dynamic top-p routing: as many experts as a token needs";
   s.claim =
       "0.7 points above top-2 over its benchmarks with less than 90 % of the active parameters; 1.76 experts a token, "
       "more in lower layers than in upper ones; the count falls below two late in training (24 layers, 16 experts, "
       "100B tokens).";
-  s.setup =
-      "A byte-level decoder of 4 blocks, hidden size 64, on seven kinds of text (code, prose, manuals in four "
-      "languages); every block has 8 experts of 128 hidden units, p is 0.4. Counts are of held-out text.";
+  s.setup = recipe().text() + "; every block has 8 experts of 128 hidden units, p is 0.4. Counts are of held-out text.";
   s.arms = {{"top-1", "1 of 8, raw gate", false},
             {"top-2", "2 of 8, raw gates", false},
             {"top-2-normalized", "2 of 8, gates over their sum"},
@@ -138,17 +116,12 @@ Study study() {
   s.brief = {.seeds = 1, .steps = 100};
   s.measure = measure;
   s.judge = judge;
-  s.settings = recipe().settings();
+  s.settings = [] { return recipe().settings(); };
   return s;
 }
 
-const RegisterMethod registered(
-    {.slug = "dynamic-routing",
-     .kind = "study",
-     .title = "Dynamic top-p routing",
-     .summary = "experts a token by layer and source, and bits a byte against a fixed number",
-     .paper = {"Harder Tasks Need More Experts: Dynamic Routing in MoE Models", "Huang et al.", 2024, "2403.07652"},
-     .make = MakeStudy(study)});
+const RegisterStudy registered("dynamic-routing", "Dynamic top-p routing: as many experts as a token needs",
+                               "experts a token by layer and source, and bits a byte against a fixed number", study);
 
 }  // namespace
 }  // namespace moiety

@@ -9,11 +9,7 @@
 #include <map>
 #include <vector>
 
-#include "moiety/base/error.h"
-#include "moiety/base/registry.h"
-#include "moiety/io/dataset.h"
 #include "moiety/study/language.h"
-#include "moiety/train/byte_tokenizer.h"
 
 namespace moiety {
 namespace {
@@ -125,24 +121,12 @@ class Without : public Edit {
   std::map<Site, torch::Tensor> keep_;
 };
 
-// Rows of Python that the model learned from: what pruning is decided on.
-std::map<std::string, HeldOut> calibration(const LanguageRecipe& r) {
-  Encoder encoder;
-  encoder.tokenizer = Tokenizer::from_json(json(byte_tokenizer()), json(byte_tokenizer_config()), "the byte tokenizer");
-  DataConfig config;
-  config.length = r.length;
-  for (const auto& s : study_text().sources)
-    if (s.name == r.sources.at(0))
-      return {{s.name, held_out_rows(Dataset::open(s.train.string()), encoder, config, 32, r.held_out_tokens, 1)}};
-  throw Error(fmt::format("there is no text called {}", r.sources.at(0)));
-}
-
 json pruned(CausalModel& model) {
   const auto r = python();
   const auto text = held_out_text(r);
   json out{{"python", measure_language(model, text)["bits_per_byte"]}};
   Usage usage;
-  trace_language(model, calibration(r),
+  trace_language(model, learned_text(r),
                  [&](const std::string& source, const Trace::Record& record) { usage.add(source, record); });
   json curve = json::array();
   for (const double share : {0.25, 0.5, 0.7}) {
@@ -237,16 +221,13 @@ StudyOutcome judge(const StudyTable& t) {
 
 Study study() {
   Study s;
-  s.slug = "moduleformer";
-  s.title = "ModuleFormer: modules that specialise and can be pruned, and stick-breaking attention";
   s.claim =
       "MoLM-350M-4B is about as good as Pythia 1.4B at twice the throughput; after fine-tuning with a concentration "
       "loss half of the modules and more can be pruned with little loss on the task.";
-  s.setup =
-      "A byte-level decoder of 4 blocks, hidden size 64, on seven kinds of text (code, prose, manuals in four "
-      "languages); feed-forward layers are 2 of 8 modules of 128. The last two arms fine-tune one model, whose "
-      "attention is a mixture of 8 modules too, on Python alone for half as many steps, then the modules that Python "
-      "chooses least are masked.";
+  s.setup = recipe().text() +
+            "; feed-forward layers are 2 of 8 modules of 128. The last two arms fine-tune one model, whose attention "
+            "is a mixture of 8 modules too, on Python alone for half as many steps, then the modules that Python "
+            "chooses least are masked.";
   s.arms = {{"mi", "mutual-information loss at 1e-3, softmax attention over rotary positions"},
             {"switch", "Switch's balance and z loss at 1e-2"},
             {"no-loss", "no loss of the gate", false},
@@ -271,17 +252,14 @@ Study study() {
   s.brief = {.seeds = 1, .steps = 100};
   s.measure = measure;
   s.judge = judge;
-  s.settings = recipe().settings();
+  s.settings = [] { return recipe().settings(); };
   return s;
 }
 
-const RegisterMethod registered(
-    {.slug = "moduleformer",
-     .kind = "study",
-     .title = "ModuleFormer",
-     .summary = "losses that make modules specialise, pruning them, and stick-breaking attention",
-     .paper = {"ModuleFormer: Modularity Emerges from Mixture-of-Experts", "Shen et al.", 2023, "2306.04640"},
-     .make = MakeStudy(study)});
+const RegisterStudy registered("moduleformer",
+                               "ModuleFormer: modules that specialise and can be pruned, and stick-breaking attention",
+                               "losses that make modules specialise, pruning them, and stick-breaking attention",
+                               study);
 
 }  // namespace
 }  // namespace moiety

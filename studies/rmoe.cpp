@@ -4,8 +4,6 @@
 #include <torch/torch.h>
 
 #include "moiety/analyze/routing.h"
-#include "moiety/base/registry.h"
-#include "moiety/moe/mixture.h"
 #include "moiety/study/language.h"
 
 namespace moiety {
@@ -24,9 +22,9 @@ LanguageRecipe recipe() {
 }
 
 json parts_of(const std::string& arm) {
-  if (arm == "linear") return json::array({plain_mixture(kExperts, 2, kWidth, false)});
-  if (arm == "linear-normalized" || arm == "linear-by-layer")
-    return json::array({plain_mixture(kExperts, 2, kWidth, true)});
+  if (arm == "linear-by-layer") return json::array({plain_mixture(kExperts, 2, kWidth, true, kBalance)});
+  if (arm.rfind("linear", 0) == 0)
+    return json::array({plain_mixture(kExperts, 2, kWidth, arm == "linear-normalized", /*balance=*/0.0)});
   return json::array({{{"slug", "rmoe"},
                        {"experts", kExperts},
                        {"expert_width", kWidth},
@@ -37,41 +35,31 @@ json parts_of(const std::string& arm) {
                        {"detach", arm == "detached"}}});
 }
 
-// The balance loss of the recurrent routers for linear ones: arms differ by the router alone.
-void pool_balance(CausalModel& model) {
-  for (const auto& m : model.modules())
-    if (auto* router = dynamic_cast<TopKRouter*>(m.get()))
-      router->losses = {std::make_shared<PooledBalance>("balance", kBalance)};
-}
-
 json measure(const StudyCell& cell) {
   const LanguageRecipe r = recipe();
   LanguageRun run{.recipe = r, .parts = parts_of(cell.arm)};
-  if (cell.arm != "linear-by-layer") run.prepare = pool_balance;
+  // The balance loss of the recurrent routers for linear ones: arms differ by the router alone.
+  if (cell.arm == "linear" || cell.arm == "linear-normalized") {
+    run.routing.balance = "pooled";
+    run.routing.coef = kBalance;
+  }
   const auto trainer = train_language(cell, run);
   CausalModel& model = trainer->model();
   const auto text = held_out_text(r);
   json out = measure_language(model, text);
   out["parameters"] = static_cast<double>(parameter_count(model)) / 1e6;
   ChoiceInformation information;
-  std::map<Site, torch::Tensor> load;
+  std::map<Site, RoutingCounts> load;
   trace_language(model, text, [&](const std::string&, const Trace::Record& record) {
     information.add(record);
-    auto used = record.routing.experts >= 0;
-    if (record.real.defined()) used = used & record.real.unsqueeze(1);
-    const auto counts = torch::bincount(record.routing.experts.masked_select(used), {}, record.experts);
-    auto& sum = load[record.site];
-    sum = sum.defined() ? sum + counts : counts;
+    load[record.site].add(record, record.real);
   });
   out["information"] = information.mean();
   json by_layer = json::array();
   for (const auto& [site, nats] : information.nats()) by_layer.push_back(nats);
   out["information_by_layer"] = by_layer;
   double entropy = 0;
-  for (const auto& [site, counts] : load) {
-    const auto share = counts.to(torch::kFloat64) / counts.sum().item<double>();
-    entropy += torch::special::entr(share).sum().item<double>() / static_cast<double>(load.size());
-  }
+  for (const auto& [site, counts] : load) entropy += counts.load_entropy() / static_cast<double>(load.size());
   out["usage_entropy"] = entropy;
   return out;
 }
@@ -103,20 +91,15 @@ StudyOutcome judge(const StudyTable& t) {
 
 Study study() {
   Study s;
-  s.slug = "rmoe";
-  s.title = "RMoE: routers that see the layers before";
   s.claim =
       "Better than linear, hash, random, cosine and other routers on enwik8 and WikiText-103: 1.141 bits a character "
       "on "
       "enwik8 against 1.150 for the same cell without passing the state and 1.159 with the state detached; choices of "
       "neighbouring layers share more information.";
-  s.setup =
-      "A byte-level decoder of 6 blocks, hidden size 64, on seven kinds of text (code, prose, manuals in four "
-      "languages); every block takes 2 of 8 experts of 64 hidden units, the recurrent state has 16 numbers. One "
-      "balance "
-      "loss for all arms, as the method has it: over the tokens of all layers together, weight 0.01; one linear arm "
-      "has "
-      "the more usual one, layer by layer.";
+  s.setup = recipe().text() +
+            "; every block takes 2 of 8 experts of 64 hidden units, the recurrent state has 16 numbers. One balance "
+            "loss for all arms, as the method has it: over the tokens of all layers together, weight 0.01; one linear "
+            "arm has the more usual one, layer by layer.";
   s.arms = {{"linear", "linear router, raw gates", false},
             {"linear-normalized", "linear router, gates over their sum"},
             {"linear-by-layer", "the same, balanced in every layer by itself", false},
@@ -135,17 +118,13 @@ Study study() {
   s.brief = {.seeds = 1, .steps = 100};
   s.measure = measure;
   s.judge = judge;
-  s.settings = recipe().settings();
+  s.settings = [] { return recipe().settings(); };
   return s;
 }
 
-const RegisterMethod registered(
-    {.slug = "rmoe",
-     .kind = "study",
-     .title = "RMoE",
-     .summary = "routers with a state over depth against linear ones and against the same without recurrence",
-     .paper = {"Layerwise Recurrent Router for Mixture-of-Experts", "Qiu et al.", 2024, "2408.06793"},
-     .make = MakeStudy(study)});
+const RegisterStudy registered(
+    "rmoe", "RMoE: routers that see the layers before",
+    "routers with a state over depth against linear ones and against the same without recurrence", study);
 
 }  // namespace
 }  // namespace moiety

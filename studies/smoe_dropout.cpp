@@ -4,9 +4,7 @@
 
 #include <limits>
 
-#include "moiety/base/registry.h"
-#include "moiety/moe/mixture.h"
-#include "moiety/moe/smoe_dropout.h"
+#include "moiety/moe/router.h"
 #include "moiety/study/language.h"
 
 namespace moiety {
@@ -35,14 +33,6 @@ json parts_of(const std::string& arm) {
   return json::array({plain_mixture(kExperts, 2, kWidth, arm == "top-2-normalized")});
 }
 
-// Sets how many experts every router chooses.
-void choose(CausalModel& model, int64_t k) {
-  for (const auto& m : model.modules()) {
-    if (auto* fixed = dynamic_cast<FixedRouter*>(m.get())) fixed->top_k = k;
-    if (auto* learned = dynamic_cast<TopKRouter*>(m.get())) learned->options.top_k = k;
-  }
-}
-
 json measure(const StudyCell& cell) {
   const LanguageRecipe r = recipe();
   const auto trainer = train_language(cell, {.recipe = r, .parts = parts_of(cell.arm)});
@@ -57,12 +47,11 @@ json measure(const StudyCell& cell) {
   const int64_t trained = cell.arm.rfind("top-2", 0) == 0 ? 2 : kExperts;
   json out, curve = json::array();
   for (const int64_t k : kCounts) {
-    choose(model, k);
+    set_active_experts(model, k);
     const json at = measure_language(model, text);
     if (k == trained) out = at;
     curve.push_back({{"experts", k}, {"bits_per_byte", at["bits_per_byte"]}});
   }
-  choose(model, trained);
   for (const auto& point : curve) out[fmt::format("bits_{}", point["experts"].get<int64_t>())] = point["bits_per_byte"];
   out["curve"] = curve;
   out["parameters"] = parameters;
@@ -127,19 +116,16 @@ StudyOutcome judge(const StudyTable& t) {
 
 Study study() {
   Study s;
-  s.slug = "smoe-dropout";
-  s.title = "SMoE-Dropout: a random router and a growing number of experts";
   s.claim =
       "Transformer-XL on enwik8, BERT and RoBERTa do better than by dense training of the same parameters, and quality "
       "rises smoothly with the number of active experts, while a model with a learned top-2 router gains nothing, or "
       "loses, beyond two.";
-  s.setup =
-      "A byte-level decoder of 4 blocks, hidden size 64, on seven kinds of text (code, prose, manuals in four "
-      "languages); every arm holds 1024 hidden units in a feed-forward layer, the mixtures as 16 experts of 64. The "
-      "learned top-2 arms use 128 of them for a token while training, so they are cheaper, and their full width is not "
-      "compared with dense. The paper's gain over dense comes from over-fitting, which a single pass over the text "
-      "does not show: near dense is asked for. A dense arm with dropout is left out, for models of plain blocks have "
-      "no dropout here.";
+  s.setup = recipe().text() +
+            "; every arm holds 1024 hidden units in a feed-forward layer, the mixtures as 16 experts of 64. The "
+            "learned top-2 arms use 128 of them for a token while training, so they are cheaper, and their full width "
+            "is not compared with dense. The paper's gain over dense comes from over-fitting, which a single pass over "
+            "the text does not show: near dense is asked for. A dense arm with dropout is left out, for models of "
+            "plain blocks have no dropout here.";
   s.arms = {{"dense", "one layer of 1024 hidden units"},
             {"smoe-dropout", "random router, 8 of 16 experts growing to 16"},
             {"grown-from-one", "the same from 1 of 16", false},
@@ -164,18 +150,13 @@ Study study() {
   s.brief = {.seeds = 1, .steps = 100};
   s.measure = measure;
   s.judge = judge;
-  s.settings = recipe().settings();
+  s.settings = [] { return recipe().settings(); };
   return s;
 }
 
-const RegisterMethod registered(
-    {.slug = "smoe-dropout",
-     .kind = "study",
-     .title = "SMoE-Dropout",
-     .summary = "quality by the number of active experts, behind a random router and behind learned ones",
-     .paper = {"Sparse MoE as the New Dropout: Scaling Dense and Self-Slimmable Transformers", "Chen et al.", 2023,
-               "2303.01610"},
-     .make = MakeStudy(study)});
+const RegisterStudy registered(
+    "smoe-dropout", "SMoE-Dropout: a random router and a growing number of experts",
+    "quality by the number of active experts, behind a random router and behind learned ones", study);
 
 }  // namespace
 }  // namespace moiety

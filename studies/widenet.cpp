@@ -6,13 +6,13 @@
 #include <algorithm>
 #include <filesystem>
 #include <map>
-#include <set>
 
 #include "moiety/base/error.h"
-#include "moiety/base/registry.h"
 #include "moiety/models/vision.h"
+#include "moiety/moe/routing_counts.h"
 #include "moiety/study/study.h"
 #include "moiety/tasks/image_classification.h"
+#include "moiety/train/open_run.h"
 
 namespace moiety {
 namespace {
@@ -21,6 +21,7 @@ using nlohmann::json;
 
 constexpr const char* kImages = "/usr/share/datasets/fashion-mnist";
 constexpr int64_t kTrained = 20000, kBatch = 128;
+constexpr double kRate = 3e-3;
 
 VisionConfig model_of(const std::string& arm) {
   VisionConfig c;  // 6 blocks, hidden size 64, 4 heads, patches of 7 x 7, 4 experts of 128, 2 a position
@@ -33,7 +34,7 @@ VisionConfig model_of(const std::string& arm) {
 
 ImageTraining training_of(const StudyCell& cell) {
   ImageTraining t;
-  t.optimizer.lr = 3e-3;
+  t.optimizer.lr = kRate;
   t.optimizer.weight_decay = 0.1;
   t.optimizer.beta2 = 0.999;
   t.schedule.name = "cosine";
@@ -56,27 +57,17 @@ json measure(const StudyCell& cell) {
   const auto train = read_images(images("train"), kTrained), test = read_images(images("t10k"));
   VisionModel model(model_of(cell.arm));
   train_images(model, train, training_of(cell));
-  std::map<int64_t, torch::Tensor> loads;  // by block: how often each expert ran
+  std::map<int64_t, RoutingCounts> loads;  // by block: how often each expert ran
   Trace trace;
-  trace.on_record = [&](const Trace::Record& r) {
-    const auto chosen = r.routing.experts.reshape({-1});
-    const auto n = torch::bincount(chosen.masked_select(chosen >= 0), {}, r.experts).to(torch::kFloat64);
-    auto& sum = loads[r.site.block];
-    sum = sum.defined() ? sum + n : n;
-  };
+  trace.on_record = [&](const Trace::Record& r) { loads[r.site.block].add(r, r.real); };
   json out{{"accuracy", 100.0 * image_accuracy(model, test, 250, &trace)}};
-  std::set<const void*> seen;
-  int64_t parameters = 0;
-  for (const auto& p : model.parameters())
-    if (seen.insert(p.unsafeGetTensorImpl()).second) parameters += p.numel();
-  out["parameters"] = static_cast<double>(parameters) / 1e3;
+  out["parameters"] = static_cast<double>(parameter_count(model)) / 1e3;
   double apart = 0;
   for (const auto& [i, a] : loads)
-    for (const auto& [j, b] : loads)
-      apart = std::max(apart, 0.5 * (a / a.sum() - b / b.sum()).abs().sum().item<double>());
+    for (const auto& [j, b] : loads) apart = std::max(apart, 0.5 * (a.share() - b.share()).abs().sum().item<double>());
   if (!loads.empty()) out["variation"] = apart;
   for (const auto& [block, n] : loads) {
-    const auto share = (n / n.sum()).contiguous();
+    const auto share = n.share().contiguous();
     out["loads"].push_back(std::vector<double>(share.data_ptr<double>(), share.data_ptr<double>() + share.numel()));
   }
   return out;
@@ -108,8 +99,6 @@ StudyOutcome judge(const StudyTable& t) {
 
 Study study() {
   Study s;
-  s.slug = "widenet";
-  s.title = "WideNet: one block for all depths, widened by experts";
   s.claim =
       "On ImageNet-1K WideNet-L reaches 79.5 % with 40M parameters, ViT-B 78.6 % with 87M; a shared block without "
       "experts, or without norms of its own at every depth, loses clearly.";
@@ -132,16 +121,14 @@ Study study() {
   s.brief = {.seeds = 1, .steps = 156};
   s.measure = measure;
   s.judge = judge;
-  s.settings = {{"images", kTrained}, {"batch", kBatch}, {"lr", 3e-3}, {"model", dump(VisionConfig())}};
+  s.settings = [] {
+    return json{{"images", kTrained}, {"batch", kBatch}, {"lr", kRate}, {"model", dump(VisionConfig())}};
+  };
   return s;
 }
 
-const RegisterMethod registered({.slug = "widenet",
-                                 .kind = "study",
-                                 .title = "WideNet",
-                                 .summary = "sharing one block over depth, with and without experts, on images",
-                                 .paper = {"Go Wider Instead of Deeper", "Xue et al.", 2021, "2107.11817"},
-                                 .make = MakeStudy(study)});
+const RegisterStudy registered("widenet", "WideNet: one block for all depths, widened by experts",
+                               "sharing one block over depth, with and without experts, on images", study);
 
 }  // namespace
 }  // namespace moiety

@@ -20,7 +20,11 @@ def run(*words, **more):
     return subprocess.run([moiety, *words], text=True, capture_output=True, timeout=1000, **more)
 
 
-studies = [s["slug"] for s in json.loads(run("reproduce", "--list", "--json").stdout)]
+with tempfile.TemporaryDirectory() as empty:
+    # To list studies needs no text, and prepares none.
+    listed = run("reproduce", "--list", "--json", env={**os.environ, "MOIETY_CACHE": empty})
+    assert listed.returncode == 0 and not os.listdir(empty), listed.stderr
+studies = [s["slug"] for s in json.loads(listed.stdout)]
 assert studies == sorted(studies) and "deepseekmoe" in studies, studies
 for slug in studies:
     assert (root / f"docs/systems/{slug}.md").exists(), f"{slug} has a study but no page"

@@ -68,6 +68,13 @@ Study counted(std::atomic<int>& calls) {
   return s;
 }
 
+const RegisterStudy registered("test-study", "A title", "one line", [] {
+  Study s;
+  s.brief = {.seeds = 1, .steps = 5};
+  s.settings = []() -> json { fail("asked for too early"); };
+  return s;
+});
+
 TEST(Study, RunsEveryCellOnceAndKeepsIt) {
   const TemporaryFolder folder("moiety-study-test");
   std::atomic<int> calls = 0;
@@ -100,7 +107,7 @@ TEST(Study, TheShortBudgetLeavesArmsOutAndOtherSettingsMeasureAnew) {
   const json r = run_study(s, o);
   EXPECT_EQ(calls, 2);
   EXPECT_EQ(r["arms"].size(), 2u);
-  s.settings = {{"width", 3}};
+  s.settings = [] { return json{{"width", 3}}; };
   run_study(s, o);
   EXPECT_EQ(calls, 4);
 }
@@ -135,6 +142,15 @@ TEST(Study, BadRequestsAreNamed) {
   };
   EXPECT_NE(message([&] { run_study(s, {.budget = "large"}); }).find("short or full"), std::string::npos);
   EXPECT_NE(message([&] { measure_cell(s, {.budget = "short"}, "three", 0); }).find("no arm three"), std::string::npos);
+}
+
+TEST(Study, LookingAtStudiesPreparesNothing) {
+  // Settings may read the text that studies learn, which need not be there to list them.
+  const Study s = get_study("test-study");
+  EXPECT_EQ(s.slug, "test-study");
+  EXPECT_EQ(s.title, "A title");
+  EXPECT_EQ(study_budget(s, {.budget = "short"}).steps, 5);
+  EXPECT_THROW(s.settings(), Error);
 }
 
 TEST(Study, ThePageHoldsTheResult) {

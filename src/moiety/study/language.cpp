@@ -4,10 +4,8 @@
 
 #include <algorithm>
 #include <numbers>
-#include <set>
 
 #include "moiety/base/error.h"
-#include "moiety/base/files.h"
 #include "moiety/io/dataset.h"
 #include "moiety/train/byte_tokenizer.h"
 
@@ -30,16 +28,6 @@ std::vector<StudySource> chosen(const LanguageRecipe& recipe) {
   return out;
 }
 
-// The first documents of a source up to about `bytes`.
-std::filesystem::path shortened(const StudyCell& cell, const StudySource& source, int64_t bytes) {
-  return cell.once(source.name + "-" + std::to_string(bytes), [&](const std::filesystem::path& folder) {
-    const std::string text = read_text(source.train);
-    size_t end = std::min(static_cast<size_t>(bytes), text.size() - 1);
-    end = text.find('\n', end);
-    write_file(folder / "train.jsonl", text.substr(0, end == std::string::npos ? text.size() : end + 1));
-  }) / "train.jsonl";
-}
-
 }  // namespace
 
 json LanguageRecipe::settings() const {
@@ -51,9 +39,15 @@ json LanguageRecipe::settings() const {
           {"batch", batch},
           {"lr", lr},
           {"sources", sources},
-          {"train_bytes", train_bytes},
           {"held_out_tokens", held_out_tokens},
           {"text", study_text().digest.substr(0, 16)}};
+}
+
+std::string LanguageRecipe::text() const {
+  return fmt::format(
+      "A byte-level decoder of {} blocks, hidden size {}, on seven kinds of text (code, prose, manuals in four "
+      "languages)",
+      layers, hidden);
 }
 
 std::unique_ptr<Trainer> train_language(const StudyCell& cell, const LanguageRun& run, const std::string& name) {
@@ -75,10 +69,11 @@ std::unique_ptr<Trainer> train_language(const StudyCell& cell, const LanguageRun
     config.model.checkpoint = run.checkpoint.string();
   }
   config.parts = run.parts;
+  config.routing = run.routing;
   const auto sources = chosen(r);
   for (const auto& s : sources) {
     SourceConfig source;
-    source.path = (r.train_bytes > 0 ? shortened(cell, s, r.train_bytes) : s.train).string();
+    source.path = s.train.string();
     source.weight = 1.0;
     config.data.sources.push_back(source);
   }
@@ -97,22 +92,34 @@ std::unique_ptr<Trainer> train_language(const StudyCell& cell, const LanguageRun
   config.output.folder = (cell.folder / name).string();
   TrainOptions options;
   options.resume = TrainOptions::restart;
-  options.prepare = run.prepare;
   auto trainer = std::make_unique<Trainer>(config, options);
   trainer->run();
   return trainer;
 }
 
-std::map<std::string, HeldOut> held_out_text(const LanguageRecipe& recipe, int64_t length) {
+namespace {
+
+std::map<std::string, HeldOut> rows_of(const LanguageRecipe& recipe, int64_t length,
+                                       std::filesystem::path StudySource::*documents) {
   Encoder encoder;
   encoder.tokenizer = Tokenizer::from_json(json(byte_tokenizer()), json(byte_tokenizer_config()), "the byte tokenizer");
   DataConfig config;
-  config.length = length > 0 ? length : recipe.length;
+  config.length = length;
   std::map<std::string, HeldOut> out;
   for (const auto& s : chosen(recipe))
-    out[s.name] = held_out_rows(Dataset::open(s.held_out.string()), encoder, config,
-                                std::max<int64_t>(1, 4096 / config.length), recipe.held_out_tokens, 1);
+    out[s.name] = held_out_rows(Dataset::open((s.*documents).string()), encoder, config,
+                                std::max<int64_t>(1, 4096 / length), recipe.held_out_tokens, 1);
   return out;
+}
+
+}  // namespace
+
+std::map<std::string, HeldOut> held_out_text(const LanguageRecipe& recipe, int64_t length) {
+  return rows_of(recipe, length > 0 ? length : recipe.length, &StudySource::held_out);
+}
+
+std::map<std::string, HeldOut> learned_text(const LanguageRecipe& recipe) {
+  return rows_of(recipe, recipe.length, &StudySource::train);
 }
 
 json measure_language(CausalModel& model, const std::map<std::string, HeldOut>& text, const Edits& edits) {
@@ -136,17 +143,9 @@ void trace_language(CausalModel& model, const std::map<std::string, HeldOut>& te
   }
 }
 
-json plain_mixture(int64_t experts, int64_t top_k, int64_t width, bool normalize) {
-  return {{"slug", "deepseekmoe"}, {"experts", experts},          {"shared", 0},    {"top_k", top_k},
-          {"width", width},        {"norm_topk_prob", normalize}, {"alpha1", 0.01}, {"seq_aux", false}};
-}
-
-int64_t parameter_count(CausalModel& model) {
-  std::set<const void*> seen;
-  int64_t count = 0;
-  for (const auto& p : model.parameters())
-    if (seen.insert(p.unsafeGetTensorImpl()).second) count += p.numel();
-  return count;
+json plain_mixture(int64_t experts, int64_t top_k, int64_t width, bool normalize, double balance) {
+  return {{"slug", "deepseekmoe"}, {"experts", experts},          {"shared", 0},       {"top_k", top_k},
+          {"width", width},        {"norm_topk_prob", normalize}, {"alpha1", balance}, {"seq_aux", false}};
 }
 
 }  // namespace moiety

@@ -22,9 +22,9 @@ struct LanguageRecipe {
   int64_t length = 128, batch = 8;
   double lr = 4e-3;                  ///< peak of a cosine, 5 % warm-up; AdamW 0.9/0.95, decay 0.1, clip 1
   std::vector<std::string> sources;  ///< names of StudySource; empty: all, in even shares
-  int64_t train_bytes = 0;           ///< only so many bytes of every source; 0: all (for over-fitting on purpose)
-  int64_t held_out_tokens = 6144;   ///< of every source
+  int64_t held_out_tokens = 6144;    ///< of every source
   nlohmann::json settings() const;   ///< for Study::settings
+  std::string text() const;          ///< model and data in a sentence's beginning, for Study::setup
 };
 
 struct LanguageRun {
@@ -34,15 +34,17 @@ struct LanguageRun {
   std::filesystem::path checkpoint;  ///< go on from this model instead of a new one
   std::vector<std::string> train;    ///< patterns: only these parameters learn
   double lr_scale = 1.0;
-  int64_t steps = 0;  ///< 0: the budget's
-  std::function<void(CausalModel&)> prepare;
+  int64_t steps = 0;      ///< 0: the budget's
+  RoutingConfig routing;  ///< as `routing` of a run
 };
 
 /// Trains one model; its run stands in a folder of the cell called `name`. Throws Error.
 std::unique_ptr<Trainer> train_language(const StudyCell& cell, const LanguageRun& run, const std::string& name = "run");
 
-/// Held-out rows of each source, encoded once.
+/// Held-out rows of each source, encoded once. `length` of a row; 0: the recipe's.
 std::map<std::string, HeldOut> held_out_text(const LanguageRecipe& recipe, int64_t length = 0);
+/// The same of documents that are learned: to calibrate on.
+std::map<std::string, HeldOut> learned_text(const LanguageRecipe& recipe);
 
 /// {"bits_per_byte": mean over the sources, "by_source": {...}, "nats": mean loss a byte token}.
 nlohmann::json measure_language(CausalModel& model, const std::map<std::string, HeldOut>& text,
@@ -52,10 +54,8 @@ nlohmann::json measure_language(CausalModel& model, const std::map<std::string, 
 void trace_language(CausalModel& model, const std::map<std::string, HeldOut>& text,
                     const std::function<void(const std::string& source, const Trace::Record&)>& use);
 
-/// A plain top-k mixture (softmax, Switch's balance loss at 0.01), the usual baseline, as an entry of `parts`.
-/// `normalize`: gates over their sum; raw otherwise. `width` of one expert.
-nlohmann::json plain_mixture(int64_t experts, int64_t top_k, int64_t width, bool normalize);
-
-int64_t parameter_count(CausalModel& model);
+/// A plain top-k mixture (softmax, Switch's balance loss), the usual baseline, as an entry of `parts`.
+/// `normalize`: gates over their sum; raw otherwise. `width` of one expert. `balance` 0: a run's `routing` says how.
+nlohmann::json plain_mixture(int64_t experts, int64_t top_k, int64_t width, bool normalize, double balance = 0.01);
 
 }  // namespace moiety

@@ -1,6 +1,7 @@
 #include "moiety/study/runner.h"
 
 #include <fmt/format.h>
+#include <sys/utsname.h>
 #include <torch/version.h>
 #include <unistd.h>
 
@@ -35,9 +36,14 @@ fs::path study_folder(const Study& study, const StudyOptions& options, const Stu
   return root / study.slug / budget.name;
 }
 
+json settings_of(const Study& study) {
+  return study.settings ? study.settings() : json();
+}
+
 // What a cell's values depend on besides the program.
 json fingerprint(const Study& study, const StudyBudget& budget) {
-  return {{"version", MOIETY_VERSION}, {"budget", budget.name}, {"steps", budget.steps}, {"settings", study.settings}};
+  return {
+      {"version", MOIETY_VERSION}, {"budget", budget.name}, {"steps", budget.steps}, {"settings", settings_of(study)}};
 }
 
 std::vector<StudyArm> arms_of(const Study& study, const StudyBudget& budget) {
@@ -60,6 +66,8 @@ json kept(const Study& study, const StudyBudget& budget, const fs::path& file) {
 }
 
 json machine_record() {
+  utsname system{};
+  ::uname(&system);
   std::string cpu = "unknown";
   std::ifstream info("/proc/cpuinfo");
   for (std::string line; std::getline(info, line);)
@@ -67,8 +75,9 @@ json machine_record() {
       cpu = line.substr(line.find(": ") + 2);
       break;
     }
-  return {
-      {"cpu", cpu}, {"cores", static_cast<int64_t>(std::thread::hardware_concurrency())}, {"system", "Linux x86_64"}};
+  return {{"cpu", cpu},
+          {"cores", static_cast<int64_t>(std::thread::hardware_concurrency())},
+          {"system", fmt::format("{} {}", system.sysname, system.machine)}};
 }
 
 std::string today() {
@@ -88,7 +97,11 @@ std::vector<std::string> study_slugs() {
 }
 
 Study get_study(const std::string& slug) {
-  return factory<MakeStudy>(get_method("study", slug))();
+  const Method& method = get_method("study", slug);
+  Study study = factory<MakeStudy>(method)();
+  study.slug = method.slug;
+  study.title = method.title;
+  return study;
 }
 
 StudyBudget study_budget(const Study& study, const StudyOptions& options) {
@@ -176,7 +189,7 @@ json run_study(const Study& study, const StudyOptions& options) {
           {"setup", study.setup},
           {"rule", study.rule},
           {"budget", {{"name", budget.name}, {"seeds", budget.seeds}, {"steps", budget.steps}}},
-          {"settings", study.settings},
+          {"settings", settings_of(study)},
           {"arms", rows},
           {"metrics", metrics},
           {"verdict", to_string(outcome.verdict)},

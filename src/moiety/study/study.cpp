@@ -49,6 +49,13 @@ class FileLock {
 
 }  // namespace
 
+RegisterStudy::RegisterStudy(std::string slug, std::string title, std::string summary, MakeStudy make)
+    : RegisterMethod({.slug = std::move(slug),
+                      .kind = "study",
+                      .title = std::move(title),
+                      .summary = std::move(summary),
+                      .make = std::move(make)}) {}
+
 fs::path StudyCell::once(const std::string& name, const std::function<void(const fs::path&)>& make) const {
   fs::create_directories(shared);
   const fs::path done = shared / name, half = shared / (name + ".part");

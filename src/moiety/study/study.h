@@ -11,6 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "moiety/base/registry.h"
+
 namespace moiety {
 
 struct StudyArm {
@@ -96,10 +98,16 @@ struct Study {
   /// thread.
   std::function<nlohmann::json(const StudyCell&)> measure;
   std::function<StudyOutcome(const StudyTable&)> judge;
-  nlohmann::json settings;  ///< what the numbers depend on besides: a change of it measures anew
+  /// What the numbers depend on besides: a change of it measures anew. Asked for only when cells are looked up.
+  std::function<nlohmann::json()> settings;
 };
 
-/// What a registered method of kind "study" makes.
+/// What a registered method of kind "study" makes: all but slug and title, which it is registered with.
 using MakeStudy = std::function<Study()>;
+
+/// The paper is named by the other kinds under the slug.
+struct RegisterStudy : RegisterMethod {
+  RegisterStudy(std::string slug, std::string title, std::string summary, MakeStudy make);
+};
 
 }  // namespace moiety

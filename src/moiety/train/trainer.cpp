@@ -7,7 +7,6 @@
 #include <chrono>
 #include <cmath>
 #include <numbers>
-#include <set>
 
 #include "moiety/base/error.h"
 #include "moiety/base/files.h"
@@ -118,9 +117,7 @@ TrainPlan plan_training(const TrainConfig& config) {
   const OpenRun run = open_run(config, torch::kCPU, scratch.path(), /*weights=*/false);
   check_length(config, *run.model);
   TrainPlan plan;
-  std::set<const void*> seen;
-  for (const Tensor& p : run.model->parameters())
-    if (seen.insert(p.unsafeGetTensorImpl()).second) plan.parameters += p.numel();
+  plan.parameters = parameter_count(*run.model);
   plan.slots = trained_slots(*run.model, config);
   for (const Slot& s : plan.slots) plan.trained += s.parameter.numel();
   const auto data = open_data(config.data, encoder_of(config, run), static_cast<uint64_t>(config.train.seed));
