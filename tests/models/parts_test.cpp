@@ -169,6 +169,19 @@ TEST(PartLayers, AreChosenAndOthersStayDense) {
   EXPECT_EQ(model->experts(2), 5);
 }
 
+TEST(PartRmoe, LayersMayHaveCellsOfTheirOwn) {
+  const auto cells = [](bool shared) {
+    auto part = part_of("rmoe");
+    part["shared_cell"] = shared;
+    std::vector<std::string> names;
+    for (const auto& t : make_causal(model_with({part}))->stored())
+      if (t.name.find("rnn_router.weight_hn") != std::string::npos) names.push_back(t.name);
+    return names;
+  };
+  EXPECT_EQ(cells(true).size(), 1u);
+  EXPECT_EQ(cells(false).size(), 3u);
+}
+
 TEST(PartRmoe, WeighsTheRoutedSumAndTheSharedExpert) {
   torch::NoGradGuard frozen;
   const auto ids = torch::arange(12, torch::kInt64).view({2, 6});

@@ -124,6 +124,31 @@ TEST(ChainOfExperts, ScalingFactorAndNormalizationExclude) {
   EXPECT_LT(distance(one.gates, 3.0 * one.scores.gather(1, one.experts)), 1e-6);
 }
 
+TEST(ChainOfExperts, GroupsLimitTheChoice) {
+  auto config = small(1, true, false);
+  config.experts = 6;
+  config.groups = 3;
+  config.top_groups = 1;
+  config.top_k = 2;
+  Linear rows(torch::tensor({{0.9f}, {-1.f}, {1.f}, {-2.f}, {0.8f}, {0.7f}}));
+  Pass pass;
+  // The best expert is 2, so that the choice is among 2 and 3, although 0 has more than 3.
+  const Routing r = chain_router(rows, config)->route(torch::ones({1, 1}), pass.at("ffn"), pass);
+  EXPECT_TRUE(r.experts.equal(torch::tensor({{2, 3}})));
+  EXPECT_LT(distance(r.gates, r.scores.gather(1, r.experts)), 1e-6);
+  const auto problem = [&](int64_t groups, int64_t top_groups, int64_t top_k) {
+    config.groups = groups;
+    config.top_groups = top_groups;
+    config.top_k = top_k;
+    return config.problem();
+  };
+  EXPECT_EQ(problem(3, 1, 2), "");
+  EXPECT_NE(problem(4, 1, 1).find("divisible"), std::string::npos);
+  EXPECT_NE(problem(3, 4, 1).find("1 to 3"), std::string::npos);
+  EXPECT_NE(problem(3, 1, 3).find("hold 2 experts"), std::string::npos);
+  EXPECT_NE(problem(0, 1, 1).find("no `groups`"), std::string::npos);
+}
+
 TEST(ChainOfExperts, WrongNumbersOfRoutersAreErrors) {
   Pieces p;
   EXPECT_THROW(p.chain(small(2, true, false), {0}), Error);

@@ -21,17 +21,27 @@ void ChainOfExpertsConfig::fields(Fields& f) {
   f("outer_residual", outer_residual, "the input of the site is added at the end");
   f("norm_topk_prob", norm_topk_prob, "divide the gates of the chosen by their sum (then they are not scaled)");
   f("routed_scaling_factor", routed_scaling_factor, "factor of the gates");
+  f("groups", groups, "groups of experts, of which only the best are chosen from; 0: no groups").min(0);
+  f("top_groups", top_groups, "groups that a token chooses from").min(0);
   f("aux_loss_alpha", aux_loss_alpha, "weight of the balance loss").min(0);
   f("seq_aux", seq_aux, "balance within every sequence instead of the whole batch");
 }
 
 std::string ChainOfExpertsConfig::problem() const {
-  return top_k > experts ? fmt::format("`top_k` is {}, but there are {} routed experts", top_k, experts) : "";
+  if (top_k > experts) return fmt::format("`top_k` is {}, but there are {} routed experts", top_k, experts);
+  if (groups == 0) return top_groups > 0 ? fmt::format("`top_groups` is {}, but there are no `groups`", top_groups) : "";
+  if (experts % groups != 0) return fmt::format("{} experts are not divisible by {} groups", experts, groups);
+  if (top_groups < 1 || top_groups > groups)
+    return fmt::format("`top_groups` is {}: it must be 1 to {}, the number of groups", top_groups, groups);
+  const int64_t open = experts / groups * top_groups;
+  return top_k > open ? fmt::format("`top_k` is {}, but {} group(s) hold {} experts", top_k, top_groups, open) : "";
 }
 
 std::shared_ptr<TopKRouter> chain_router(Linear projection, const ChainOfExpertsConfig& c, torch::Tensor choice_bias) {
   TopKRouterOptions options;
   options.top_k = c.top_k;
+  options.groups = c.groups;
+  options.top_groups = c.top_groups;
   options.normalize = c.norm_topk_prob && c.top_k > 1;
   options.normalize_eps = 1e-20;
   options.scale = options.normalize ? 1.0 : c.routed_scaling_factor;

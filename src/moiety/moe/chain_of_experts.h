@@ -21,6 +21,7 @@ struct ChainOfExpertsConfig {
   bool outer_residual = false;  ///< O_r
   bool norm_topk_prob = false;
   double routed_scaling_factor = 1.0;
+  int64_t groups = 0, top_groups = 0;  ///< choose inside the groups with the best expert only; 0: no groups
   double aux_loss_alpha = 0.001;
   bool seq_aux = true;
   void fields(Fields& f);

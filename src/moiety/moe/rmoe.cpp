@@ -21,6 +21,7 @@ void RmoeConfig::fields(Fields& f) {
   f("top_k", top_k, "experts a token").min(1);
   f("aux_coef", aux_coef, "weight of the balance loss").min(0);
   f("detach", detach, "no gradient from a layer's state to the layers before");
+  f("shared_cell", shared_cell, "one cell for all layers; without it each has its own");
   f("carry", carry, "layers see the state of the layer before; without it each starts from zeros");
   f("bias", bias, "an output bias, added once to the routed sum");
   f("shared_width", shared_width, "hidden units of a shared expert beside the routed ones; 0: none").min(0);
@@ -134,13 +135,13 @@ Routing RecurrentRouter::route(const torch::Tensor& x, const Site& site, Pass& p
 
 namespace {
 
-std::shared_ptr<RecurrentCell> cell_of(PartSite& site, const RmoeConfig& c) {
+std::shared_ptr<RecurrentCell> cell_of(PartWeights& weights, const RmoeConfig& c) {
   std::map<std::string, torch::Tensor> tensors;
   for (const auto& part : parts_of(is_gru(c.cell))) {
     for (const char* side : {"i", "h"}) {
       const std::string name = side + part;
-      tensors["weight_" + name] = site.model.get("rnn_router.weight_" + name, {c.width, c.width}, uniform_init());
-      tensors["bias_" + name] = site.model.get("rnn_router.bias_" + name, {c.width}, uniform_init());
+      tensors["weight_" + name] = weights.get("rnn_router.weight_" + name, {c.width, c.width}, uniform_init());
+      tensors["bias_" + name] = weights.get("rnn_router.bias_" + name, {c.width}, uniform_init());
     }
   }
   return std::make_shared<RecurrentCell>(c.cell, tensors);
@@ -157,9 +158,11 @@ const RegisterMethod registered(
      .make = MakeFeedForward([](PartSite& site, const nlohmann::json& settings) -> std::shared_ptr<FeedForwardBase> {
        const auto c = parse<RmoeConfig>(settings, "rmoe");
        auto& shared = site.shared["rmoe.cell"];
-       const bool first = !shared.has_value();
-       if (first) shared = cell_of(site, c);
-       const auto cell = std::any_cast<std::shared_ptr<RecurrentCell>>(shared);
+       const bool first = !c.shared_cell || !shared.has_value();
+       std::shared_ptr<RecurrentCell> cell;
+       if (first) cell = cell_of(c.shared_cell ? site.model : site.own, c);
+       if (c.shared_cell && first) shared = cell;
+       if (!first) cell = std::any_cast<std::shared_ptr<RecurrentCell>>(shared);
        const auto own = site.mixture();
        const int64_t experts = own ? own->router->out() : c.experts;
        auto project = site.own.linear("weight1", site.hidden, c.width, false, uniform_init());

@@ -17,6 +17,7 @@ struct RmoeConfig {
   int64_t top_k = 2;
   double aux_coef = 0.001;   ///< of the balance loss over all layers in one table
   bool detach = false;       ///< ablation: no gradient from layer to layer
+  bool shared_cell = true;   ///< false: every layer has a cell of its own (ablation)
   bool carry = true;         ///< false: every layer starts from a state of zeros (ablation: no recurrence)
   bool bias = false;         ///< [d], added to the routed sum
   int64_t shared_width = 0;  ///< hidden units of a shared expert; 0: none
