@@ -9,7 +9,7 @@
 
 #include "moe_tools.h"
 #include "moiety/base/error.h"
-#include "moiety/moe/tasks.h"
+#include "moiety/nn/tasks.h"
 #include "moiety/moe/topk.h"
 
 namespace moiety {

@@ -9,6 +9,7 @@
 #include "moiety/base/error.h"
 #include "moiety/nn/arithmetic.h"
 #include "moiety/nn/norm.h"
+#include "moiety/nn/packed.h"
 #include "moiety/nn/weights.h"
 
 namespace moiety {
@@ -51,6 +52,7 @@ TEST_P(BlockFormats, ManyRowsEqualTheDecodedMatrix) {
   const auto bias = torch::randn({kOut}), x = torch::randn({3, 7, kIn});
   Linear linear(view, bias);
   EXPECT_TRUE(linear->quantized());
+  linear->exact = true;
   const auto expected = at::linear(x.to(torch::kFloat64), w.to(torch::kFloat64), bias.to(torch::kFloat64));
   // 512 products of f32: sums of size 1 differ in their last places.
   EXPECT_LT(distance(linear(x), expected), 1e-5);
@@ -64,15 +66,41 @@ TEST_P(BlockFormats, RoundedRowsDoNotDependOnTheirNumber) {
   const auto x = torch::randn({21, kIn});
   std::vector<Tensor> single;
   for (int64_t t = 0; t < 21; ++t) single.push_back(linear(x.narrow(0, t, 1)));
-  const auto decoded = linear(x);
-  {
-    const WithBlockArithmetic rounded(BlockArithmetic::rounded);
-    EXPECT_LT(distance(linear(x), torch::cat(single)), 1e-5);
-    linear->exact = true;
-    EXPECT_TRUE(torch::equal(linear(x), decoded));
-    linear->exact = false;
+  const WithBlockArithmetic rounded(BlockArithmetic::rounded);
+  EXPECT_LT(distance(linear(x), torch::cat(single)), 1e-5);
+}
+
+TEST_P(BlockFormats, ManyRowsAreRoundedWherePackedProductsRun) {
+  torch::NoGradGuard frozen;
+  Linear linear(stored(GetParam(), kOut, kIn));
+  const auto x = torch::randn({21, kIn});
+  const bool packed = linear->packed_for(x) != nullptr;
+  EXPECT_EQ(packed, can_pack(GetParam()));
+  const auto y = linear(x);
+  linear->exact = true;
+  EXPECT_EQ(linear->packed_for(x), nullptr);
+  EXPECT_EQ(torch::equal(y, linear(x)), !packed);
+}
+
+TEST_P(BlockFormats, SeveralMatricesOnOneInputEqualEachAlone) {
+  torch::NoGradGuard frozen;
+  const auto bias = torch::randn({kOut});
+  Linear blocks(stored(GetParam(), kOut, kIn)), biased(stored(GetParam(), kOut, kIn), bias), other(stored(Format::Q8_0, 48, kIn)),
+      floats(kIn, 20);
+  for (const auto& shape : std::vector<std::vector<int64_t>>{{1, kIn}, {2, 13, kIn}, {0, kIn}}) {
+    for (const auto dtype : {torch::kFloat32, torch::kBFloat16}) {
+      const auto x = torch::randn(shape).to(dtype);
+      for (const auto& group : std::vector<std::vector<Linear>>{{blocks, biased, other}, {blocks, floats}}) {
+        const auto all = group.size() == 3 ? apply_all({group[0], group[1], group[2]}, x) : apply_all({group[0], group[1]}, x);
+        for (size_t i = 0; i < group.size(); ++i) {
+          Linear one = group[i];
+          const auto y = one(x);
+          EXPECT_EQ(all[i].scalar_type(), dtype);
+          EXPECT_TRUE(torch::equal(all[i], y)) << info(GetParam()).name << " " << i;
+        }
+      }
+    }
   }
-  EXPECT_TRUE(torch::equal(linear(x), decoded));
 }
 
 TEST_P(BlockFormats, FewRowsRoundTheirActivationsUnlessExact) {

@@ -60,6 +60,10 @@ int block_of(ActivationKind kind) {
 
 }  // namespace
 
+QuantizeBlock quantizer(ActivationKind kind) {
+  return kind == ActivationKind::Blocks32 ? kernels().quantize_32 : kernels().quantize_256;
+}
+
 ActivationKind activation_kind(Format weights) {
   switch (weights) {
     case Format::F32:
@@ -107,8 +111,7 @@ void QuantizedRow::assign(ActivationKind kind, const float* x, int64_t cols) {
   sums32_ = sums16_ + padded / 16;
   if (bytes > 0 && cols != padded) std::memset(p + cols, 0, static_cast<size_t>(padded - cols));
 
-  const DotKernels& k = kernels();
-  const QuantizeBlock quantize = kind == ActivationKind::Blocks32 ? k.quantize_32 : k.quantize_256;
+  const QuantizeBlock quantize = quantizer(kind);
   const int64_t blocks = cols / block;
   for (int64_t b = 0; b < blocks; ++b) {
     int8_t* q = q_ + b * block;

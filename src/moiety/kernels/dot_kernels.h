@@ -2,6 +2,8 @@
 // What dot.cpp asks of one instruction set (internal to kernels/).
 #include <cstdint>
 
+#include "moiety/kernels/dot.h"
+
 namespace moiety {
 
 /// The arrays of a QuantizedRow.
@@ -27,6 +29,9 @@ struct DotKernels {
   DotBlocks q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k, tq1_0, tq2_0, mxfp4;
   QuantizeBlock quantize_32, quantize_256;
 };
+
+/// How the instruction set in use quantizes a block of the kind.
+QuantizeBlock quantizer(ActivationKind kind);
 
 const DotKernels& dot_kernels_avx2();
 const DotKernels& dot_kernels_avx512();

@@ -2,6 +2,7 @@
 // an unnamed namespace so that no copy is shared between them.
 #include <cstdint>
 
+#include "moiety/kernels/exponential.h"
 #include "moiety/kernels/half.h"
 #include "moiety/kernels/swiglu_kernels.h"
 
@@ -21,25 +22,6 @@ namespace {
 [[gnu::always_inline]] inline void store(float x, uint16_t* to) {
   const uint32_t bits = bits_of(x), rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   *to = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 64u : rounded);
-}
-
-// e^x: 2^n times a polynomial of the rest, |rest| <= ln(2)/2; within 2 ulp. Clamped to what f32 holds as a normal
-// number.
-[[gnu::always_inline]] inline float exponential(float x) {
-  const float clamped = x < -87.f ? -87.f : x > 88.f ? 88.f : x;
-  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
-  const float shifted = clamped * 1.44269504f + 12582912.f, n = shifted - 12582912.f;
-  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.f / 5040.f;
-  p = p * r + 1.f / 720.f;
-  p = p * r + 1.f / 120.f;
-  p = p * r + 1.f / 24.f;
-  p = p * r + 1.f / 6.f;
-  p = p * r + 0.5f;
-  p = p * r + 1.f;
-  p = p * r + 1.f;
-  const float power = float_from_bits((bits_of(shifted) - 0x4b400000u + 127u) << 23);
-  return x != x ? x : p * power;
 }
 
 constexpr int kLanes = 16;

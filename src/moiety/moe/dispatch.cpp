@@ -5,11 +5,107 @@
 #include <cmath>
 
 #include "moiety/base/error.h"
+#include "moiety/kernels/swiglu.h"
+#include "moiety/nn/shortcut.h"
 
 namespace moiety {
+namespace {
+
+using torch::Tensor;
+
+// The pairs of every token, in the order of pairs: entries start[n] ... start[n + 1] of `pair`.
+struct PairsOfTokens {
+  std::vector<int64_t> start, pair;
+  PairsOfTokens(const Tensor& tokens, int64_t rows)
+      : start(static_cast<size_t>(rows) + 1), pair(static_cast<size_t>(tokens.numel())) {
+    const int64_t* token = tokens.const_data_ptr<int64_t>();
+    const int64_t pairs = tokens.numel();
+    for (int64_t p = 0; p < pairs; ++p) ++start[static_cast<size_t>(token[p]) + 1];
+    for (size_t n = 1; n < start.size(); ++n) start[n] += start[n - 1];
+    std::vector<int64_t> next(start.begin(), start.end() - 1);
+    for (int64_t p = 0; p < pairs; ++p) pair[static_cast<size_t>(next[static_cast<size_t>(token[p])]++)] = p;
+  }
+};
+
+template <class T>
+using Bits = std::conditional_t<std::is_same_v<T, float>, float, uint16_t>;
+
+template <class T>
+Bits<T>* bits(const Tensor& t) {
+  return reinterpret_cast<Bits<T>*>(t.data_ptr<T>());
+}
+
+// out[n] = sum over the pairs p of token n of weight[p] * rows[p]; every weight is 1 when undefined.
+template <class T>
+void sum_pairs(const Tensor& rows, const Tensor& weights, const Tensor& tokens, const Tensor& out) {
+  const PairsOfTokens of(tokens, out.size(0));
+  const int64_t width = out.size(1);
+  const Bits<T>* from = bits<T>(rows);
+  Bits<T>* to = bits<T>(out);
+  const float* weight = weights.defined() ? weights.const_data_ptr<float>() : nullptr;
+  at::parallel_for(0, out.size(0), std::max<int64_t>(1, 16384 / width), [&](int64_t first, int64_t last) {
+    std::vector<const Bits<T>*> row;
+    std::vector<float> scale;
+    for (int64_t n = first; n < last; ++n) {
+      row.clear();
+      scale.clear();
+      for (auto i = static_cast<size_t>(of.start[n]); i < static_cast<size_t>(of.start[n + 1]); ++i) {
+        row.push_back(from + of.pair[i] * width);
+        scale.push_back(weight ? weight[of.pair[i]] : 1.f);
+      }
+      weighted_sum(row.data(), scale.data(), static_cast<int64_t>(row.size()), to + n * width, width);
+    }
+  });
+}
+
+}  // namespace
+
+void sum_pairs(const Tensor& rows, const Tensor& weights, const Tensor& tokens, const Tensor& out) {
+  if (out.scalar_type() == torch::kFloat32)
+    sum_pairs<float>(rows, weights, tokens, out);
+  else
+    sum_pairs<at::BFloat16>(rows, weights, tokens, out);
+}
+
+namespace {
+
+// Pairs sorted by expert: one pass counts, one places. experts [N, K] int64 on the CPU, contiguous.
+struct Sorted {
+  Tensor slots, tokens;
+  std::vector<int64_t> counts;
+  Sorted(const Tensor& experts, int64_t count) : counts(static_cast<size_t>(count)) {
+    const int64_t* expert = experts.const_data_ptr<int64_t>();
+    const int64_t all = experts.numel(), width = experts.size(1);
+    int64_t pairs = 0;
+    for (int64_t i = 0; i < all; ++i) {
+      if (expert[i] < 0) continue;
+      check(expert[i] < count, "a routing names expert {} but there are {}", expert[i], count);
+      ++counts[static_cast<size_t>(expert[i])];
+      ++pairs;
+    }
+    std::vector<int64_t> next(counts.size());
+    for (size_t e = 1; e < counts.size(); ++e) next[e] = next[e - 1] + counts[e - 1];
+    slots = torch::empty({pairs}, torch::kInt64);
+    tokens = torch::empty({pairs}, torch::kInt64);
+    int64_t *slot = slots.data_ptr<int64_t>(), *token = tokens.data_ptr<int64_t>();
+    for (int64_t i = 0; i < all; ++i) {
+      if (expert[i] < 0) continue;
+      const int64_t at = next[static_cast<size_t>(expert[i])]++;
+      slot[at] = i;
+      token[at] = i / width;
+    }
+  }
+};
+
+}  // namespace
 
 Dispatch Dispatch::of(const Routing& routing, int64_t experts, const torch::Tensor& map) {
   const int64_t width = routing.experts.size(1);
+  if (routing.experts.is_cpu() && !map.defined()) {
+    Sorted sorted(routing.experts.contiguous(), experts);
+    return {sorted.tokens, routing.gates.reshape({-1}).index_select(0, sorted.slots), sorted.slots,
+            std::move(sorted.counts)};
+  }
   auto expert = routing.experts.reshape({-1});
   auto gates = routing.gates.reshape({-1});
   auto slots = torch::arange(expert.numel(), expert.options());
@@ -44,6 +140,12 @@ Dispatch Dispatch::of(const Routing& routing, int64_t experts, const torch::Tens
 }
 
 torch::Tensor Dispatch::reduce(const torch::Tensor& y, int64_t rows) const {
+  const auto type = y.scalar_type();
+  if (may_shorten({y, gates}) && y.is_cpu() && (type == torch::kFloat32 || type == torch::kBFloat16)) {
+    auto out = torch::empty({rows, y.size(1)}, y.options());
+    sum_pairs(y.contiguous(), gates.to(torch::kFloat32).contiguous(), tokens, out);
+    return out;
+  }
   return torch::zeros({rows, y.size(1)}, y.options()).index_add(0, tokens, y * gates.to(y.scalar_type()).unsqueeze(1));
 }
 

@@ -24,6 +24,11 @@ struct Dispatch {
   torch::Tensor reduce(const torch::Tensor& y, int64_t rows) const;
 };
 
+/// out [N, d] = sum over the pairs p of token n of weights[p] * rows[p], in the order of pairs; f32 or bf16 on the CPU,
+/// contiguous, summed in f32. weights [P] f32, undefined: every weight is 1.
+void sum_pairs(const torch::Tensor& rows, const torch::Tensor& weights, const torch::Tensor& tokens,
+               const torch::Tensor& out);
+
 /// The routing with at most `capacity` tokens an expert: tokens claim places in order, all choices of a token at once;
 /// what finds no place is dropped (expert -1, gate 0, other gates stay). capacity >= 0, else Error.
 Routing limit_capacity(const Routing& routing, int64_t experts, int64_t capacity);

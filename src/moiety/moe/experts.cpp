@@ -4,6 +4,8 @@
 
 #include "moiety/base/error.h"
 #include "moiety/moe/grouped.h"
+#include "moiety/nn/packed_gated.h"
+#include "moiety/nn/shortcut.h"
 
 namespace moiety {
 
@@ -51,9 +53,32 @@ torch::Tensor GatedExperts::forward(const torch::Tensor& x, const std::vector<in
 }
 
 torch::Tensor GatedExperts::mix(const torch::Tensor& x, const Dispatch& d) {
-  if (!fused_) return Experts::mix(x, d);
+  if (!fused_) {
+    const auto y = packed(x, d);
+    return y.defined() ? y : Experts::mix(x, d);
+  }
   return grouped_swiglu(x, d.tokens, d.gates, d.counts, like(x, gate->weight), like(x, up->weight),
                         like(x, down->weight));
+}
+
+torch::Tensor GatedExperts::packed(const torch::Tensor& x, const Dispatch& d) {
+  const auto used = static_cast<size_t>(count());
+  auto &gates = gate->matrices(), &ups = up->matrices(), &downs = down->matrices();
+  if (gates.size() != used || ups.size() != used || downs.size() != used) return {};
+  const bool biased = gate->bias.defined() || up->bias.defined() || down->bias.defined();
+  if (biased || !may_shorten({d.gates})) return {};
+  std::vector<PackedGated> matrices(used, PackedGated{nullptr, nullptr, nullptr});
+  for (size_t e = 0; e < used; ++e) {
+    if (d.counts[e] == 0) continue;
+    matrices[e] = {gates[e]->packed_for(x), ups[e]->packed_for(x), downs[e]->packed_for(x)};
+    if (!matrices[e].gate || !matrices[e].up || !matrices[e].down) return {};
+  }
+  const auto flat = x.to(torch::kFloat32).contiguous();
+  const auto y = packed_gated(flat, matrices, d.counts, d.tokens.const_data_ptr<int64_t>(),
+                              [this](torch::Tensor g, torch::Tensor u) {
+                                return act_ == activation("silu") ? silu_times(g, u) : combine(g, u);
+                              });
+  return d.reduce(y, x.size(0)).to(x.scalar_type());
 }
 
 ClampedExperts::ClampedExperts(LinearStack g, LinearStack u, LinearStack d, double alpha, double limit)

@@ -42,6 +42,9 @@ class GatedExperts : public Experts {
   virtual torch::Tensor combine(const torch::Tensor& g, const torch::Tensor& u) { return act_(g) * u; }
 
  private:
+  // By packed matrices; undefined where some are not.
+  torch::Tensor packed(const torch::Tensor& x, const Dispatch& d);
+
   Activation act_;
   bool fused_ = false;  // silu, no biases, one stacked tensor each
 };

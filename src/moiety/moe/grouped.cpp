@@ -7,8 +7,9 @@
 #include <array>
 
 #include "moiety/base/error.h"
+#include "moiety/moe/products.h"
 #include "moiety/moe/swiglu_tasks.h"
-#include "moiety/moe/tasks.h"
+#include "moiety/nn/tasks.h"
 
 namespace moiety {
 namespace {
@@ -27,14 +28,19 @@ void for_experts(const std::vector<int64_t>& counts, Use use) {
   }
 }
 
-// The same, experts side by side where there are enough of them: `use` writes to memory of its expert only.
+// The same, experts side by side where there are enough of them: `use` writes to memory of its expert only, with the
+// product that it is given.
 template <class Use>
 void for_experts_apart(const std::vector<int64_t>& counts, torch::Device device, Use use) {
   const int64_t used = std::count_if(counts.begin(), counts.end(), [](int64_t c) { return c > 0; });
-  if (!device.is_cpu() || used < 2 * at::get_num_threads()) return for_experts(counts, use);
+  if (!device.is_cpu() || used < 2 * at::get_num_threads())
+    return for_experts(counts, [&](int64_t e, int64_t begin, int64_t n) { use(e, begin, n, multiply_by_torch); });
   std::vector<std::array<int64_t, 3>> all;
   for_experts(counts, [&](int64_t e, int64_t begin, int64_t n) { all.push_back({e, begin, n}); });
-  run_tasks(used, [&](int64_t i) { std::apply(use, all[static_cast<size_t>(i)]); });
+  run_tasks(used, [&](int64_t i) {
+    const auto [e, begin, n] = all[static_cast<size_t>(i)];
+    use(e, begin, n, multiply);
+  });
 }
 
 void check_counts(const std::vector<int64_t>& counts, int64_t experts, int64_t rows) {
@@ -59,13 +65,10 @@ struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
     context->saved_data["counts"] = counts;
     context->saved_data["bias"] = bias.has_value();
     auto y = torch::empty({x.size(0), weight.size(1)}, x.options().requires_grad(false));
-    for_experts_apart(counts, x.device(), [&](int64_t e, int64_t begin, int64_t n) {
-      auto out = y.narrow(0, begin, n);
-      const auto rows = x.narrow(0, begin, n), w = weight.select(0, e).t();
-      if (bias)
-        at::addmm_out(out, bias->select(0, e), rows, w);
-      else
-        at::mm_out(out, rows, w);
+    for_experts_apart(counts, x.device(), [&](int64_t e, int64_t begin, int64_t n, auto product) {
+      const auto out = y.narrow(0, begin, n);
+      if (bias) out.copy_(bias->select(0, e).expand_as(out));
+      product(out, {x.narrow(0, begin, n)}, {weight.select(0, e), true}, bias.has_value());
     });
     return y;
   }
@@ -79,16 +82,10 @@ struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
     if (context->needs_input_grad(1)) dw = zero_where_unused(torch::empty_like(weight), counts);
     if (context->saved_data["bias"].toBool() && context->needs_input_grad(2))
       db = torch::zeros({weight.size(0), weight.size(1)}, weight.options());
-    for_experts_apart(counts, x.device(), [&](int64_t e, int64_t begin, int64_t n) {
+    for_experts_apart(counts, x.device(), [&](int64_t e, int64_t begin, int64_t n, auto product) {
       const auto g = grad.narrow(0, begin, n);
-      if (dx.defined()) {
-        auto out = dx.narrow(0, begin, n);
-        at::mm_out(out, g, weight.select(0, e));
-      }
-      if (dw.defined()) {
-        auto out = dw.select(0, e);
-        at::mm_out(out, g.t(), x.narrow(0, begin, n));
-      }
+      if (dx.defined()) product(dx.narrow(0, begin, n), {g}, {weight.select(0, e)}, false);
+      if (dw.defined()) product(dw.select(0, e), {g, true}, {x.narrow(0, begin, n)}, false);
       if (db.defined()) db.select(0, e).copy_(g.sum(0));
     });
     return {dx, dw, db, Tensor()};

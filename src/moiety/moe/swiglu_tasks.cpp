@@ -6,7 +6,9 @@
 #include <deque>
 
 #include "moiety/kernels/swiglu.h"
-#include "moiety/moe/tasks.h"
+#include "moiety/moe/dispatch.h"
+#include "moiety/moe/products.h"
+#include "moiety/nn/tasks.h"
 
 namespace moiety {
 namespace {
@@ -39,56 +41,12 @@ std::vector<Piece> pieces_of(const std::vector<int64_t>& counts) {
   return pieces;
 }
 
-// The pairs of every token, in the order of pairs: entries start[n] ... start[n + 1] of `pair`.
-struct PairsOfTokens {
-  std::vector<int64_t> start, pair;
-  PairsOfTokens(const Tensor& tokens, int64_t rows)
-      : start(static_cast<size_t>(rows) + 1), pair(static_cast<size_t>(tokens.numel())) {
-    const int64_t* token = tokens.const_data_ptr<int64_t>();
-    const int64_t pairs = tokens.numel();
-    for (int64_t p = 0; p < pairs; ++p) ++start[static_cast<size_t>(token[p]) + 1];
-    for (size_t n = 1; n < start.size(); ++n) start[n] += start[n - 1];
-    std::vector<int64_t> next(start.begin(), start.end() - 1);
-    for (int64_t p = 0; p < pairs; ++p) pair[static_cast<size_t>(next[static_cast<size_t>(token[p])]++)] = p;
-  }
-};
-
 template <class T>
 using Bits = std::conditional_t<std::is_same_v<T, float>, float, uint16_t>;
 
 template <class T>
 Bits<T>* bits(const Tensor& t) {
   return reinterpret_cast<Bits<T>*>(t.data_ptr<T>());
-}
-
-// out[n] = sum over the pairs p of token n of weight[p] * rows[p]; every weight is 1 when undefined.
-template <class T>
-void sum_pairs(const Tensor& rows, const Tensor& weights, const Tensor& tokens, const Tensor& out) {
-  const PairsOfTokens of(tokens, out.size(0));
-  const int64_t width = out.size(1);
-  const Bits<T>* from = bits<T>(rows);
-  Bits<T>* to = bits<T>(out);
-  const float* weight = weights.defined() ? weights.const_data_ptr<float>() : nullptr;
-  at::parallel_for(0, out.size(0), std::max<int64_t>(1, 16384 / width), [&](int64_t first, int64_t last) {
-    std::vector<const Bits<T>*> row;
-    std::vector<float> scale;
-    for (int64_t n = first; n < last; ++n) {
-      row.clear();
-      scale.clear();
-      for (auto i = static_cast<size_t>(of.start[n]); i < static_cast<size_t>(of.start[n + 1]); ++i) {
-        row.push_back(from + of.pair[i] * width);
-        scale.push_back(weight ? weight[of.pair[i]] : 1.f);
-      }
-      weighted_sum(row.data(), scale.data(), static_cast<int64_t>(row.size()), to + n * width, width);
-    }
-  });
-}
-
-void sum_pairs(const Tensor& rows, const Tensor& weights, const Tensor& tokens, const Tensor& out) {
-  if (out.scalar_type() == torch::kFloat32)
-    sum_pairs<float>(rows, weights, tokens, out);
-  else
-    sum_pairs<at::BFloat16>(rows, weights, tokens, out);
 }
 
 // What is between the products of one piece: h (weighted), dg and du from t; dg takes t's place.
@@ -105,17 +63,12 @@ void elementwise(const Tensor& g, const Tensor& u, const Tensor& t, const float*
   }
 }
 
-void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
-  auto to = out;
-  at::mm_out(to, a, b);
-}
-
 // An expert during the backward pass. What its pieces leave for its weight gradients lives from the first piece to the
 // last block.
 struct Running {
   int64_t begin = 0, rows = 0;
   std::once_flag first;
-  Tensor x, dy, h, dg, du;
+  Tensor h, dg, du;
   Countdown pieces;
   std::atomic<int64_t> blocks{0};
 };
@@ -141,12 +94,12 @@ Tensor swiglu_tasks_forward(const SwigluInputs& in, const Tensor& g, const Tenso
   auto outputs = torch::empty({in.tokens.size(0), in.down.size(1)}, options);
   run_tasks(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
     const auto [e, begin, n] = pieces[static_cast<size_t>(i)];
-    const auto rows = in.x.index_select(0, in.tokens.narrow(0, begin, n));
+    const auto at = in.tokens.narrow(0, begin, n);
     const auto gp = g.defined() ? g.narrow(0, begin, n) : torch::empty({n, in.gate.size(1)}, options);
     const auto up = u.defined() ? u.narrow(0, begin, n) : torch::empty_like(gp);
-    multiply(gp, rows, in.gate.select(0, e).t());
-    multiply(up, rows, in.up.select(0, e).t());
-    multiply(outputs.narrow(0, begin, n), at::silu(gp).mul_(up), in.down.select(0, e).t());
+    multiply(gp, {in.x, false, at}, {in.gate.select(0, e), true});
+    multiply(up, {in.x, false, at}, {in.up.select(0, e), true});
+    multiply(outputs.narrow(0, begin, n), {at::silu(gp).mul_(up)}, {in.down.select(0, e), true});
   });
   auto y = torch::empty({in.x.size(0), in.down.size(1)}, options);
   sum_pairs(outputs, in.gates.contiguous(), in.tokens, y);
@@ -195,9 +148,6 @@ void swiglu_tasks_backward(const SwigluInputs& in, const Tensor& g, const Tensor
       const Countdown::Done done(r.pieces);
       if (r.blocks > 0)
         std::call_once(r.first, [&] {
-          const auto at = in.tokens.narrow(0, r.begin, r.rows);
-          r.dy = dy.index_select(0, at);
-          if (out.gate.defined() || out.up.defined()) r.x = in.x.index_select(0, at);
           if (out.down.defined()) r.h = torch::empty({r.rows, width}, options);
           r.dg = torch::empty({r.rows, width}, options);
           r.du = torch::empty_like(r.dg);
@@ -206,24 +156,26 @@ void swiglu_tasks_backward(const SwigluInputs& in, const Tensor& g, const Tensor
         return kept.defined() ? kept.narrow(0, begin - r.begin, n) : torch::empty({n, width}, options);
       };
       const auto t = part(r.dg), du = part(r.du), h = r.h.defined() ? part(r.h) : Tensor();
-      const auto grad =
-          r.dy.defined() ? r.dy.narrow(0, begin - r.begin, n) : dy.index_select(0, in.tokens.narrow(0, begin, n));
-      multiply(t, grad, in.down.select(0, e));
+      multiply(t, {dy, false, in.tokens.narrow(0, begin, n)}, {in.down.select(0, e)});
       (f32 ? elementwise<float> : elementwise<at::BFloat16>)(g.narrow(0, begin, n), u.narrow(0, begin, n), t,
                                                              gates.const_data_ptr<float>() + begin, h, du,
                                                              out.gates.defined() ? out.gates.data_ptr<float>() + begin
                                                                                  : nullptr);
       if (!dx.defined()) return;
       auto to = dx.narrow(0, begin, n);
-      multiply(to, t, in.gate.select(0, e));
-      to.addmm_(du, in.up.select(0, e));
+      multiply(to, {t}, {in.gate.select(0, e)});
+      multiply(to, {du}, {in.up.select(0, e)}, /*add=*/true);
       return;
     }
     r.pieces.wait();
-    const Tensor& stack = which == 1 ? out.gate : which == 2 ? out.up : out.down;
-    const Tensor &left = which == 1 ? r.dg : which == 2 ? r.du : r.dy, &right = which == 3 ? r.h : r.x;
-    multiply(stack.select(0, e).narrow(0, begin, n), left.narrow(1, begin, n).t(), right);
-    if (--r.blocks == 0) r.x = r.dy = r.h = r.dg = r.du = Tensor();
+    const auto at = in.tokens.narrow(0, r.begin, r.rows);
+    const auto block = [&](const Tensor& stack) { return stack.select(0, e).narrow(0, begin, n); };
+    if (which == 3)
+      multiply(block(out.down), {dy.narrow(1, begin, n), true, at}, {r.h});
+    else
+      multiply(block(which == 1 ? out.gate : out.up), {(which == 1 ? r.dg : r.du).narrow(1, begin, n), true},
+               {in.x, false, at});
+    if (--r.blocks == 0) r.h = r.dg = r.du = Tensor();
   });
   if (dx.defined()) sum_pairs(dx, {}, in.tokens, out.x);
 }

@@ -4,8 +4,8 @@
 namespace moiety {
 
 enum class BlockArithmetic {
-  automatic,  ///< up to 8 rows with activations rounded to 8 bits, more rows with decoded weights in f32
-  rounded,    ///< any number of rows with activations rounded to 8 bits, as llama.cpp computes
+  automatic,  ///< activations rounded to 8 bits where that is faster: always with packed products, else up to 8 rows
+  rounded,    ///< activations rounded to 8 bits for any number of rows, as llama.cpp computes
 };
 
 /// What matrices use that are not `exact`, are on the CPU and outside of a graph. For its lifetime; not to be changed

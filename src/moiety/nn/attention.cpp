@@ -1,10 +1,14 @@
 #include "moiety/nn/attention.h"
 
+#include <ATen/Parallel.h>
 #include <torch/torch.h>
 
 #include <cmath>
+#include <vector>
 
 #include "moiety/base/error.h"
+#include "moiety/kernels/token.h"
+#include "moiety/nn/shortcut.h"
 
 namespace moiety {
 
@@ -43,10 +47,60 @@ const torch::Tensor& AttentionContext::allowed(int64_t window) const {
   return it->second;
 }
 
+namespace {
+
+// Heads and positions side by side in memory, as the cache has them.
+bool by_positions(const torch::Tensor& t) {
+  return t.is_cpu() && t.scalar_type() == torch::kFloat32 && t.stride(3) == 1 && t.stride(2) == t.size(3);
+}
+
+// One new token a row, no graph.
+bool runs_by_rows(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                  const AttentionOptions& options) {
+  if (q.size(2) != 1 || !q.is_cpu() || q.scalar_type() != torch::kFloat32 || !by_positions(k) || !by_positions(v))
+    return false;
+  return may_shorten({q, k, v, options.sinks});
+}
+
+torch::Tensor attend_by_rows(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                             const torch::Tensor& allowed, const AttentionOptions& options) {
+  const int64_t batch = q.size(0), heads = q.size(1), shared = k.size(1), length = k.size(2), v_size = v.size(3);
+  const int64_t groups = heads / shared;
+  const auto rows = q.reshape({batch, heads, q.size(3)}).contiguous();
+  const auto sinks = options.sinks.defined() ? options.sinks.to(torch::kFloat32).contiguous() : torch::Tensor();
+  const auto seen = allowed.defined() ? allowed.contiguous() : torch::Tensor();
+  auto out = torch::empty({batch, 1, heads, v_size}, q.options());
+  const int64_t grain = std::max<int64_t>(1, 100'000 / (groups * length * (q.size(3) + v_size)));
+  at::parallel_for(0, batch * shared, grain, [&](int64_t first, int64_t last) {
+    static thread_local std::vector<float> scratch;
+    scratch.resize(static_cast<size_t>(groups * length));
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t b = i / shared, h = i % shared;
+      AttendRow a{};
+      a.q = rows.const_data_ptr<float>() + (b * heads + h * groups) * q.size(3);
+      a.k = k.const_data_ptr<float>() + b * k.stride(0) + h * k.stride(1);
+      a.v = v.const_data_ptr<float>() + b * v.stride(0) + h * v.stride(1);
+      a.heads = groups;
+      a.size = q.size(3);
+      a.v_size = v_size;
+      a.length = length;
+      a.scale = static_cast<float>(options.scale);
+      a.softcap = static_cast<float>(options.softcap);
+      a.seen = seen.defined() ? seen.const_data_ptr<bool>() + (seen.size(0) == 1 ? 0 : b * length) : nullptr;
+      a.sinks = sinks.defined() ? sinks.const_data_ptr<float>() + h * groups : nullptr;
+      attend_row(a, scratch.data(), out.data_ptr<float>() + (b * heads + h * groups) * v_size);
+    }
+  });
+  return out.transpose(1, 2);
+}
+
+}  // namespace
+
 torch::Tensor attend(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                      const AttentionContext& context, const AttentionOptions& options) {
   const int64_t groups = q.size(1) / k.size(1);
   const auto& allowed = context.allowed(options.window);
+  if (runs_by_rows(q, k, v, options)) return attend_by_rows(q, k, v, allowed, options);
   if (options.softcap == 0.0 && !options.sinks.defined()) {
     const std::optional<torch::Tensor> m = allowed.defined() ? std::optional<torch::Tensor>(allowed) : std::nullopt;
     return at::scaled_dot_product_attention(q, k, v, m, 0.0, !allowed.defined() && context.causal(), options.scale,
@@ -83,7 +137,8 @@ Attention::Attention(AttentionParts p) : parts(std::move(p)) {
 
 torch::Tensor Attention::forward(const torch::Tensor& x, const AttentionContext& context, Pass& pass) {
   const int64_t batch = x.size(0), tokens = x.size(1);
-  auto q = parts.q(x), k = parts.k(x), v = parts.v(x);
+  const auto projected = apply_all({parts.q, parts.k, parts.v}, x);
+  auto q = projected[0], k = projected[1], v = projected[2];
   if (parts.norm_all_heads) {
     if (parts.q_norm) q = parts.q_norm->forward(q);
     if (parts.k_norm) k = parts.k_norm->forward(k);

@@ -2,9 +2,33 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
+
 #include "moiety/base/error.h"
 
 namespace moiety {
+namespace {
+
+// to [B, H, C, D] from position `at` on = from [B, H, T, D].
+void put(const torch::Tensor& to, int64_t at, const torch::Tensor& from) {
+  const int64_t time = from.size(2), size = from.size(3);
+  const bool plain = from.is_cpu() && from.scalar_type() == torch::kFloat32 &&
+                     to.scalar_type() == torch::kFloat32 && from.stride(3) == 1;
+  // A few tokens: torch would spend longer on looking at the shapes than on copying.
+  if (!plain || time > 8) {
+    to.narrow(2, at, time).copy_(from);
+    return;
+  }
+  const float* source = from.const_data_ptr<float>();
+  float* target = to.data_ptr<float>();
+  for (int64_t b = 0; b < from.size(0); ++b)
+    for (int64_t h = 0; h < from.size(1); ++h)
+      for (int64_t t = 0; t < time; ++t)
+        std::copy_n(source + b * from.stride(0) + h * from.stride(1) + t * from.stride(2), size,
+                    target + ((b * to.size(1) + h) * to.size(2) + at + t) * size);
+}
+
+}  // namespace
 
 KvCache::KvCache(int64_t slots) : slots_(slots) {}
 
@@ -25,8 +49,8 @@ std::pair<torch::Tensor, torch::Tensor> KvCache::append(int64_t slot, const torc
     grow(s.k, k);
     grow(s.v, v);
   }
-  s.k.narrow(2, s.length, k.size(2)).copy_(k);
-  s.v.narrow(2, s.length, v.size(2)).copy_(v);
+  put(s.k, s.length, k);
+  put(s.v, s.length, v);
   s.length = total;
   return {s.k.narrow(2, 0, total), s.v.narrow(2, 0, total)};
 }

@@ -8,6 +8,8 @@
 #include "moiety/base/error.h"
 #include "moiety/kernels/dot.h"
 #include "moiety/nn/arithmetic.h"
+#include "moiety/nn/packed.h"
+#include "moiety/nn/shortcut.h"
 #include "moiety/nn/weights.h"
 
 namespace moiety {
@@ -128,16 +130,85 @@ LinearImpl::LinearImpl(const TensorView& blocks, torch::Tensor b)
   if (b.defined()) bias = register_parameter("bias", b, b.requires_grad());
 }
 
+const PackedMatrix* LinearImpl::packed_for(const torch::Tensor& x) {
+  if (!blocks_ || exact || !x.device().is_cpu()) return nullptr;
+  if (!may_shorten({x})) return nullptr;
+  if (!can_pack(blocks_->format)) return nullptr;
+  std::call_once(pack_once_, [&] { packed_ = std::make_shared<const PackedMatrix>(*blocks_); });
+  return packed_.get();
+}
+
+namespace {
+
+// x [..., in] through packed matrices -> [..., rows of each] in f32.
+std::vector<torch::Tensor> times_packed(std::span<const PackedMatrix* const> matrices, const torch::Tensor& x) {
+  const auto flat = cast(x, torch::kFloat32).contiguous();
+  const int64_t in = x.size(-1), n = in == 0 ? 0 : flat.numel() / in;
+  static thread_local QuantizedTiles tiles[2];  // by kind of activations
+  bool filled[2] = {false, false};
+  std::vector<torch::Tensor> out;
+  std::vector<PackedJob> jobs;
+  auto shape = x.sizes().vec();
+  for (const PackedMatrix* m : matrices) {
+    const ActivationKind kind = activation_kind(m->format());
+    const int which = kind == ActivationKind::Blocks32 ? 0 : 1;
+    if (!filled[which]) {
+      tiles[which].resize(kind, n, in);
+      const TileJob job{&tiles[which], flat.const_data_ptr<float>(), in};
+      quantize_all({&job, 1});
+      filled[which] = true;
+    }
+    shape.back() = m->rows();
+    out.push_back(torch::empty(shape, flat.options()));
+    jobs.push_back({m, &tiles[which], out.back().data_ptr<float>(), m->rows()});
+  }
+  run_jobs(jobs);
+  return out;
+}
+
+void check_width(const LinearImpl& m, const torch::Tensor& x) {
+  check(x.size(-1) == m.in(), "a matrix [{}, {}] cannot be applied to {} features", m.out(), m.in(), x.size(-1));
+}
+
+torch::Tensor finished(const LinearImpl& m, torch::Tensor y, torch::Dtype dtype) {
+  if (m.bias.defined()) y.add_(cast(m.bias, torch::kFloat32));
+  return cast(y, dtype);
+}
+
+}  // namespace
+
+std::vector<torch::Tensor> apply_all(std::initializer_list<Linear> matrices, const torch::Tensor& x) {
+  std::vector<const PackedMatrix*> packed;
+  for (Linear m : matrices) {
+    check_width(*m, x);
+    if (const PackedMatrix* p = m->packed_for(x)) packed.push_back(p);
+  }
+  std::vector<torch::Tensor> out;
+  if (packed.size() < matrices.size()) {
+    for (Linear m : matrices) out.push_back(m->forward(x));
+    return out;
+  }
+  out = times_packed(packed, x);
+  size_t i = 0;
+  for (Linear m : matrices) {
+    out[i] = finished(*m, out[i], x.scalar_type());
+    ++i;
+  }
+  return out;
+}
+
 torch::Tensor LinearImpl::forward(const torch::Tensor& x) {
-  check(x.size(-1) == in_, "a matrix [{}, {}] cannot be applied to {} features", out_, in_, x.size(-1));
+  check_width(*this, x);
   if (!blocks_)
     return at::linear(x, cast(weight, x.scalar_type()), bias.defined() ? cast(bias, x.scalar_type()) : bias);
+  if (const PackedMatrix* packed = packed_for(x))
+    return finished(*this, times_packed({&packed, 1}, x)[0], x.scalar_type());
   auto shape = x.sizes().vec();
   shape.back() = out_;
   const auto flat = cast(x.reshape({-1, in_}), torch::kFloat32);
   const bool graph = torch::GradMode::is_enabled() && x.requires_grad();
-  const bool rounded = !exact && !graph && flat.device().is_cpu() &&
-                       (flat.size(0) <= kKernelRows || block_arithmetic() == BlockArithmetic::rounded);
+  const bool rounded = !exact && may_shorten({x}) && flat.device().is_cpu() &&
+                       (flat.size(0) <= kKernelRows || current == BlockArithmetic::rounded);
   auto y = graph     ? FrozenMatmul::apply(flat, c10::make_intrusive<Blocks>(blocks_))
            : rounded ? times_kernel(flat, *blocks_)
                      : times_transposed(flat, *blocks_);

@@ -5,12 +5,16 @@
 #include <torch/nn/pimpl.h>
 #include <torch/types.h>
 
+#include <initializer_list>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "moiety/io/tensor_view.h"
 
 namespace moiety {
+
+class PackedMatrix;
 
 /// y = x W^T + b over W [out, in]. Gradients reach x always, and W and b when they are float tensors that ask for it.
 class LinearImpl : public torch::nn::Module {
@@ -32,6 +36,9 @@ class LinearImpl : public torch::nn::Module {
   int64_t in() const { return in_; }
   int64_t out() const { return out_; }
   bool quantized() const { return blocks_ != nullptr; }
+  /// The blocks packed for products, made on first use by one of the threads that ask; null where products of x run
+  /// otherwise: float weights, `exact`, a graph to be built, another device, a format or machine without such products.
+  const PackedMatrix* packed_for(const torch::Tensor& x);
   /// Blocks only: always compute with the decoded f32 weights, never with activations rounded to 8 bits.
   bool exact = false;
 
@@ -41,8 +48,14 @@ class LinearImpl : public torch::nn::Module {
  private:
   int64_t in_, out_;
   std::shared_ptr<const TensorView> blocks_;
+  std::once_flag pack_once_;
+  std::shared_ptr<const PackedMatrix> packed_;
 };
 TORCH_MODULE(Linear);
+
+/// Several matrices applied to one input, which is prepared for them once: x [..., in] -> [..., out] of each, in x's
+/// dtype.
+std::vector<torch::Tensor> apply_all(std::initializer_list<Linear> matrices, const torch::Tensor& x);
 
 /// E matrices [out, in] of one shape: one stacked trainable tensor [E, out, in], or mapped matrices that may lie
 /// anywhere.
@@ -61,6 +74,8 @@ class LinearStackImpl : public torch::nn::Module {
   int64_t out() const { return out_; }
   /// Matrix `index` in `dtype`.
   torch::Tensor dense(int64_t index, torch::Dtype dtype) const;
+  /// The separate matrices; none for a stacked tensor.
+  std::vector<Linear>& matrices() { return matrices_; }
 
   torch::Tensor weight;  ///< [E, out, in]; undefined when the matrices are separate
   torch::Tensor bias;    ///< [E, out], or undefined

@@ -4,6 +4,7 @@
 
 #include "moiety/base/error.h"
 #include "moiety/nn/random_state.h"
+#include "moiety/nn/shortcut.h"
 
 namespace moiety {
 namespace {
@@ -41,6 +42,7 @@ class Recompute : public torch::autograd::Function<Recompute> {
     const size_t first_loss = live.losses.size();
     const auto found = live.state;
     piece->random = random_state(x.device());
+    const WithoutShortcuts as_with_a_graph;  // which the second run builds, and has to meet the same values
     const Tensor y = piece->body(x, live);
     piece->losses = live.losses.size() - first_loss;
     for (const auto& [name, value] : live.state) {

@@ -1,5 +1,6 @@
 #include "moiety/nn/rope.h"
 
+#include <ATen/Parallel.h>
 #include <torch/torch.h>
 
 #include <algorithm>
@@ -7,6 +8,8 @@
 #include <numbers>
 
 #include "moiety/base/error.h"
+#include "moiety/kernels/token.h"
+#include "moiety/nn/shortcut.h"
 
 namespace moiety {
 namespace {
@@ -33,6 +36,26 @@ double need(const nlohmann::json& p, const char* key, const std::string& type) {
 
 double yarn_mscale(double scale, double mscale) {
   return scale <= 1.0 ? 1.0 : 0.1 * mscale * std::log(scale) + 1.0;
+}
+
+// x [B, H, T, D] -> the same, in memory as [B, T, H, D]; angles [1 or B, 1, T, half].
+torch::Tensor rotate_heads(const torch::Tensor& x, const torch::Tensor& cosine, const torch::Tensor& sine, int64_t half,
+                           bool interleaved) {
+  const int64_t heads = x.size(1), time = x.size(2), size = x.size(3);
+  auto out = torch::empty({x.size(0), time, heads, size}, x.options());
+  const float *from = x.const_data_ptr<float>(), *c = cosine.const_data_ptr<float>(),
+              *s = sine.const_data_ptr<float>();
+  const int64_t row = cosine.size(0) == 1 ? 0 : time;  // angles of another row of the batch
+  float* to = out.data_ptr<float>();
+  at::parallel_for(0, x.size(0) * time, std::max<int64_t>(1, 32768 / (heads * size)), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t b = i / time, t = i % time, angle = (b * row + t) * half;
+      for (int64_t h = 0; h < heads; ++h)
+        rotate_head(from + b * x.stride(0) + h * x.stride(1) + t * x.stride(2), c + angle, s + angle, half, interleaved,
+                    to + (i * heads + h) * size, size);
+    }
+  });
+  return out.transpose(1, 2);
 }
 
 }  // namespace
@@ -160,6 +183,8 @@ std::pair<torch::Tensor, torch::Tensor> Rope::angles(const torch::Tensor& positi
 }
 
 torch::Tensor Rope::rotate(const torch::Tensor& x, const std::pair<torch::Tensor, torch::Tensor>& angles) const {
+  if (may_shorten({x}) && x.is_cpu() && x.scalar_type() == torch::kFloat32 && x.dim() == 4 && x.stride(3) == 1)
+    return rotate_heads(x, angles.first.contiguous(), angles.second.contiguous(), dim_ / 2, config_.interleaved);
   const auto c = angles.first.to(x.scalar_type()), s = angles.second.to(x.scalar_type());
   const auto turned = x.size(-1) == dim_ ? x : x.narrow(-1, 0, dim_);
   torch::Tensor out;

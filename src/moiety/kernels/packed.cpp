@@ -1,0 +1,264 @@
+#include "moiety/kernels/packed.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "moiety/base/error.h"
+#include "moiety/kernels/block_layout.h"
+#include "moiety/kernels/cpu.h"
+#include "moiety/kernels/dot_kernels.h"
+#include "moiety/kernels/packed_kernels.h"
+#include "moiety/kernels/packed_layout.h"
+
+namespace moiety {
+namespace {
+
+const PackedLayout* layout_of(Format format) {
+  switch (format) {
+    case Format::Q8_0:
+      return &kPackedQ8_0;
+    case Format::Q4_0:
+      return &kPackedQ4_0;
+    case Format::Q4_1:
+      return &kPackedQ4_1;
+    case Format::Q5_0:
+      return &kPackedQ5_0;
+    case Format::Q5_1:
+      return &kPackedQ5_1;
+    case Format::Q4_K:
+      return &kPackedQ4_K;
+    case Format::Q5_K:
+      return &kPackedQ5_K;
+    case Format::Q6_K:
+      return &kPackedQ6_K;
+    default:
+      return nullptr;
+  }
+}
+
+const PackedLayout& layout(Format format) {
+  const PackedLayout* l = layout_of(format);
+  check(l != nullptr, "rows of {} cannot be packed", info(format).name);
+  return *l;
+}
+
+// Words of one row, `count` of them, to its places in as many quads.
+template <class Change>
+void spread(const uint8_t* from, int count, uint8_t* quads, int row, Change change) {
+  for (int z = 0; z < count; ++z) {
+    const uint32_t word = change(z, load<uint32_t>(from + 4 * z));
+    std::memcpy(quads + 64 * z + 4 * row, &word, 4);
+  }
+}
+void spread(const uint8_t* from, int count, uint8_t* quads, int row) {
+  spread(from, count, quads, row, [](int, uint32_t word) { return word; });
+}
+
+// Quants of one row's block to their places. Nibbles lie in the file as the planes want them, in all formats but Q6_K.
+void spread_quants(Format format, const uint8_t* p, int row, uint8_t* quants, uint8_t* high) {
+  constexpr uint32_t kNibbles = 0x0f0f0f0fu, kPairs = 0x03030303u;
+  switch (format) {
+    case Format::Q8_0:
+      return spread(p + 2, 8, quants, row, [](int, uint32_t word) { return word ^ 0x80808080u; });
+    case Format::Q4_0:
+      return spread(p + 2, 4, quants, row);
+    case Format::Q4_1:
+      return spread(p + 4, 4, quants, row);
+    case Format::Q5_0:
+    case Format::Q5_1: {
+      p += format == Format::Q5_0 ? 2 : 4;
+      spread(p + 4, 4, quants, row);
+      const auto bits = load<uint32_t>(p);
+      uint32_t word = 0;  // bit z of byte i from bit 4z + i
+      for (int z = 0; z < 8; ++z)
+        for (int i = 0; i < 4; ++i) word |= (bits >> (4 * z + i) & 1u) << (8 * i + z);
+      std::memcpy(high + 4 * row, &word, 4);
+      return;
+    }
+    case Format::Q4_K:
+      return spread(p + 16, 32, quants, row);
+    case Format::Q5_K:
+      spread(p + 16, 8, high, row);
+      return spread(p + 48, 32, quants, row);
+    default:
+      break;
+  }
+  // Q6_K. The file has elements 0 and 64 (128 and 192) behind in one byte, the planes 0 and 128.
+  spread(p, 16, quants, row, [&](int z, uint32_t word) {
+    return (word & kNibbles) | (load<uint32_t>(p + 64 + 4 * z) & kNibbles) << 4;
+  });
+  spread(p, 16, quants + 1024, row, [&](int z, uint32_t word) {
+    return (word >> 4 & kNibbles) | (load<uint32_t>(p + 64 + 4 * z) & ~kNibbles);
+  });
+  for (int z = 0; z < 16; ++z) {
+    const auto first = load<uint32_t>(p + 128 + 4 * (z % 8)), second = load<uint32_t>(p + 160 + 4 * (z % 8));
+    const int shift = 2 * (z / 8);
+    const uint32_t word = (first >> shift & kPairs) | (first >> (shift + 4) & kPairs) << 2 |
+                          (second >> shift & kPairs) << 4 | (second >> (shift + 4) & kPairs) << 6;
+    std::memcpy(high + 64 * z + 4 * row, &word, 4);
+  }
+}
+
+// The integer scales of one row's block.
+void spread_scales(Format format, const uint8_t* p, int row, uint8_t* scales) {
+  if (format == Format::Q6_K) {
+    for (int g = 0; g < 16; ++g) scales[16 * g + row] = p[192 + g];
+    return;
+  }
+  for (int g = 0; g < 8; ++g) {
+    const ScaleMin s = k_scale(p + 4, g);
+    scales[16 * g + row] = static_cast<uint8_t>(s.scale);
+    scales[128 + 32 * (g / 2) + 2 * row + g % 2] = static_cast<uint8_t>(s.min);
+  }
+}
+
+const PackedProduct* products(Format format) {
+#if defined(__x86_64__)
+  const PackedKernels& k = packed_kernels_avx512();
+  switch (format) {
+    case Format::Q8_0:
+      return k.q8_0;
+    case Format::Q4_0:
+      return k.q4_0;
+    case Format::Q4_1:
+      return k.q4_1;
+    case Format::Q5_0:
+      return k.q5_0;
+    case Format::Q5_1:
+      return k.q5_1;
+    case Format::Q4_K:
+      return k.q4_k;
+    case Format::Q5_K:
+      return k.q5_k;
+    case Format::Q6_K:
+      return k.q6_k;
+    default:
+      break;
+  }
+#endif
+  fail("this machine has no products for packed rows of {}", info(format).name);
+}
+
+}  // namespace
+
+bool can_pack(Format format) {
+  return isa() == Isa::Avx512 && layout_of(format) != nullptr;
+}
+
+int64_t packed_groups(int64_t rows) {
+  return (rows + kPackedRows - 1) / kPackedRows;
+}
+
+int64_t packed_group_bytes(Format format, int64_t cols) {
+  const PackedLayout& l = layout(format);
+  check(cols > 0 && cols % l.block == 0, "{} columns are not a multiple of the block of {}", cols, l.block);
+  return l.bytes(cols / l.block);
+}
+
+void pack_group(Format format, const std::byte* data, int64_t rows, int64_t cols, int64_t group, std::byte* to) {
+  const PackedLayout& l = layout(format);
+  const int64_t blocks = cols / l.block, stride = row_bytes(format, cols);
+  auto* out = reinterpret_cast<uint8_t*>(to);
+  std::memset(out, 0, static_cast<size_t>(l.bytes(blocks)));
+  const int half_at = format == Format::Q6_K ? 208 : 0;
+  for (int row = 0; row < kPackedRows && group * kPackedRows + row < rows; ++row) {
+    const auto* p = reinterpret_cast<const uint8_t*>(data) + (group * kPackedRows + row) * stride;
+    for (int64_t b = 0; b < blocks; ++b, p += info(format).bytes) {
+      spread_quants(format, p, row, out + b * l.quants, out + l.high_at(blocks) + b * l.high);
+      if (l.scales > 0) spread_scales(format, p, row, out + l.scales_at(blocks) + b * l.scales);
+      uint8_t* halves = out + l.halves_at(blocks) + b * (l.min ? 64 : 32);
+      std::memcpy(halves + 2 * row, p + half_at, 2);
+      if (l.min) std::memcpy(halves + 32 + 2 * row, p + 2, 2);
+    }
+  }
+}
+
+void QuantizedTiles::Free::operator()(std::byte* p) const {
+  ::operator delete[](p, std::align_val_t{64});
+}
+
+void QuantizedTiles::resize(ActivationKind kind, int64_t n, int64_t cols) {
+  check(kind != ActivationKind::Float, "float activations are not quantized");
+  block_ = kind == ActivationKind::Blocks32 ? 32 : 256;
+  check(cols >= 0 && cols % block_ == 0, "{} activations are not a multiple of the block of {}", cols, block_);
+  kind_ = kind;
+  n_ = n;
+  cols_ = cols;
+  blocks_ = cols / block_;
+  const auto all = static_cast<size_t>(n * blocks_);
+  const auto whole = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
+  scale_at_ = whole(static_cast<size_t>(n * cols));
+  minimum_at_ = scale_at_ + whole(4 * all);
+  sums_at_ = minimum_at_ + whole(4 * all);
+  pairs_at_ = sums_at_ + whole((block_ == 32 ? 4 : 64) * all);
+  const size_t bytes = pairs_at_ + (block_ == 32 ? 0 : whole(16 * all));
+  if (bytes > capacity_) {
+    memory_.reset(static_cast<std::byte*>(::operator new[](bytes, std::align_val_t{64})));
+    capacity_ = bytes;
+  }
+}
+
+QuantizedTiles::View QuantizedTiles::view(int64_t tile) const {
+  const int64_t before = tile * kRows * blocks_;  // blocks of rows in front
+  const std::byte* p = memory_.get();
+  return {reinterpret_cast<const int8_t*>(p) + before * block_, reinterpret_cast<const float*>(p + scale_at_) + before,
+          reinterpret_cast<const float*>(p + minimum_at_) + before,
+          reinterpret_cast<const int32_t*>(p + sums_at_) + before * (block_ == 32 ? 1 : 16),
+          reinterpret_cast<const int16_t*>(p + pairs_at_) + before * 8};
+}
+
+void QuantizedTiles::fill(int64_t tile, const float* x, int64_t stride, const int64_t* index) {
+  const View v = view(tile);
+  const int64_t count = rows(tile);
+  const QuantizeBlock quantize = quantizer(kind_);
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t i = tile * kRows + t;
+    const float* row = x + (index != nullptr ? index[i] : i) * stride;
+    for (int64_t b = 0; b < blocks_; ++b) {
+      const int64_t at = b * count + t;
+      auto* q = const_cast<int8_t*>(v.q) + at * block_;
+      const float scale = quantize(row + b * block_, q);
+      const_cast<float*>(v.scale)[at] = scale;
+      if (block_ == 32) {
+        int32_t sum = 0;
+        for (int e = 0; e < 32; ++e) sum += q[e];
+        const_cast<int32_t*>(v.sums)[at] = sum;
+        const_cast<float*>(v.minimum)[at] = scale * static_cast<float>(sum);
+        continue;
+      }
+      auto* sums = const_cast<int32_t*>(v.sums) + at * 16;
+      auto* pairs = const_cast<int16_t*>(v.pairs) + at * 8;
+      for (int g = 0; g < 16; ++g) {
+        int32_t sum = 0;
+        for (int e = 16 * g; e < 16 * g + 16; ++e) sum += q[e];
+        sums[g] = sum;
+      }
+      for (int g = 0; g < 8; ++g) pairs[g] = static_cast<int16_t>(sums[2 * g] + sums[2 * g + 1]);
+    }
+  }
+}
+
+void packed_products(Format format, const std::byte* packed, int64_t rows, int64_t cols, int64_t first, int64_t last,
+                     const QuantizedTiles& x, float* y, int64_t stride) {
+  const PackedLayout& l = layout(format);
+  check(x.cols() == cols && x.kind() == activation_kind(format),
+        "{} activations, quantized for {}, do not fit {} rows of {} columns", x.cols(),
+        x.kind() == activation_kind(format) ? "this format" : "another format", info(format).name, cols);
+  const int64_t blocks = cols / l.block, bytes = l.bytes(blocks);
+  const PackedProduct* product = products(format);
+  alignas(64) float out[QuantizedTiles::kRows * kPackedRows];
+  for (int64_t g = first; g < last; ++g) {
+    const auto* group = reinterpret_cast<const uint8_t*>(packed) + g * bytes;
+    const int64_t have = std::min(kPackedRows, rows - g * kPackedRows);
+    for (int64_t tile = 0; tile < x.tiles(); ++tile) {
+      const int64_t count = x.rows(tile);
+      product[count - 1](group, blocks, x.view(tile), out);
+      for (int64_t t = 0; t < count; ++t)
+        std::memcpy(y + (tile * QuantizedTiles::kRows + t) * stride + g * kPackedRows, out + t * kPackedRows,
+                    static_cast<size_t>(have) * 4);
+    }
+  }
+}
+
+}  // namespace moiety

@@ -1,0 +1,305 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <array>
+#include <cstring>
+#include <utility>
+
+#include "moiety/kernels/packed_kernels.h"
+#include "moiety/kernels/packed_layout.h"
+
+namespace moiety {
+namespace {
+
+using View = QuantizedTiles::View;
+
+// 4 bytes of activations for all 16 rows.
+[[gnu::always_inline]] inline __m512i four(const void* p) {
+  int32_t v;
+  std::memcpy(&v, p, 4);
+  return _mm512_set1_epi32(v);
+}
+[[gnu::always_inline]] inline __m512i quad(const uint8_t* p) {
+  return _mm512_load_si512(p);
+}
+[[gnu::always_inline]] inline __m512 halves(const uint8_t* p) {
+  return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(p)));
+}
+[[gnu::always_inline]] inline __m512i bytes16(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
+}
+// a | b & mask
+[[gnu::always_inline]] inline __m512i join(__m512i a, __m512i b, __m512i mask) {
+  return _mm512_ternarylogic_epi32(a, b, mask, 0xf8);
+}
+
+// ---- blocks of 32 ---------------------------------------------------------------------------------------------------
+
+// sums[t] = the products of a block with tile row t, whose 32 bytes are at a + 32 t.
+struct Bytes {
+  static constexpr PackedLayout kLayout = kPackedQ8_0;
+  template <int T>
+  [[gnu::always_inline]] static void sums(const uint8_t* q, const uint8_t*, const int8_t* a, __m512i (&sums)[T]) {
+    // Two chains each, or one token waits for its own instruction.
+    __m512i odd[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) sums[t] = odd[t] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int z = 0; z < 8; z += 2) {
+      const __m512i first = quad(q + 64 * z), second = quad(q + 64 * z + 64);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        sums[t] = _mm512_dpbusd_epi32(sums[t], first, four(a + 32 * t + 4 * z));
+        odd[t] = _mm512_dpbusd_epi32(odd[t], second, four(a + 32 * t + 4 * z + 4));
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) sums[t] = _mm512_add_epi32(sums[t], odd[t]);
+  }
+};
+
+// The high halves of bytes are used as they are, 16 times too large, which an exact shift of the sum takes back.
+struct Nibbles {
+  template <int T>
+  [[gnu::always_inline]] static void sums(const uint8_t* q, const uint8_t*, const int8_t* a, __m512i (&sums)[T]) {
+    const __m512i mask = _mm512_set1_epi8(15);
+    __m512i high[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) sums[t] = high[t] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int z = 0; z < 4; ++z) {
+      const __m512i both = quad(q + 64 * z), low = _mm512_and_si512(both, mask), top = _mm512_andnot_si512(mask, both);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        sums[t] = _mm512_dpbusd_epi32(sums[t], low, four(a + 32 * t + 4 * z));
+        high[t] = _mm512_dpbusd_epi32(high[t], top, four(a + 32 * t + 16 + 4 * z));
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) sums[t] = _mm512_add_epi32(sums[t], _mm512_srai_epi32(high[t], 4));
+  }
+};
+struct Nibbles40 : Nibbles {
+  static constexpr PackedLayout kLayout = kPackedQ4_0;
+};
+struct Nibbles41 : Nibbles {
+  static constexpr PackedLayout kLayout = kPackedQ4_1;
+};
+
+struct FiveBits {
+  template <int T>
+  [[gnu::always_inline]] static void sums(const uint8_t* q, const uint8_t* h, const int8_t* a, __m512i (&sums)[T]) {
+    const __m512i mask = _mm512_set1_epi8(15), fifth = _mm512_set1_epi8(16), bits = quad(h);
+    __m512i high[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) sums[t] = high[t] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int z = 0; z < 4; ++z) {
+      const __m512i both = quad(q + 64 * z);
+      const __m512i low = join(_mm512_and_si512(both, mask), _mm512_slli_epi32(bits, 4 - z), fifth);
+      const __m512i top = join(_mm512_and_si512(_mm512_srli_epi32(both, 4), mask), _mm512_srli_epi32(bits, z), fifth);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        sums[t] = _mm512_dpbusd_epi32(sums[t], low, four(a + 32 * t + 4 * z));
+        high[t] = _mm512_dpbusd_epi32(high[t], top, four(a + 32 * t + 16 + 4 * z));
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) sums[t] = _mm512_add_epi32(sums[t], high[t]);
+  }
+};
+struct FiveBits50 : FiveBits {
+  static constexpr PackedLayout kLayout = kPackedQ5_0;
+};
+struct FiveBits51 : FiveBits {
+  static constexpr PackedLayout kLayout = kPackedQ5_1;
+};
+
+template <class F, int T>
+void blocks32(const uint8_t* group, int64_t blocks, const View& x, float* out) {
+  constexpr PackedLayout l = F::kLayout;
+  const uint8_t *q = group, *high = group + l.high_at(blocks), *scales = group + l.halves_at(blocks);
+  __m512 total[T];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
+  for (int64_t b = 0; b < blocks; ++b) {
+    __m512i sums[T];
+    F::template sums<T>(q + b * l.quants, high + b * l.high, x.q + b * 32 * T, sums);
+    const __m512 scale = halves(scales + b * (l.min ? 64 : 32));
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      if constexpr (l.offset > 0) {
+        constexpr int kShift = __builtin_ctz(l.offset);
+        sums[t] = _mm512_sub_epi32(sums[t], _mm512_slli_epi32(four(x.sums + b * T + t), kShift));
+      }
+      total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[t]), _mm512_mul_ps(scale, _mm512_set1_ps(x.scale[b * T + t])),
+                                 total[t]);
+    }
+    if constexpr (l.min) {
+      const __m512 minimum = halves(scales + b * 64 + 32);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t)
+        total[t] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(x.minimum[b * T + t]), total[t]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) _mm512_store_ps(out + 16 * t, total[t]);
+}
+
+// ---- blocks of 256 --------------------------------------------------------------------------------------------------
+
+// Q4_K and Q5_K: eight sub-blocks with a scale and a minimum each.
+template <bool five, int T>
+void blocks_k(const uint8_t* group, int64_t blocks, const View& x, float* out) {
+  constexpr PackedLayout l = five ? kPackedQ5_K : kPackedQ4_K;
+  const __m512i mask = _mm512_set1_epi8(15), fifth = _mm512_set1_epi8(16);
+  const uint8_t *q = group, *high = group + l.high_at(blocks), *scales = group + l.scales_at(blocks),
+                *ends = group + l.halves_at(blocks);
+  __m512 total[T];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
+  for (int64_t b = 0; b < blocks; ++b, q += l.quants, high += l.high, scales += l.scales, ends += 64) {
+    const int8_t* a = x.q + b * 256 * T;
+    __m512i sum[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) sum[t] = _mm512_setzero_si512();
+    const auto chunk = [&]<int c>() __attribute__((always_inline)) {
+      __m512i low[T], top[T];
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) low[t] = top[t] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+      for (int z = 0; z < 8; ++z) {
+        const __m512i both = quad(q + 64 * (8 * c + z));
+        __m512i first = _mm512_and_si512(both, mask), second;
+        if constexpr (five) {
+          const __m512i bits = quad(high + 64 * z);
+          constexpr int g = 2 * c;
+          first = join(first, g <= 4 ? _mm512_slli_epi32(bits, 4 - g) : _mm512_srli_epi32(bits, g - 4), fifth);
+          second = join(_mm512_and_si512(_mm512_srli_epi32(both, 4), mask),
+                        g + 1 <= 4 ? _mm512_slli_epi32(bits, 3 - g) : _mm512_srli_epi32(bits, g - 3), fifth);
+        } else {
+          second = _mm512_andnot_si512(mask, both);  // 16 times too large
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+          low[t] = _mm512_dpbusd_epi32(low[t], first, four(a + 256 * t + 64 * c + 4 * z));
+          top[t] = _mm512_dpbusd_epi32(top[t], second, four(a + 256 * t + 64 * c + 32 + 4 * z));
+        }
+      }
+      const __m512i s0 = bytes16(scales + 32 * c), s1 = bytes16(scales + 32 * c + 16);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        if constexpr (!five) top[t] = _mm512_srai_epi32(top[t], 4);
+        sum[t] = _mm512_add_epi32(sum[t], _mm512_add_epi32(_mm512_mullo_epi32(low[t], s0), _mm512_mullo_epi32(top[t], s1)));
+      }
+    };
+    chunk.template operator()<0>();
+    chunk.template operator()<1>();
+    chunk.template operator()<2>();
+    chunk.template operator()<3>();
+    const __m512 scale = halves(ends), minimum = halves(ends + 32);
+    __m512i mins[4];
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p)
+      mins[p] = _mm512_cvtepu8_epi16(_mm256_load_si256(reinterpret_cast<const __m256i*>(scales + 128 + 32 * p)));
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      __m512i least = _mm512_setzero_si512();
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p)
+        least = _mm512_dpwssd_epi32(least, mins[p], four(x.pairs + (b * T + t) * 8 + 2 * p));
+      const __m512 value = _mm512_fmsub_ps(scale, _mm512_cvtepi32_ps(sum[t]),
+                                           _mm512_mul_ps(minimum, _mm512_cvtepi32_ps(least)));
+      total[t] = _mm512_fmadd_ps(value, _mm512_set1_ps(x.scale[b * T + t]), total[t]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) _mm512_store_ps(out + 16 * t, total[t]);
+}
+
+template <int T>
+void blocks_q6_k(const uint8_t* group, int64_t blocks, const View& x, float* out) {
+  constexpr PackedLayout l = kPackedQ6_K;
+  const __m512i mask = _mm512_set1_epi8(15), two = _mm512_set1_epi8(0x30);
+  const uint8_t *q = group, *high = group + l.high_at(blocks), *scales = group + l.scales_at(blocks),
+                *ends = group + l.halves_at(blocks);
+  __m512 total[T];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
+  for (int64_t b = 0; b < blocks; ++b, q += l.quants, high += l.high, scales += l.scales, ends += 32) {
+    const int8_t* a = x.q + b * 256 * T;
+    const int32_t* sums16 = x.sums + b * 16 * T;
+    __m512i sum[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) sum[t] = _mm512_setzero_si512();
+    // Sub-blocks s and 8 + s, of 16 elements; `upper`: elements 64 to 127 and 192 to 255.
+    const auto sub = [&]<bool upper>(int s) __attribute__((always_inline)) {
+      __m512i low[T], top[T];
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        // What the offset of 32 adds comes off before.
+        low[t] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(four(sums16 + 16 * t + s), 5));
+        top[t] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(four(sums16 + 16 * t + 8 + s), 5));
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const int z = 4 * s + i;
+        const __m512i both = quad(q + 64 * z), bits = quad(high + 64 * (upper ? z - 16 : z));
+        // Bits 0 of element 4z, 2 of 64 + 4z, 4 of 128 + 4z, 6 of 192 + 4z.
+        const __m512i first = join(_mm512_and_si512(both, mask), upper ? _mm512_slli_epi32(bits, 2) : _mm512_slli_epi32(bits, 4), two);
+        const __m512i second = join(_mm512_and_si512(_mm512_srli_epi32(both, 4), mask), upper ? _mm512_srli_epi32(bits, 2) : bits, two);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+          low[t] = _mm512_dpbusd_epi32(low[t], first, four(a + 256 * t + 4 * z));
+          top[t] = _mm512_dpbusd_epi32(top[t], second, four(a + 256 * t + 128 + 4 * z));
+        }
+      }
+      const auto signs = [&](int g) {
+        return _mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(scales + 16 * g)));
+      };
+      const __m512i s0 = signs(s), s1 = signs(8 + s);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t)
+        sum[t] = _mm512_add_epi32(sum[t], _mm512_add_epi32(_mm512_mullo_epi32(low[t], s0), _mm512_mullo_epi32(top[t], s1)));
+    };
+    for (int s = 0; s < 4; ++s) sub.template operator()<false>(s);
+    for (int s = 4; s < 8; ++s) sub.template operator()<true>(s);
+    const __m512 scale = halves(ends);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t)
+      total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[t]), _mm512_mul_ps(scale, _mm512_set1_ps(x.scale[b * T + t])),
+                                 total[t]);
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) _mm512_store_ps(out + 16 * t, total[t]);
+}
+
+template <class F, int... T>
+constexpr void each32(PackedProduct (&to)[8], std::integer_sequence<int, T...>) {
+  ((to[T] = blocks32<F, T + 1>), ...);
+}
+
+constexpr PackedKernels kKernels = [] {
+  PackedKernels k{};
+  constexpr auto all = std::make_integer_sequence<int, 8>();
+  each32<Bytes>(k.q8_0, all);
+  each32<Nibbles40>(k.q4_0, all);
+  each32<Nibbles41>(k.q4_1, all);
+  each32<FiveBits50>(k.q5_0, all);
+  each32<FiveBits51>(k.q5_1, all);
+  [&]<int... T>(std::integer_sequence<int, T...>) {
+    ((k.q4_k[T] = blocks_k<false, T + 1>), ...);
+    ((k.q5_k[T] = blocks_k<true, T + 1>), ...);
+    ((k.q6_k[T] = blocks_q6_k<T + 1>), ...);
+  }(all);
+  return k;
+}();
+
+}  // namespace
+
+const PackedKernels& packed_kernels_avx512() {
+  return kKernels;
+}
+
+}  // namespace moiety
+#endif

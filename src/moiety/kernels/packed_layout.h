@@ -1,0 +1,38 @@
+#pragma once
+// How a group of 16 packed rows lies in memory: planes one behind another, each with its bytes of all blocks. A "quad"
+// is 4 elements of each of the 16 rows, 64 bytes, what one product instruction takes (internal to kernels/).
+#include <cstdint>
+
+namespace moiety {
+
+struct PackedLayout {
+  int block;         ///< elements of a block
+  int offset;        ///< added to the quants to make them unsigned
+  int quants;        ///< bytes a block: whole quads, or low and high halves of bytes
+  int high = 0;      ///< bytes a block of the bits above the fourth
+  int scales = 0;    ///< bytes a block of integer scales (Q4_K, Q5_K: 8 [16], then 4 pairs of minimums [16][2]; Q6_K)
+  bool min = false;  ///< halves of minimums follow the halves of scales
+  constexpr int64_t high_at(int64_t blocks) const { return blocks * quants; }
+  constexpr int64_t scales_at(int64_t blocks) const { return high_at(blocks) + blocks * high; }
+  constexpr int64_t halves_at(int64_t blocks) const { return scales_at(blocks) + blocks * scales; }
+  constexpr int64_t bytes(int64_t blocks) const {
+    return (halves_at(blocks) + blocks * (min ? 64 : 32) + 63) / 64 * 64;
+  }
+};
+
+// Quad z of a 32-block of nibbles: elements 4z in the low halves, 16 + 4z in the high ones. Bits above: bit z of byte i
+// is that of element 4z + i.
+constexpr PackedLayout kPackedQ8_0{.block = 32, .offset = 128, .quants = 512};
+constexpr PackedLayout kPackedQ4_0{.block = 32, .offset = 8, .quants = 256};
+constexpr PackedLayout kPackedQ4_1{.block = 32, .offset = 0, .quants = 256, .min = true};
+constexpr PackedLayout kPackedQ5_0{.block = 32, .offset = 16, .quants = 256, .high = 64};
+constexpr PackedLayout kPackedQ5_1{.block = 32, .offset = 0, .quants = 256, .high = 64, .min = true};
+// Quad 8c + z: elements 64c + 4z in the low halves, 64c + 32 + 4z in the high ones. Bits above: quad z, bit g of byte i
+// is that of element 32g + 4z + i.
+constexpr PackedLayout kPackedQ4_K{.block = 256, .offset = 0, .quants = 2048, .scales = 256, .min = true};
+constexpr PackedLayout kPackedQ5_K{.block = 256, .offset = 0, .quants = 2048, .high = 512, .scales = 256, .min = true};
+// Quad z: elements 4z in the low halves, 128 + 4z in the high ones. Bits above: quad z, bits 2p of byte i are those of
+// element 64p + 4z + i.
+constexpr PackedLayout kPackedQ6_K{.block = 256, .offset = 32, .quants = 2048, .high = 1024, .scales = 256};
+
+}  // namespace moiety

@@ -1,0 +1,42 @@
+#include "moiety/kernels/token.h"
+
+#include "moiety/kernels/cpu.h"
+#include "moiety/kernels/token_loops.h"
+
+namespace moiety {
+namespace {
+
+const TokenKernels& kernels() {
+#if defined(__x86_64__)
+  switch (isa()) {
+    case Isa::Avx512:
+      return token_kernels_avx512();
+    case Isa::Avx2:
+      return token_kernels_avx2();
+    default:
+      break;
+  }
+#endif
+  return kToken;
+}
+
+}  // namespace
+
+void rms_norm(const float* x, const float* weight, float offset, float eps, float* out, int64_t n) {
+  kernels().norm(x, weight, offset, eps, out, n);
+}
+
+void rotate_head(const float* x, const float* cosine, const float* sine, int64_t half, bool interleaved, float* out,
+                 int64_t n) {
+  kernels().rotate(x, cosine, sine, half, interleaved, out, n);
+}
+
+void silu_times(float* g, const float* u, int64_t n) {
+  kernels().silu(g, u, n);
+}
+
+void attend_row(const AttendRow& a, float* scratch, float* out) {
+  kernels().attend(a, scratch, out);
+}
+
+}  // namespace moiety

@@ -1,0 +1,93 @@
+#include "moiety/nn/packed.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "moiety/base/error.h"
+#include "moiety/nn/tasks.h"
+
+namespace moiety {
+namespace {
+
+// Multiplications below which a second thread costs more than it saves.
+constexpr int64_t kAlone = 200'000;
+constexpr int64_t kPieces = 6;  // of a thread's share: threads that are held up do not hold up the others
+
+}  // namespace
+
+void PackedMatrix::Free::operator()(std::byte* p) const {
+  ::operator delete[](p, std::align_val_t{64});
+}
+
+PackedMatrix::PackedMatrix(const TensorView& blocks)
+    : format_(blocks.format), rows_(blocks.shape.at(0)), cols_(blocks.shape.at(1)) {
+  check(can_pack(format_), "this machine has no products for packed rows of {}", info(format_).name);
+  const int64_t bytes = packed_group_bytes(format_, cols_);
+  data_.reset(static_cast<std::byte*>(::operator new[](static_cast<size_t>(bytes * groups()), std::align_val_t{64})));
+  at::parallel_for(0, groups(), std::max<int64_t>(1, (1 << 18) / bytes), [&](int64_t first, int64_t last) {
+    for (int64_t g = first; g < last; ++g)
+      pack_group(format_, blocks.data.data(), rows_, cols_, g, data_.get() + g * bytes);
+  });
+}
+
+int64_t PackedMatrix::bytes() const {
+  return groups() * packed_group_bytes(format_, cols_);
+}
+
+void run_jobs(std::span<const PackedJob> jobs) {
+  int64_t work = 0;
+  for (const PackedJob& j : jobs) work += j.matrix->rows() * j.matrix->cols() * j.x->size();
+  const auto run = [](const PackedJob& j, int64_t first, int64_t last) {
+    packed_products(j.matrix->format(), j.matrix->data(), j.matrix->rows(), j.matrix->cols(), first, last, *j.x, j.y,
+                    j.stride);
+  };
+  const int64_t threads = at::get_num_threads();
+  if (work <= kAlone || threads == 1) {
+    for (const PackedJob& j : jobs) run(j, 0, j.matrix->groups());
+    return;
+  }
+  struct Piece {
+    size_t job;
+    int64_t first, last;
+  };
+  static thread_local std::vector<Piece> pieces;
+  pieces.clear();
+  const int64_t share = std::max<int64_t>(work / (threads * kPieces), kAlone / 4);
+  for (size_t i = 0; i < jobs.size(); ++i) {
+    const PackedJob& j = jobs[i];
+    const int64_t group = kPackedRows * j.matrix->cols() * std::max<int64_t>(1, j.x->size());
+    const int64_t groups = j.matrix->groups(), parts = std::clamp<int64_t>((group * groups + share / 2) / share, 1, groups);
+    for (int64_t p = 0; p < parts; ++p) pieces.push_back({i, groups * p / parts, groups * (p + 1) / parts});
+  }
+  const auto& all = pieces;  // of the calling thread
+  run_tasks(static_cast<int64_t>(all.size()), [&](int64_t i) {
+    const Piece& p = all[static_cast<size_t>(i)];
+    run(jobs[p.job], p.first, p.last);
+  });
+}
+
+void quantize_all(std::span<const TileJob> jobs) {
+  int64_t elements = 0;
+  for (const TileJob& j : jobs) elements += j.x->size() * j.x->cols();
+  const auto fill = [](const TileJob& j, int64_t tile) { j.x->fill(tile, j.from, j.stride, j.index); };
+  if (elements <= 32768 || at::get_num_threads() == 1) {
+    for (const TileJob& j : jobs)
+      for (int64_t t = 0; t < j.x->tiles(); ++t) fill(j, t);
+    return;
+  }
+  std::vector<std::pair<size_t, int64_t>> all;
+  for (size_t i = 0; i < jobs.size(); ++i)
+    for (int64_t t = 0; t < jobs[i].x->tiles(); ++t) all.emplace_back(i, t);
+  at::parallel_for(0, static_cast<int64_t>(all.size()), 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const auto [job, tile] = all[static_cast<size_t>(i)];
+      fill(jobs[job], tile);
+    }
+  });
+}
+
+}  // namespace moiety

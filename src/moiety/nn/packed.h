@@ -1,0 +1,51 @@
+#pragma once
+// Block matrices packed for products (kernels/packed.h), and several such products at once on all threads.
+#include <cstddef>
+#include <memory>
+#include <span>
+
+#include "moiety/io/tensor_view.h"
+#include "moiety/kernels/packed.h"
+
+namespace moiety {
+
+class PackedMatrix {
+ public:
+  /// Packs a mapped matrix [rows, cols], on all threads. Error: can_pack says no.
+  explicit PackedMatrix(const TensorView& blocks);
+  Format format() const { return format_; }
+  int64_t rows() const { return rows_; }
+  int64_t cols() const { return cols_; }
+  int64_t groups() const { return packed_groups(rows_); }
+  const std::byte* data() const { return data_.get(); }
+  int64_t bytes() const;
+
+ private:
+  struct Free {
+    void operator()(std::byte* p) const;
+  };
+  Format format_;
+  int64_t rows_, cols_;
+  std::unique_ptr<std::byte[], Free> data_;
+};
+
+/// y [x.size(), stride] = x times the matrix, transposed.
+struct PackedJob {
+  const PackedMatrix* matrix;
+  const QuantizedTiles* x;
+  float* y;
+  int64_t stride;
+};
+/// Runs all jobs, their rows side by side on all threads. Jobs write to memory of their own.
+void run_jobs(std::span<const PackedJob> jobs);
+
+/// Tiles, their size set, that are to be filled from rows of `from`; see QuantizedTiles::fill.
+struct TileJob {
+  QuantizedTiles* x;
+  const float* from;
+  int64_t stride;
+  const int64_t* index = nullptr;
+};
+void quantize_all(std::span<const TileJob> jobs);
+
+}  // namespace moiety

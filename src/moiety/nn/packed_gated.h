@@ -1,0 +1,28 @@
+#pragma once
+// Gated feed-forward layers over packed matrices: the dense one, or the chosen experts of a mixture side by side.
+#include <torch/types.h>
+
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "moiety/nn/packed.h"
+
+namespace moiety {
+
+struct PackedGated {
+  const PackedMatrix *gate, *up, *down;
+};
+/// (gate x, up x) [P, f] f32 each -> what the down projection takes; may work in place.
+using Combine = std::function<torch::Tensor(torch::Tensor g, torch::Tensor u)>;
+
+/// down(combine(gate x, up x)) of every pair [P, d] f32. x [N, d] f32, contiguous; the first counts[0] pairs go through
+/// experts[0], and so on; pair p is token tokens[p], or p where tokens are null. An expert without pairs is not touched
+/// and may hold nulls.
+torch::Tensor packed_gated(const torch::Tensor& x, std::span<const PackedGated> experts,
+                           std::span<const int64_t> counts, const int64_t* tokens, const Combine& combine);
+
+/// silu(g) * u, in place.
+torch::Tensor silu_times(torch::Tensor g, torch::Tensor u);
+
+}  // namespace moiety

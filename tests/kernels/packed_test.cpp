@@ -1,0 +1,171 @@
+#include "moiety/kernels/packed.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "kernels/each_isa.h"
+#include "kernels/random_rows.h"
+#include "moiety/base/error.h"
+
+namespace moiety {
+namespace {
+
+const Format kPackable[] = {Format::Q8_0, Format::Q4_0, Format::Q4_1, Format::Q5_0,
+                            Format::Q5_1, Format::Q4_K, Format::Q5_K, Format::Q6_K};
+
+struct Free {
+  void operator()(std::byte* p) const { ::operator delete[](p, std::align_val_t{64}); }
+};
+using Packed = std::unique_ptr<std::byte[], Free>;
+
+Packed pack(Format format, const std::vector<std::byte>& rows, int64_t count, int64_t cols) {
+  const int64_t bytes = packed_group_bytes(format, cols), groups = packed_groups(count);
+  Packed p(static_cast<std::byte*>(::operator new[](static_cast<size_t>(bytes * groups), std::align_val_t{64})));
+  for (int64_t g = 0; g < groups; ++g) pack_group(format, rows.data(), count, cols, g, p.get() + g * bytes);
+  return p;
+}
+
+class PackedTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (!can_pack(Format::Q8_0)) GTEST_SKIP() << "no products for packed rows on this machine";
+  }
+};
+
+// Against the decoded weights times the activations as they were rounded, in f64.
+TEST_F(PackedTest, EveryFormatAndNumberOfRows) {
+  for (const Format format : kPackable) {
+    const int block = info(format).block;
+    for (const int64_t blocks : {1, 2, 5}) {
+      for (const int64_t rows : {1, 15, 16, 17, 40}) {
+        const int64_t cols = blocks * block;
+        const auto b = random_rows(format, rows, cols, static_cast<unsigned>(rows + blocks));
+        const Packed packed = pack(format, b, rows, cols);
+        for (const int64_t n : {1, 2, 3, 4, 5, 6, 7, 8, 9, 19}) {
+          const auto x = gaussian(static_cast<size_t>(n * cols), static_cast<unsigned>(n));
+          QuantizedTiles tiles;
+          tiles.resize(activation_kind(format), n, cols);
+          for (int64_t t = 0; t < tiles.tiles(); ++t) tiles.fill(t, x.data(), cols);
+          const int64_t stride = rows + 3;
+          std::vector<float> y(static_cast<size_t>(n * stride), 7.f);
+          packed_products(format, packed.get(), rows, cols, 0, packed_groups(rows), tiles, y.data(), stride);
+          double worst = 0;
+          std::vector<float> w(static_cast<size_t>(cols));
+          for (int64_t t = 0; t < n; ++t) {
+            QuantizedRow q;
+            quantize_activations(format, x.data() + t * cols, cols, q);
+            for (int64_t r = 0; r < rows; ++r) {
+              dequantize_row(format, b.data() + r * row_bytes(format, cols), w.data(), cols);
+              double sum = 0, size = 0;
+              for (int64_t i = 0; i < cols; ++i) {
+                const double term = static_cast<double>(w[static_cast<size_t>(i)]) * q.scale()[i / block] * q.q()[i];
+                sum += term;
+                size += std::fabs(term);
+              }
+              worst = std::max(worst, std::fabs(y[static_cast<size_t>(t * stride + r)] - sum) / (size + 1e-30));
+            }
+            for (int64_t r = rows; r < stride; ++r) ASSERT_EQ(y[static_cast<size_t>(t * stride + r)], 7.f);
+          }
+          EXPECT_LT(worst, 2e-6) << info(format).name << " " << rows << " x " << cols << ", " << n << " rows";
+        }
+      }
+    }
+  }
+}
+
+TEST_F(PackedTest, RowsOfATileDoNotMeet) {
+  // A row gives the same bits alone and beside others.
+  for (const Format format : kPackable) {
+    const int64_t cols = 512, rows = 16, n = 8;
+    const auto b = random_rows(format, rows, cols, 3);
+    const Packed packed = pack(format, b, rows, cols);
+    const auto x = gaussian(static_cast<size_t>(n * cols), 4);
+    QuantizedTiles all, one;
+    std::vector<float> y(static_cast<size_t>(n * rows)), alone(static_cast<size_t>(rows));
+    all.resize(activation_kind(format), n, cols);
+    all.fill(0, x.data(), cols);
+    packed_products(format, packed.get(), rows, cols, 0, 1, all, y.data(), rows);
+    for (int64_t t = 0; t < n; ++t) {
+      one.resize(activation_kind(format), 1, cols);
+      one.fill(0, x.data(), cols, &t);
+      packed_products(format, packed.get(), rows, cols, 0, 1, one, alone.data(), rows);
+      EXPECT_EQ(std::memcmp(alone.data(), y.data() + t * rows, static_cast<size_t>(rows) * 4), 0) << info(format).name;
+    }
+  }
+}
+
+TEST_F(PackedTest, ExtremeQuantsDoNotSaturate) {
+  for (const Format format : kPackable) {
+    for (const int byte : {0x00, 0xff, 0x7f, 0x80}) {
+      const int64_t cols = info(format).block;
+      auto b = random_rows(format, 16, cols, 5);
+      const auto scales = b;
+      // All bits of quants and integer scales alike; the halves stay finite.
+      for (auto& v : b) v = static_cast<std::byte>(byte);
+      const int64_t bytes = info(format).bytes;
+      for (int64_t r = 0; r < 16; ++r) {
+        const auto keep = [&](int64_t at) {
+          for (int64_t i = 0; i < 2; ++i) b[static_cast<size_t>(r * bytes + at + i)] = scales[static_cast<size_t>(r * bytes + at + i)];
+        };
+        keep(format == Format::Q6_K ? 208 : 0);
+        if (format != Format::Q6_K && format != Format::Q8_0 && format != Format::Q4_0 && format != Format::Q5_0) keep(2);
+      }
+      const Packed packed = pack(format, b, 16, cols);
+      for (const float sign : {1.f, -1.f}) {
+        const std::vector<float> x(static_cast<size_t>(cols), sign);
+        QuantizedTiles tiles;
+        tiles.resize(activation_kind(format), 1, cols);
+        tiles.fill(0, x.data(), cols);
+        float y[16];
+        packed_products(format, packed.get(), 16, cols, 0, 1, tiles, y, 16);
+        std::vector<float> w(static_cast<size_t>(cols));
+        for (int64_t r = 0; r < 16; ++r) {
+          dequantize_row(format, b.data() + r * bytes, w.data(), cols);
+          double sum = 0, size = 0;
+          for (const float v : w) sum += static_cast<double>(v) * sign, size += std::fabs(v);
+          EXPECT_NEAR(y[r], sum, 2e-3 * size + 1e-6) << info(format).name << " " << byte;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(PackedTest, NotANumberSpreadsToItsRowAlone) {
+  for (const Format format : kPackable) {
+    const int64_t cols = 512;
+    const auto b = random_rows(format, 16, cols, 6);
+    const Packed packed = pack(format, b, 16, cols);
+    auto x = gaussian(static_cast<size_t>(2 * cols), 7);
+    x[static_cast<size_t>(cols + 5)] = std::numeric_limits<float>::infinity();
+    QuantizedTiles tiles;
+    tiles.resize(activation_kind(format), 2, cols);
+    tiles.fill(0, x.data(), cols);
+    float y[32];
+    packed_products(format, packed.get(), 16, cols, 0, 1, tiles, y, 16);
+    for (int r = 0; r < 16; ++r) {
+      EXPECT_TRUE(std::isfinite(y[r])) << info(format).name;
+      EXPECT_TRUE(std::isnan(y[16 + r])) << info(format).name;
+    }
+  }
+}
+
+TEST_F(PackedTest, RefusesWhatDoesNotFit) {
+  EXPECT_FALSE(can_pack(Format::TQ2_0));
+  EXPECT_FALSE(can_pack(Format::F16));
+  EXPECT_THROW(packed_group_bytes(Format::Q4_K, 128), Error);
+  EXPECT_THROW(packed_group_bytes(Format::F16, 128), Error);
+  QuantizedTiles tiles;
+  EXPECT_THROW(tiles.resize(ActivationKind::Blocks256, 1, 128), Error);
+  EXPECT_THROW(tiles.resize(ActivationKind::Float, 1, 128), Error);
+  tiles.resize(ActivationKind::Blocks32, 1, 64);
+  float y[16];
+  EXPECT_THROW(packed_products(Format::Q8_0, nullptr, 16, 32, 0, 1, tiles, y, 16), Error);
+  EXPECT_THROW(packed_products(Format::Q4_K, nullptr, 16, 256, 0, 1, tiles, y, 16), Error);
+}
+
+}  // namespace
+}  // namespace moiety

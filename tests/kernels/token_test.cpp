@@ -1,0 +1,118 @@
+#include "moiety/kernels/token.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "kernels/each_isa.h"
+
+namespace moiety {
+namespace {
+
+using TokenTest = EachIsa;
+
+TEST_F(TokenTest, NormEqualsTheFormula) {
+  for (const int64_t n : {1, 15, 16, 100, 576}) {
+    const auto x = gaussian(static_cast<size_t>(n), 1), w = gaussian(static_cast<size_t>(n), 2);
+    double square = 0;
+    for (const float v : x) square += static_cast<double>(v) * v;
+    const double scale = 1.0 / std::sqrt(square / static_cast<double>(n) + 1e-5);
+    for_each_isa([&] {
+      auto y = x;  // out may be x
+      rms_norm(y.data(), w.data(), 1.f, 1e-5f, y.data(), n);
+      for (size_t i = 0; i < x.size(); ++i) {
+        const double want = x[i] * scale * (1.0 + w[i]);
+        EXPECT_NEAR(y[i], want, 2e-6 * (1.0 + std::abs(want)));
+      }
+    });
+  }
+}
+
+TEST_F(TokenTest, RotationEqualsTheFormula) {
+  const int64_t n = 21;
+  const auto x = gaussian(static_cast<size_t>(n), 3);
+  for (const int64_t half : {1, 8, 10}) {
+    std::vector<float> c, s;
+    for (int64_t i = 0; i < half; ++i) c.push_back(std::cos(0.3f * (i + 1))), s.push_back(std::sin(0.3f * (i + 1)));
+    for (const bool interleaved : {false, true}) {
+      for_each_isa([&] {
+        std::vector<float> y(static_cast<size_t>(n));
+        rotate_head(x.data(), c.data(), s.data(), half, interleaved, y.data(), n);
+        for (int64_t i = 0; i < half; ++i) {
+          const size_t a = interleaved ? 2 * i : i, b = interleaved ? 2 * i + 1 : i + half, at = i;
+          EXPECT_NEAR(y[a], x[a] * c[at] - x[b] * s[at], 1e-6);
+          EXPECT_NEAR(y[b], x[b] * c[at] + x[a] * s[at], 1e-6);
+        }
+        for (size_t i = 2 * half; i < x.size(); ++i) EXPECT_EQ(y[i], x[i]);
+      });
+    }
+  }
+}
+
+TEST_F(TokenTest, SiluEqualsTheFormula) {
+  auto g = gaussian(50, 4, 5.f);
+  g[0] = 200.f, g[1] = -200.f;
+  const auto u = gaussian(50, 5);
+  for_each_isa([&] {
+    auto y = g;
+    silu_times(y.data(), u.data(), 50);
+    for (size_t i = 0; i < y.size(); ++i) {
+      const double want = g[i] / (1.0 + std::exp(-static_cast<double>(g[i]))) * u[i];
+      EXPECT_NEAR(y[i], want, 2e-6 * (1.0 + std::abs(want)));
+    }
+  });
+}
+
+TEST_F(TokenTest, AttentionEqualsTheFormula) {
+  struct Case {
+    int64_t heads, size, v_size, length;
+    float softcap;
+    bool seen, sinks;
+  };
+  for (const Case& c : {Case{1, 16, 16, 1, 0.f, false, false}, {3, 64, 64, 40, 0.f, false, false},
+                        {2, 20, 83, 17, 0.f, true, false}, {4, 32, 8, 33, 2.f, false, true}, {1, 128, 128, 200, 5.f, true, true}}) {
+    const auto q = gaussian(static_cast<size_t>(c.heads * c.size), 6), k = gaussian(static_cast<size_t>(c.length * c.size), 7),
+               v = gaussian(static_cast<size_t>(c.length * c.v_size), 8), sinks = gaussian(static_cast<size_t>(c.heads), 9);
+    const auto seen = std::make_unique<bool[]>(static_cast<size_t>(c.length));
+    for (int64_t s = 0; s < c.length; ++s) seen[static_cast<size_t>(s)] = s % 3 != 1;
+    AttendRow a{q.data(), k.data(), v.data(), c.heads, c.size, c.v_size, c.length, 0.3f, c.softcap,
+                c.seen ? seen.get() : nullptr, c.sinks ? sinks.data() : nullptr};
+    for_each_isa([&] {
+      std::vector<float> scratch(static_cast<size_t>(c.heads * c.length)), y(static_cast<size_t>(c.heads * c.v_size));
+      attend_row(a, scratch.data(), y.data());
+      for (int64_t h = 0; h < c.heads; ++h) {
+        std::vector<double> p(static_cast<size_t>(c.length));
+        double sum = c.sinks ? std::exp(static_cast<double>(sinks[static_cast<size_t>(h)])) : 0.0;
+        for (int64_t s = 0; s < c.length; ++s) {
+          double logit = 0;
+          for (int64_t i = 0; i < c.size; ++i)
+            logit += static_cast<double>(q[static_cast<size_t>(h * c.size + i)]) * k[static_cast<size_t>(s * c.size + i)];
+          logit *= 0.3f;
+          if (c.softcap != 0.f) logit = c.softcap * std::tanh(logit / c.softcap);
+          const bool on = !c.seen || seen[static_cast<size_t>(s)];
+          sum += p[static_cast<size_t>(s)] = on ? std::exp(logit) : 0.0;
+        }
+        for (int64_t i = 0; i < c.v_size; ++i) {
+          double want = 0;
+          for (int64_t s = 0; s < c.length; ++s)
+            want += p[static_cast<size_t>(s)] / sum * v[static_cast<size_t>(s * c.v_size + i)];
+          EXPECT_NEAR(y[static_cast<size_t>(h * c.v_size + i)], want, 3e-6) << c.length;
+        }
+      }
+    });
+  }
+}
+
+TEST_F(TokenTest, WhatIsFarBelowTheLargestLogitCountsAsNothing) {
+  const float q = 1.f, k[3] = {0.f, 300.f, 100.f}, v[3] = {1e30f, 2.f, 1e30f};
+  for_each_isa([&] {
+    float scratch[3], y = 0.f;
+    attend_row({&q, k, v, 1, 1, 1, 3, 1.f, 0.f, nullptr, nullptr}, scratch, &y);
+    EXPECT_EQ(y, 2.f);
+  });
+}
+
+}  // namespace
+}  // namespace moiety
