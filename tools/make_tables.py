@@ -147,7 +147,26 @@ def train_step():
     return lines
 
 
-PARTS = {"systems": systems, "perplexity": perplexity, "parity": parity, "load": load_time, "moe": moe_layer, "train": train_step}
+def speed():
+    record = load("results/speed.json")
+    if not record:
+        return ["Not measured yet: `bench/peer_llamacpp.sh --standard --write`."]
+    lines = ["| model | test | moiety | llama.cpp | ratio | of the limit |", "| --- | --- | --- | --- | --- | --- |"]
+    for m in record["models"]:
+        for r in m["results"]:
+            test = f"{'prompt of' if r['test'] == 'prompt' else 'generate'} {r['tokens']}" + (f", {r['batch']} sequences" if r["batch"] > 1 else "")
+            limit = ""
+            if "gigabytes_per_second" in r:
+                limit = f"{r['gigabytes_per_second']:.1f} of {r['bandwidth_gigabytes_per_second']:.1f} GB/s"
+            elif "gflops" in r:
+                limit = f"{r['gflops']:.0f} Gop/s"
+            lines.append(f"| {m['name']} | {test} | {r['moiety']:.1f} | {r['llama_cpp']:.1f} ({r['layout']}) | {r['ratio']:.2f}x | {limit} |")
+    lines += ["", f"Tokens a second, the best of {record['rounds']} rounds with {record['threads']} threads; llama.cpp by llama-cpp-python "
+              f"{record['llama_cpp_python']}, the faster of its two layouts; {where(record)}."]
+    return lines
+
+
+PARTS = {"systems": systems, "speed": speed, "perplexity": perplexity, "parity": parity, "load": load_time, "moe": moe_layer, "train": train_step}
 
 
 def render(text, name):

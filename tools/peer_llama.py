@@ -4,6 +4,7 @@
     peer_llama.py perplexity MODEL.gguf TEXT CONTEXT    perplexity as llama.cpp's own tool measures it
     peer_llama.py tokens MODEL.gguf TEXT OUT.json       token ids of a text, with the start token where the model adds one
     peer_llama.py logits MODEL.gguf IDS OUT.npy         logits [T, V] of one sequence; IDS are numbers separated by spaces
+    peer_llama.py bench MODEL.gguf LAYOUT TESTS         speed; LAYOUT is plain or repacked, TESTS as prompt:512:1,generate:64:8
 
 Prints one JSON object. Run it with the interpreter of the peer's environment (tools/setup.sh peer).
 """
@@ -74,17 +75,75 @@ def logits(path, ids, out):
     return {"shape": [len(ids), model.n_vocab()]}
 
 
+def bench(path, layout, tests):
+    """Tokens a second of every KIND:TOKENS:BATCH, as llama-bench and llama-batched-bench measure them: random tokens, prompts in one
+    call, one token a sequence and call when generating. The calls go to the library itself."""
+    import random
+
+    import llama_cpp as lib
+
+    lib.llama_backend_init()
+    quiet = lib.llama_log_callback(lambda level, text, data: None)
+    lib.llama_log_set(quiet, None)
+    options = lib.llama_model_default_params()
+    options.use_extra_bufts = layout == "repacked"
+    model = lib.llama_model_load_from_file(path.encode(), options)
+    vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+    out = []
+    for kind, tokens, batch in ((k, int(t), int(b)) for k, t, b in (test.split(":") for test in tests.split(","))):
+        context = lib.llama_context_default_params()
+        context.n_ctx = (tokens + 8) * batch
+        context.n_batch = context.n_ubatch = max(tokens * batch, 32) if kind == "prompt" else 64
+        context.n_threads = context.n_threads_batch = THREADS
+        context.n_seq_max = batch
+        state = lib.llama_init_from_model(model, context)
+        room = lib.llama_batch_init(int(context.n_batch), 0, 1)
+
+        def decode(positions):
+            """One call: every sequence at these positions, logits of the last."""
+            n = 0
+            for sequence in range(batch):
+                for p in positions:
+                    room.token[n], room.pos[n], room.n_seq_id[n] = random.randrange(vocabulary), p, 1
+                    room.seq_id[n][0], room.logits[n] = sequence, p == positions[-1]
+                    n += 1
+            room.n_tokens = n
+            if lib.llama_decode(state, room) != 0:
+                raise RuntimeError("llama_decode failed")
+            lib.llama_synchronize(state)
+
+        def clear():
+            lib.llama_memory_clear(lib.llama_get_memory(state), True)
+
+        decode([0])
+        rates = []
+        for _ in range(3):
+            clear()
+            begin = time.perf_counter()
+            if kind == "prompt":
+                decode(list(range(tokens)))
+            else:
+                for p in range(tokens):
+                    decode([p])
+            rates.append(tokens * batch / (time.perf_counter() - begin))
+        out.append({"test": kind, "tokens": tokens, "batch": batch, "tokens_per_second": max(rates)})
+        lib.llama_batch_free(room)
+        lib.llama_free(state)
+    return {"layout": layout, "threads": THREADS, "results": out}
+
+
 def main():
     try:
         import llama_cpp
     except ImportError:
         print("llama-cpp-python is not installed: tools/setup.sh peer", file=sys.stderr)
         return 77
-    if len(sys.argv) != 5 or sys.argv[1] not in ("perplexity", "tokens", "logits"):
+    if len(sys.argv) != 5 or sys.argv[1] not in ("perplexity", "tokens", "logits", "bench"):
         print(__doc__, file=sys.stderr)
         return 2
     verb, path, a, b = sys.argv[1:]
-    result = perplexity(path, a, int(b)) if verb == "perplexity" else (tokens if verb == "tokens" else logits)(path, a, b)
+    verbs = {"tokens": tokens, "logits": logits, "bench": bench}
+    result = perplexity(path, a, int(b)) if verb == "perplexity" else verbs[verb](path, a, b)
     print(json.dumps({**result, "llama_cpp_python": llama_cpp.__version__}))
     return 0
 

@@ -200,7 +200,8 @@ std::vector<std::string> write_gguf_tokenizer(GgufWriter& writer, const HfTokeni
   writer.set_array("tokenizer.ggml.tokens", tokens.text);
   if (sentencepiece || kind == "Unigram") writer.set_array_f32("tokenizer.ggml.scores", tokens.scores);
   writer.set_array_i32("tokenizer.ggml.token_type", tokens.types);
-  if (!merges.empty()) writer.set_array("tokenizer.ggml.merges", merges);
+  // An empty list, too: readers ask for it.
+  if (kind == "BPE" && !sentencepiece) writer.set_array("tokenizer.ggml.merges", merges);
   if (kind == "WordPiece")
     writer.set_u32("tokenizer.ggml.token_type_count", static_cast<uint32_t>(std::max<int64_t>(1, [&] {
                      const json& n = member(model_config, "type_vocab_size");

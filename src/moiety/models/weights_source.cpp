@@ -100,6 +100,8 @@ torch::Tensor WeightsSource::parameter(const torch::Tensor& t) const {
 }
 
 torch::Tensor WeightsSource::random_matrix(std::vector<int64_t> shape) {
+  if (options_.device.is_meta())  // a model without values, to look at
+    return parameter(torch::empty(shape, torch::TensorOptions().dtype(parameter_dtype()).device(options_.device)));
   return parameter((torch::randn(shape) * std_).to(options_.device, parameter_dtype()));
 }
 
