@@ -28,7 +28,7 @@ import make_fixtures  # starts again with .venv/bin/python when needed
 HIDDEN, WIDTH, TOKENS, CHOSEN = 512, 1024, 2048, 2
 # Its third way, batched_mm, copies the matrices of every pair of token and expert: 24 GiB here. A moiety process keeps the memory it
 # frees; `kept` does the same to transformers by glibc's variables, to show how much of the difference that is. It is not what users get.
-KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "67108864"}
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "16777216"}
 PEERS = {"eager": ("eager", {}), "grouped_mm": ("grouped_mm", {}), "kept": ("grouped_mm", KEPT)}
 AS_THEY_ARE = ("eager", "grouped_mm")
 

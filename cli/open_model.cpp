@@ -4,12 +4,14 @@
 
 #include "moiety/base/error.h"
 #include "moiety/base/log.h"
+#include "moiety/base/memory.h"
 #include "moiety/moe/router.h"
 
 namespace moiety::cli {
 
 OpenModel open_causal(const Common& common, bool tokenizer) {
   const auto start = std::chrono::steady_clock::now();
+  keep_freed_memory();  // every token asks for the same large blocks again
   OpenModel open;
   open.checkpoint = Checkpoint::open(common.model);
   check(!is_encoder(open.checkpoint->config()),

@@ -165,9 +165,9 @@ void pack_group(Format format, const std::byte* data, int64_t rows, int64_t cols
   for (int row = 0; row < kPackedRows && group * kPackedRows + row < rows; ++row) {
     const auto* p = reinterpret_cast<const uint8_t*>(data) + (group * kPackedRows + row) * stride;
     for (int64_t b = 0; b < blocks; ++b, p += info(format).bytes) {
-      spread_quants(format, p, row, out + b * l.quants, out + l.high_at(blocks) + b * l.high);
+      spread_quants(format, p, row, out + l.quants_at(blocks) + b * l.quants, out + l.high_at(blocks) + b * l.high);
       if (l.scales > 0) spread_scales(format, p, row, out + l.scales_at(blocks) + b * l.scales);
-      uint8_t* halves = out + l.halves_at(blocks) + b * (l.min ? 64 : 32);
+      uint8_t* halves = out + b * (l.min ? 64 : 32);
       std::memcpy(halves + 2 * row, p + half_at, 2);
       if (l.min) std::memcpy(halves + 32 + 2 * row, p + 2, 2);
     }

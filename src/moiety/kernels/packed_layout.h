@@ -1,5 +1,6 @@
 #pragma once
-// How a group of 16 packed rows lies in memory: planes one behind another, each with its bytes of all blocks. A "quad"
+// How a group of 16 packed rows lies in memory: planes one behind another, each with its bytes of all blocks, the halves
+// of scales first. A "quad"
 // is 4 elements of each of the 16 rows, 64 bytes, what one product instruction takes (internal to kernels/).
 #include <cstdint>
 
@@ -12,12 +13,11 @@ struct PackedLayout {
   int high = 0;      ///< bytes a block of the bits above the fourth
   int scales = 0;    ///< bytes a block of integer scales (Q4_K, Q5_K: 8 [16], then 4 pairs of minimums [16][2]; Q6_K)
   bool min = false;  ///< halves of minimums follow the halves of scales
-  constexpr int64_t high_at(int64_t blocks) const { return blocks * quants; }
-  constexpr int64_t scales_at(int64_t blocks) const { return high_at(blocks) + blocks * high; }
-  constexpr int64_t halves_at(int64_t blocks) const { return scales_at(blocks) + blocks * scales; }
-  constexpr int64_t bytes(int64_t blocks) const {
-    return (halves_at(blocks) + blocks * (min ? 64 : 32) + 63) / 64 * 64;
-  }
+  // Small planes first: what a kernel asks for ahead of the quants then covers the small planes of the next group.
+  constexpr int64_t scales_at(int64_t blocks) const { return (blocks * (min ? 64 : 32) + 63) / 64 * 64; }
+  constexpr int64_t high_at(int64_t blocks) const { return scales_at(blocks) + blocks * scales; }
+  constexpr int64_t quants_at(int64_t blocks) const { return high_at(blocks) + blocks * high; }
+  constexpr int64_t bytes(int64_t blocks) const { return quants_at(blocks) + blocks * quants; }
 };
 
 // Quad z of a 32-block of nibbles: elements 4z in the low halves, 16 + 4z in the high ones. Bits above: bit z of byte i

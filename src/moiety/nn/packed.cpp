@@ -2,7 +2,10 @@
 
 #include <ATen/Parallel.h>
 
+#include <sys/mman.h>
+
 #include <algorithm>
+#include <mutex>
 #include <new>
 #include <utility>
 #include <vector>
@@ -17,17 +20,40 @@ namespace {
 constexpr int64_t kAlone = 200'000;
 constexpr int64_t kPieces = 6;  // of a thread's share: threads that are held up do not hold up the others
 
-}  // namespace
+// Matrices lie one behind another in large pages where the system has them: a token reads all of them, and with pages of
+// 4 KiB the processor is held up by looking these up.
+constexpr size_t kPage = size_t{2} << 20, kBlock = size_t{32} << 20;
 
-void PackedMatrix::Free::operator()(std::byte* p) const {
-  ::operator delete[](p, std::align_val_t{64});
+std::shared_ptr<std::byte> piece(size_t bytes) {
+  struct Free {
+    void operator()(std::byte* p) const { ::operator delete[](p, std::align_val_t{kPage}); }
+  };
+  static std::mutex lock;
+  static std::shared_ptr<std::byte> block;  // the one that is being filled
+  static size_t used = 0, size = 0;
+  const std::lock_guard<std::mutex> guard(lock);
+  bytes = (bytes + 63) / 64 * 64;
+  if (!block || used + bytes > size) {
+    size = std::max((bytes + kPage - 1) / kPage * kPage, kBlock);
+    used = 0;
+    block.reset(static_cast<std::byte*>(::operator new[](size, std::align_val_t{kPage})), Free());
+#if defined(MADV_HUGEPAGE)
+    ::madvise(block.get(), size, MADV_HUGEPAGE);  // a wish: nothing is lost where it is not granted
+#endif
+  }
+  std::shared_ptr<std::byte> out(block, block.get() + used);
+  used += bytes;
+  if (used == size) block.reset();
+  return out;
 }
+
+}  // namespace
 
 PackedMatrix::PackedMatrix(const TensorView& blocks)
     : format_(blocks.format), rows_(blocks.shape.at(0)), cols_(blocks.shape.at(1)) {
   check(can_pack(format_), "this machine has no products for packed rows of {}", info(format_).name);
   const int64_t bytes = packed_group_bytes(format_, cols_);
-  data_.reset(static_cast<std::byte*>(::operator new[](static_cast<size_t>(bytes * groups()), std::align_val_t{64})));
+  data_ = piece(static_cast<size_t>(bytes * groups()));
   at::parallel_for(0, groups(), std::max<int64_t>(1, (1 << 18) / bytes), [&](int64_t first, int64_t last) {
     for (int64_t g = first; g < last; ++g)
       pack_group(format_, blocks.data.data(), rows_, cols_, g, data_.get() + g * bytes);

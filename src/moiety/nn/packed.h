@@ -21,12 +21,9 @@ class PackedMatrix {
   int64_t bytes() const;
 
  private:
-  struct Free {
-    void operator()(std::byte* p) const;
-  };
   Format format_;
   int64_t rows_, cols_;
-  std::unique_ptr<std::byte[], Free> data_;
+  std::shared_ptr<std::byte> data_;  // a piece of a block of memory that several matrices share
 };
 
 /// y [x.size(), stride] = x times the matrix, transposed.
