@@ -66,9 +66,10 @@ double peak() {
   return 2.0 * 1024 * 1024 * 1024 / best;
 }
 
-// What one token reads and multiplies, from the stored tensors and the experts that a token takes.
+// What one token reads and multiplies, from the stored tensors and the experts that a token takes. `head`: the part of
+// the operations that a prompt needs for its last token only.
 struct Work {
-  double bytes = 0, operations = 0;
+  double bytes = 0, operations = 0, head = 0;
 };
 
 // Block of a tensor, by its name; -1 outside of blocks.
@@ -92,7 +93,7 @@ Work work_of(const OpenModel& open) {
     open.model->hidden(torch::zeros({1, 1}, torch::kInt64), pass);
   }
   Work work;
-  bool head = false;
+  const TensorInfo* head = nullptr;
   const TensorInfo* embedding = nullptr;
   for (const TensorInfo& t : open.checkpoint->tensors()) {
     if (t.shape.size() < 2) continue;
@@ -100,17 +101,19 @@ Work work_of(const OpenModel& open) {
       embedding = &t;
       continue;
     }
-    head |= t.name.find("lm_head") != std::string::npos;
+    if (t.name.find("lm_head") != std::string::npos) head = &t;
     const bool expert = t.name.find(".experts.") != std::string::npos;
     const auto it = share.find(block_of(t.name));
     const double part = expert && it != share.end() ? it->second : 1.0;
     work.bytes += part * static_cast<double>(t.bytes());
     work.operations += 2.0 * part * static_cast<double>(t.elements());
   }
-  if (!head && embedding != nullptr) {  // one matrix serves as both
+  if (head == nullptr && embedding != nullptr) {  // one matrix serves as both
+    head = embedding;
     work.bytes += static_cast<double>(embedding->bytes());
     work.operations += 2.0 * static_cast<double>(embedding->elements());
   }
+  if (head != nullptr) work.head = 2.0 * static_cast<double>(head->elements());
   return work;
 }
 
@@ -147,7 +150,8 @@ class Bench {
       rates.push_back(static_cast<double>(batch * length) / seconds_since(start));
     }
     json row = result("prompt", length, batch, Times(rates));
-    const double reached = work_.operations * row["best_tokens_per_second"].get<double>();
+    const double each = work_.operations - work_.head * (1.0 - 1.0 / static_cast<double>(length));
+    const double reached = each * row["best_tokens_per_second"].get<double>();
     row["gflops"] = reached * 1e-9;
     row["peak_gflops"] = limit * 1e-9;
     row["of_limit"] = reached / limit;

@@ -6,6 +6,7 @@
 #include "moiety/models/decoder.h"
 #include "moiety/models/model.h"
 #include "moiety/moe/experts.h"
+#include "moiety/moe/router.h"
 #include "moiety/nn/attention.h"
 #include "moiety/nn/feed_forward.h"
 #include "moiety/nn/norm.h"
@@ -102,6 +103,32 @@ TEST(Inference, ReducedPairsEqualTheirComposite) {
   d.tokens = torch::tensor({2, 0, 2, 4}, torch::kInt64);
   d.gates = torch::rand({4});
   EXPECT_LT(difference(torch::randn({4, 9}), [&](const Tensor& y) { return d.reduce(y, 6); }), 1e-6);
+}
+
+TEST(Inference, RoutingEqualsItsComposite) {
+  torch::manual_seed(8);
+  const auto x = torch::randn({9, 12});
+  for (const Scoring scoring : {Scoring::softmax, Scoring::softmax_kept, Scoring::sigmoid})
+    for (const bool normalize : {false, true})
+      for (const bool biased : {false, true}) {
+        TopKRouterOptions options;
+        options.top_k = 3;
+        options.scoring = scoring;
+        options.normalize = normalize;
+        options.normalize_eps = 1e-3;
+        options.scale = 1.5;
+        TopKRouter router(Linear(12, 7), options, biased ? torch::randn({7}) : Tensor());
+        Routing r[2];
+        for (const bool graph : {false, true}) {
+          const torch::AutoGradMode mode(graph);
+          Pass pass;
+          r[graph] = router.route(x, {}, pass);
+        }
+        EXPECT_TRUE(r[0].experts.equal(r[1].experts));
+        EXPECT_LT(distance(r[0].scores, r[1].scores), 1e-6);
+        EXPECT_LT(distance(r[0].gates, r[1].gates), 1e-6);
+        EXPECT_TRUE(r[0].logits.equal(r[1].logits));
+      }
 }
 
 // Matrices in blocks, for layers without a graph.

@@ -5,9 +5,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "moiety/base/error.h"
 #include "moiety/moe/topk.h"
+#include "moiety/nn/shortcut.h"
 
 namespace moiety {
 namespace {
@@ -89,9 +91,54 @@ TopKRouter::TopKRouter(Linear p, TopKRouterOptions o, torch::Tensor bias) : opti
         "{} experts cannot be routed in the best {} of {} groups", experts(), o.top_groups, o.groups);
 }
 
+namespace {
+
+// Scores, choice and gates of every row in one pass, where nobody edits them and no graph is built: what `route` says in
+// torch operations below. logits [N, E] f32, contiguous; `bias` [E] or null.
+Routing route_rows(const torch::Tensor& logits, const TopKRouterOptions& o, const float* bias) {
+  Routing r;
+  r.logits = logits;
+  r.scores = torch::empty_like(logits);
+  const int64_t rows = logits.size(0), experts = logits.size(1), k = o.top_k;
+  r.experts = torch::empty({rows, k}, torch::kInt64);
+  r.gates = torch::empty({rows, k}, logits.options());
+  std::vector<float> by(static_cast<size_t>(experts));
+  for (int64_t n = 0; n < rows; ++n) {
+    const float* z = logits.const_data_ptr<float>() + n * experts;
+    float* p = r.scores.data_ptr<float>() + n * experts;
+    if (o.scoring == Scoring::sigmoid) {
+      for (int64_t e = 0; e < experts; ++e) p[e] = 1.f / (1.f + std::exp(-z[e]));
+    } else {
+      const float most = *std::max_element(z, z + experts);
+      float sum = 0.f;
+      for (int64_t e = 0; e < experts; ++e) sum += p[e] = std::exp(z[e] - most);
+      for (int64_t e = 0; e < experts; ++e) p[e] /= sum;
+    }
+    for (int64_t e = 0; e < experts; ++e) by[static_cast<size_t>(e)] = p[e] + (bias == nullptr ? 0.f : bias[e]);
+    int64_t* best = r.experts.data_ptr<int64_t>() + n * k;
+    largest(by.data(), experts, k, best);
+    float *gate = r.gates.data_ptr<float>() + n * k, sum = 0.f;
+    for (int64_t i = 0; i < k; ++i) sum += gate[i] = p[best[i]];
+    float scale = static_cast<float>(o.scale);
+    if (o.scoring == Scoring::softmax_kept || o.normalize) {
+      sum += static_cast<float>(o.normalize_eps);
+      if (o.normalize_min > 0.0) sum = std::max(sum, static_cast<float>(o.normalize_min));
+      scale /= sum;
+    }
+    for (int64_t i = 0; i < k; ++i) gate[i] *= scale;
+  }
+  return r;
+}
+
+}  // namespace
+
 Routing TopKRouter::route(const torch::Tensor& x, const Site& site, Pass& pass) {
   Routing r;
   r.logits = projection(x.to(torch::kFloat32));
+  if (!pass.training && pass.edits.empty() && options.groups <= 1 && x.size(0) <= 64 && r.logits.is_cpu() &&
+      may_shorten({r.logits, choice_bias}))
+    return route_rows(r.logits.contiguous(), options,
+                      choice_bias.defined() ? choice_bias.const_data_ptr<float>() : nullptr);
   edit_logits(r.logits, site, pass);
   r.scores = options.scoring == Scoring::sigmoid ? torch::sigmoid(r.logits) : torch::softmax(r.logits, -1);
   edit_scores(r.scores, site, pass);

@@ -20,6 +20,20 @@ bool above(float a, float b) {
   return a > b || (std::isnan(a) && !std::isnan(b));
 }
 
+}  // namespace
+
+void largest(const float* row, int64_t size, int64_t k, int64_t* best) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    if (found == k && !above(row[i], row[best[k - 1]])) continue;
+    int64_t at = found < k ? found++ : k - 1;
+    for (; at > 0 && above(row[i], row[best[at - 1]]); --at) best[at] = best[at - 1];
+    best[at] = i;
+  }
+}
+
+namespace {
+
 // Indices of the k largest of every row of a contiguous f32 tensor [..., size].
 torch::Tensor few_largest(const torch::Tensor& scores, int64_t k) {
   const int64_t size = scores.size(-1), rows = scores.numel() / size;
@@ -29,17 +43,7 @@ torch::Tensor few_largest(const torch::Tensor& scores, int64_t k) {
   const float* from = scores.const_data_ptr<float>();
   int64_t* to = indices.data_ptr<int64_t>();
   at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / size), [&](int64_t first, int64_t last) {
-    for (int64_t r = first; r < last; ++r) {
-      const float* row = from + r * size;
-      int64_t* best = to + r * k;
-      int64_t found = 0;
-      for (int64_t i = 0; i < size; ++i) {
-        if (found == k && !above(row[i], row[best[k - 1]])) continue;
-        int64_t at = found < k ? found++ : k - 1;
-        for (; at > 0 && above(row[i], row[best[at - 1]]); --at) best[at] = best[at - 1];
-        best[at] = i;
-      }
-    }
+    for (int64_t r = first; r < last; ++r) largest(from + r * size, size, k, to + r * k);
   });
   return indices;
 }
