@@ -6,6 +6,7 @@
 #include <cmath>
 #include <map>
 #include <set>
+#include <span>
 
 #include "moiety/base/error.h"
 #include "moiety/base/random.h"
@@ -18,7 +19,7 @@ namespace {
 
 using nlohmann::json;
 
-// A prime number of numbers: windows of rows of common lengths do not fall on each other.
+// A prime number of numbers: rows of common lengths do not fall on each other.
 constexpr size_t kTable = 1048583;
 
 class RandomCheckpoint : public Checkpoint {
@@ -38,12 +39,17 @@ class RandomCheckpoint : public Checkpoint {
     RandomStream stream(seed_, "weights");
     // Four uniform numbers added up are near enough to a normal one, and quick.
     const double scale = std::sqrt(3.0) * config_.value("initializer_range", 0.02);
-    table_.resize(kTable);
-    for (uint16_t& v : table_) {
+    int64_t largest = 0;
+    for (const TensorInfo& t : tensors_)
+      if (t.format == Format::BF16) largest = std::max(largest, t.elements());
+    numbers_->resize(kTable + static_cast<size_t>(largest));
+    for (uint16_t& v : std::span(numbers_->data(), kTable)) {
       const uint64_t bits = stream.bits();
       const auto sum = static_cast<double>((bits & 0xffff) + (bits >> 16 & 0xffff) + (bits >> 32 & 0xffff) + (bits >> 48));
       v = float_to_bf16(static_cast<float>(scale * (sum / 65535.0 - 2.0)));
     }
+    for (size_t i = kTable; i < numbers_->size(); i += kTable)
+      std::copy_n(numbers_->data(), std::min(kTable, numbers_->size() - i), numbers_->data() + i);
   }
 
   const json& config() const override { return config_; }
@@ -55,25 +61,16 @@ class RandomCheckpoint : public Checkpoint {
     check(it != places_.end(), "the model has no tensor `{}`", name);
     TensorView view;
     static_cast<TensorInfo&>(view) = tensors_[it->second];
-    const auto memory = std::make_shared<std::vector<std::byte>>(static_cast<size_t>(view.bytes()));
     if (view.format == Format::F32) {
       const float fill = name.find("norm") != std::string::npos && !name.ends_with("bias") ? 1.f : 0.f;
-      std::fill_n(reinterpret_cast<float*>(memory->data()), view.elements(), fill);
+      const auto values = std::make_shared<std::vector<float>>(static_cast<size_t>(view.elements()), fill);
+      view.data = std::as_bytes(std::span(*values));
+      view.owner = values;
     } else {
-      RandomStream stream(seed_, name);
-      auto* to = reinterpret_cast<uint16_t*>(memory->data());
-      const auto cols = static_cast<size_t>(view.cols());
-      for (int64_t r = 0; r < view.rows(); ++r, to += cols) {
-        size_t at = stream.below(kTable);
-        for (size_t done = 0; done < cols; at = 0) {
-          const size_t count = std::min(cols - done, kTable - at);
-          std::copy_n(table_.data() + at, count, to + done);
-          done += count;
-        }
-      }
+      const auto at = static_cast<size_t>(RandomStream(seed_, name).below(kTable));
+      view.data = std::as_bytes(std::span(numbers_->data() + at, static_cast<size_t>(view.elements())));
+      view.owner = numbers_;
     }
-    view.data = *memory;
-    view.owner = memory;
     return view;
   }
   std::filesystem::path path() const override { return folder_; }
@@ -85,7 +82,8 @@ class RandomCheckpoint : public Checkpoint {
   uint64_t seed_;
   std::vector<TensorInfo> tensors_;
   std::map<std::string, size_t> places_;
-  std::vector<uint16_t> table_;
+  // One table over and over: every matrix is a piece of it.
+  std::shared_ptr<std::vector<uint16_t>> numbers_ = std::make_shared<std::vector<uint16_t>>();
 };
 
 }  // namespace

@@ -9,9 +9,9 @@
 
 namespace moiety {
 
-/// A model of this config (config.json) whose tensors are made when they are read and not kept: matrices bf16,
-/// of mean 0 and deviation initializer_range; norms 1, biases 0, both f32. The same seed gives the same bits. Rows are windows of one table
-/// of random numbers, so that writing is not held up by drawing them. `folder`: where the tokenizer's files are. Error:
+/// A model of this config (config.json) that takes the memory of its largest tensor only: matrices bf16,
+/// of mean 0 and deviation initializer_range; norms 1, biases 0, both f32. The same seed gives the same bits. Matrices are windows of
+/// one table of random numbers. `folder`: where the tokenizer's files are. Error:
 /// see make_causal.
 std::shared_ptr<const Checkpoint> random_checkpoint(nlohmann::json config, std::filesystem::path folder, uint64_t seed);
 
