@@ -85,7 +85,8 @@ Work work_of(const OpenModel& open) {
     Trace trace;
     trace.on_record = [&](const Trace::Record& r) {
       if (r.site.site != "ffn" || r.experts == 0) return;
-      const auto chosen = (r.routing.experts >= 0).sum().item<double>() / static_cast<double>(r.routing.experts.size(0));
+      const auto chosen =
+          (r.routing.experts >= 0).sum().item<double>() / static_cast<double>(r.routing.experts.size(0));
       share[r.site.block] += chosen / static_cast<double>(r.experts);
     };
     Pass pass;
@@ -213,7 +214,8 @@ class Bench {
 void print(const json& row) {
   const auto name = fmt::format("{} {}{}", row["test"].get<std::string>(), row["tokens"].get<int64_t>(),
                                 row["batch"] == 1 ? "" : fmt::format(" x {}", row["batch"].get<int64_t>()));
-  fmt::print("{:<18}{:>11.1f} ± {:<9.1f}", name, row["tokens_per_second"].get<double>(), row["deviation"].get<double>());
+  fmt::print("{:<18}{:>11.1f} ± {:<9.1f}", name, row["tokens_per_second"].get<double>(),
+             row["deviation"].get<double>());
   const auto of = [&](const char* what, const char* limit, const char* unit) {
     fmt::print("{:>8.1f} of {:.1f} {} ({:.0f} %)", row[what].get<double>(), row[limit].get<double>(), unit,
                100.0 * row["of_limit"].get<double>());

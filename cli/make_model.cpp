@@ -38,16 +38,18 @@ double parse_count(const std::string& text) {
     used = 0;
   }
   if (used > 0 && used == text.size()) return value;
-  const auto unit =
-      used + 1 == text.size() ? units.find(static_cast<char>(std::toupper(static_cast<unsigned char>(text[used])))) : units.end();
-  check(used > 0 && unit != units.end(), "--params '{}' is not a number of parameters; 300M, 2B and 1.5B are", shown(text));
+  const auto unit = used + 1 == text.size()
+                        ? units.find(static_cast<char>(std::toupper(static_cast<unsigned char>(text[used]))))
+                        : units.end();
+  check(used > 0 && unit != units.end(), "--params '{}' is not a number of parameters; 300M, 2B and 1.5B are",
+        shown(text));
   return value * unit->second;
 }
 
 // The tokenizer of bytes, filled up to the model's vocabulary with tokens that no text gives.
 void write_tokenizer(const std::filesystem::path& folder, int64_t vocabulary) {
-  check(vocabulary >= byte_tokenizer_size, "a vocabulary of {} is too small: the tokenizer of bytes has {} tokens", vocabulary,
-        byte_tokenizer_size);
+  check(vocabulary >= byte_tokenizer_size, "a vocabulary of {} is too small: the tokenizer of bytes has {} tokens",
+        vocabulary, byte_tokenizer_size);
   auto tokenizer = byte_tokenizer();
   for (int64_t id = byte_tokenizer_size; id < vocabulary; ++id)
     tokenizer["model"]["vocab"][fmt::format("<unused{}>", id)] = id;
@@ -112,8 +114,12 @@ int run(const Options& o) {
     report = gguf ? write_gguf(*checkpoint, o.out, write) : write_hf(*checkpoint, o.out, write);
   }
   if (o.json) {
-    std::cout << json{{"output", o.out}, {"written", !o.dry_run}, {"config", config}, {"parameters", report.elements},
-                      {"bytes", report.bytes}}.dump(2, ' ', false, json::error_handler_t::replace)
+    std::cout << json{{"output", o.out},
+                      {"written", !o.dry_run},
+                      {"config", config},
+                      {"parameters", report.elements},
+                      {"bytes", report.bytes}}
+                     .dump(2, ' ', false, json::error_handler_t::replace)
               << "\n";
     return 0;
   }
@@ -138,12 +144,14 @@ const Register verb({
       const auto number = CLI::Range(int64_t{1}, int64_t{1} << 24);
       app.add_option("--experts", o->experts, "Experts of a mixture (32)")->check(number);
       app.add_option("--top-k", o->top_k, "Experts that a token takes (4)")->check(number);
-      app.add_option("--expert-width", o->expert_width, "Hidden units of one expert (half the hidden size)")->check(number);
+      app.add_option("--expert-width", o->expert_width, "Hidden units of one expert (half the hidden size)")
+          ->check(number);
       app.add_option("--layers", o->layers, "Blocks")->check(number);
       app.add_option("--hidden", o->hidden, "Hidden size")->check(number);
       app.add_option("--format", o->format,
                      fmt::format("GGUF: {}; directory: f32, f16, bf16", list_of(gguf_type_names())));
-      app.add_option("-o,--output", o->out, "What to write: a name ending in .gguf is a GGUF file, any other a directory")
+      app.add_option("-o,--output", o->out,
+                     "What to write: a name ending in .gguf is a GGUF file, any other a directory")
           ->required();
       app.add_option("--seed", o->seed, "Of the weights")->capture_default_str();
       app.add_flag("--dry-run", o->dry_run, "Say what would be written, write nothing");

@@ -46,8 +46,16 @@ void Matmul::check_products(double rounding) {
     int64_t m, n, k;
   };
   // Tiles are 14 x 32, blocks 196 rows, depths 512 units: below, at and above each of them.
-  for (const auto [m, n, k] : {Shape{1, 1, 1}, {14, 32, 16}, {13, 31, 17}, {15, 33, 1}, {28, 16, 33}, {3, 70, 512},
-                               {197, 5, 3}, {210, 40, 30}, {5, 18, 1025}, {16, 47, 1700}}) {
+  for (const auto [m, n, k] : {Shape{1, 1, 1},
+                               {14, 32, 16},
+                               {13, 31, 17},
+                               {15, 33, 1},
+                               {28, 16, 33},
+                               {3, 70, 512},
+                               {197, 5, 3},
+                               {210, 40, 30},
+                               {5, 18, 1025},
+                               {16, 47, 1700}}) {
     for (int kind = 0; kind < 16; ++kind) {
       const bool at = kind & 1, bt = kind & 2, gathered = kind & 4, add = kind & 8;
       // Twice the lines, of which the gathered ones are odd and backwards; a stride longer than a line.

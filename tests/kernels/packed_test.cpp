@@ -109,10 +109,12 @@ TEST_F(PackedTest, ExtremeQuantsDoNotSaturate) {
       const int64_t bytes = info(format).bytes;
       for (int64_t r = 0; r < 16; ++r) {
         const auto keep = [&](int64_t at) {
-          for (int64_t i = 0; i < 2; ++i) b[static_cast<size_t>(r * bytes + at + i)] = scales[static_cast<size_t>(r * bytes + at + i)];
+          for (int64_t i = 0; i < 2; ++i)
+            b[static_cast<size_t>(r * bytes + at + i)] = scales[static_cast<size_t>(r * bytes + at + i)];
         };
         keep(format == Format::Q6_K ? 208 : 0);
-        if (format != Format::Q6_K && format != Format::Q8_0 && format != Format::Q4_0 && format != Format::Q5_0) keep(2);
+        if (format != Format::Q6_K && format != Format::Q8_0 && format != Format::Q4_0 && format != Format::Q5_0)
+          keep(2);
       }
       const Packed packed = pack(format, b, 16, cols);
       for (const float sign : {1.f, -1.f}) {

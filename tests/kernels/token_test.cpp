@@ -71,14 +71,28 @@ TEST_F(TokenTest, AttentionEqualsTheFormula) {
     float softcap;
     bool seen, sinks;
   };
-  for (const Case& c : {Case{1, 16, 16, 1, 0.f, false, false}, {3, 64, 64, 40, 0.f, false, false},
-                        {2, 20, 83, 17, 0.f, true, false}, {4, 32, 8, 33, 2.f, false, true}, {1, 128, 128, 200, 5.f, true, true}}) {
-    const auto q = gaussian(static_cast<size_t>(c.heads * c.size), 6), k = gaussian(static_cast<size_t>(c.length * c.size), 7),
-               v = gaussian(static_cast<size_t>(c.length * c.v_size), 8), sinks = gaussian(static_cast<size_t>(c.heads), 9);
+  for (const Case& c : {Case{1, 16, 16, 1, 0.f, false, false},
+                        {3, 64, 64, 40, 0.f, false, false},
+                        {2, 20, 83, 17, 0.f, true, false},
+                        {4, 32, 8, 33, 2.f, false, true},
+                        {1, 128, 128, 200, 5.f, true, true}}) {
+    const auto q = gaussian(static_cast<size_t>(c.heads * c.size), 6),
+               k = gaussian(static_cast<size_t>(c.length * c.size), 7),
+               v = gaussian(static_cast<size_t>(c.length * c.v_size), 8),
+               sinks = gaussian(static_cast<size_t>(c.heads), 9);
     const auto seen = std::make_unique<bool[]>(static_cast<size_t>(c.length));
     for (int64_t s = 0; s < c.length; ++s) seen[static_cast<size_t>(s)] = s % 3 != 1;
-    AttendRow a{q.data(), k.data(), v.data(), c.heads, c.size, c.v_size, c.length, 0.3f, c.softcap,
-                c.seen ? seen.get() : nullptr, c.sinks ? sinks.data() : nullptr};
+    AttendRow a{q.data(),
+                k.data(),
+                v.data(),
+                c.heads,
+                c.size,
+                c.v_size,
+                c.length,
+                0.3f,
+                c.softcap,
+                c.seen ? seen.get() : nullptr,
+                c.sinks ? sinks.data() : nullptr};
     for_each_isa([&] {
       std::vector<float> scratch(static_cast<size_t>(c.heads * c.length)), y(static_cast<size_t>(c.heads * c.v_size));
       attend_row(a, scratch.data(), y.data());
@@ -88,7 +102,8 @@ TEST_F(TokenTest, AttentionEqualsTheFormula) {
         for (int64_t s = 0; s < c.length; ++s) {
           double logit = 0;
           for (int64_t i = 0; i < c.size; ++i)
-            logit += static_cast<double>(q[static_cast<size_t>(h * c.size + i)]) * k[static_cast<size_t>(s * c.size + i)];
+            logit +=
+                static_cast<double>(q[static_cast<size_t>(h * c.size + i)]) * k[static_cast<size_t>(s * c.size + i)];
           logit *= 0.3f;
           if (c.softcap != 0.f) logit = c.softcap * std::tanh(logit / c.softcap);
           const bool on = !c.seen || seen[static_cast<size_t>(s)];

@@ -9,8 +9,8 @@
 
 #include "moe_tools.h"
 #include "moiety/base/error.h"
-#include "moiety/nn/tasks.h"
 #include "moiety/moe/topk.h"
+#include "moiety/nn/tasks.h"
 
 namespace moiety {
 namespace {

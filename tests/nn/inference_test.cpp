@@ -72,7 +72,8 @@ TEST(Inference, OneTokensAttentionEqualsItsComposite) {
           const int64_t batch = 2, heads = 6, shared = 2, past = 11, size = 20, v_size = 70;
           auto padding = torch::ones({batch, past + 1}, torch::kBool);
           if (padded) padding[1].slice(0, 0, 9).fill_(false);
-          const AttentionContext context(torch::full({batch, 1}, past, torch::kInt64), past, padded ? padding : Tensor(), {});
+          const AttentionContext context(torch::full({batch, 1}, past, torch::kInt64), past,
+                                         padded ? padding : Tensor(), {});
           AttentionOptions options{.scale = 0.3, .window = window, .softcap = softcap, .sinks = {}};
           if (sinks) options.sinks = torch::randn({heads});
           // As the cache gives them: longer in memory than they are.

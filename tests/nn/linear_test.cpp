@@ -85,13 +85,14 @@ TEST_P(BlockFormats, ManyRowsAreRoundedWherePackedProductsRun) {
 TEST_P(BlockFormats, SeveralMatricesOnOneInputEqualEachAlone) {
   torch::NoGradGuard frozen;
   const auto bias = torch::randn({kOut});
-  Linear blocks(stored(GetParam(), kOut, kIn)), biased(stored(GetParam(), kOut, kIn), bias), other(stored(Format::Q8_0, 48, kIn)),
-      floats(kIn, 20);
+  Linear blocks(stored(GetParam(), kOut, kIn)), biased(stored(GetParam(), kOut, kIn), bias),
+      other(stored(Format::Q8_0, 48, kIn)), floats(kIn, 20);
   for (const auto& shape : std::vector<std::vector<int64_t>>{{1, kIn}, {2, 13, kIn}, {0, kIn}}) {
     for (const auto dtype : {torch::kFloat32, torch::kBFloat16}) {
       const auto x = torch::randn(shape).to(dtype);
       for (const auto& group : std::vector<std::vector<Linear>>{{blocks, biased, other}, {blocks, floats}}) {
-        const auto all = group.size() == 3 ? apply_all({group[0], group[1], group[2]}, x) : apply_all({group[0], group[1]}, x);
+        const auto all =
+            group.size() == 3 ? apply_all({group[0], group[1], group[2]}, x) : apply_all({group[0], group[1]}, x);
         for (size_t i = 0; i < group.size(); ++i) {
           Linear one = group[i];
           const auto y = one(x);

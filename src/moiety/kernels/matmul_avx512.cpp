@@ -106,9 +106,7 @@ void pack_across(Line line, int64_t have, int64_t count, uint32_t* to, int64_t w
       for (int64_t p = 0; p < count; ++p)
         _mm512_mask_storeu_epi32(to + p * width + at, keep, _mm512_maskz_loadu_epi32(real, line(p) + at));
     } else {
-      const auto wide = [&](int64_t p) {
-        return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(real, line(p) + at));
-      };
+      const auto wide = [&](int64_t p) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(real, line(p) + at)); };
       for (int64_t p = 0; p < count; p += 2) {
         const __m512i low = wide(p), high = p + 1 < count ? wide(p + 1) : _mm512_setzero_si512();
         _mm512_mask_storeu_epi32(to + p / 2 * width + at, keep, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
@@ -179,8 +177,9 @@ void tile(int64_t units, const uint32_t* a, const uint32_t* b, float* out) {
 
 using Tile = void (*)(int64_t, const uint32_t*, const uint32_t*, float*);
 template <class T>
-constexpr Tile kTiles[] = {nullptr,    tile<T, 1>, tile<T, 2>,  tile<T, 3>,  tile<T, 4>,  tile<T, 5>,  tile<T, 6>, tile<T, 7>,
-                           tile<T, 8>, tile<T, 9>, tile<T, 10>, tile<T, 11>, tile<T, 12>, tile<T, 13>, tile<T, 14>};
+constexpr Tile kTiles[] = {nullptr,     tile<T, 1>,  tile<T, 2>,  tile<T, 3>,  tile<T, 4>,
+                           tile<T, 5>,  tile<T, 6>,  tile<T, 7>,  tile<T, 8>,  tile<T, 9>,
+                           tile<T, 10>, tile<T, 11>, tile<T, 12>, tile<T, 13>, tile<T, 14>};
 
 // to [rows, columns] = tile (+ to).
 void put(const float* from, int64_t rows, int64_t columns, float* to, int64_t stride, bool add) {

@@ -85,12 +85,10 @@ void spread_quants(Format format, const uint8_t* p, int row, uint8_t* quants, ui
       break;
   }
   // Q6_K. The file has elements 0 and 64 (128 and 192) behind in one byte, the planes 0 and 128.
-  spread(p, 16, quants, row, [&](int z, uint32_t word) {
-    return (word & kNibbles) | (load<uint32_t>(p + 64 + 4 * z) & kNibbles) << 4;
-  });
-  spread(p, 16, quants + 1024, row, [&](int z, uint32_t word) {
-    return (word >> 4 & kNibbles) | (load<uint32_t>(p + 64 + 4 * z) & ~kNibbles);
-  });
+  spread(p, 16, quants, row,
+         [&](int z, uint32_t word) { return (word & kNibbles) | (load<uint32_t>(p + 64 + 4 * z) & kNibbles) << 4; });
+  spread(p, 16, quants + 1024, row,
+         [&](int z, uint32_t word) { return (word >> 4 & kNibbles) | (load<uint32_t>(p + 64 + 4 * z) & ~kNibbles); });
   for (int z = 0; z < 16; ++z) {
     const auto first = load<uint32_t>(p + 128 + 4 * (z % 8)), second = load<uint32_t>(p + 160 + 4 * (z % 8));
     const int shift = 2 * (z / 8);

@@ -1,8 +1,8 @@
 #pragma once
 // Products of block-quantized weights that were packed for them: 16 rows side by side, so that one instruction takes a
-// step in 16 rows, a block's scales are one vector, and up to 8 rows of activations share what a weight costs to unpack.
-// The same kernel serves one token and a whole prompt. Integer sums are exact, block sums are scaled in f32. Packed
-// rows take as many bytes as the file's (Q4_K: 3 % more). AVX-512 with VNNI only; dot.h serves other machines.
+// step in 16 rows, a block's scales are one vector, and up to 8 rows of activations share what a weight costs to
+// unpack. The same kernel serves one token and a whole prompt. Integer sums are exact, block sums are scaled in f32.
+// Packed rows take as many bytes as the file's (Q4_K: 3 % more). AVX-512 with VNNI only; dot.h serves other machines.
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -59,8 +59,8 @@ class QuantizedTiles {
   size_t scale_at_ = 0, minimum_at_ = 0, sums_at_ = 0, pairs_at_ = 0;
 };
 
-/// y[t * stride + r] = row r of the packed matrix times activations t, for the rows of groups first ... last. Error: x is
-/// of another kind or length.
+/// y[t * stride + r] = row r of the packed matrix times activations t, for the rows of groups first ... last. Error: x
+/// is of another kind or length.
 void packed_products(Format format, const std::byte* packed, int64_t rows, int64_t cols, int64_t first, int64_t last,
                      const QuantizedTiles& x, float* y, int64_t stride);
 

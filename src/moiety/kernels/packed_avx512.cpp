@@ -115,7 +115,8 @@ struct FiveBits51 : FiveBits {
   static constexpr PackedLayout kLayout = kPackedQ5_1;
 };
 
-// Asks the second cache for what comes this many bytes later: the hardware looks ahead to the end of a page of memory only.
+// Asks the second cache for what comes this many bytes later: the hardware looks ahead to the end of a page of memory
+// only.
 constexpr int64_t kAhead = 8192;
 template <int64_t bytes>
 [[gnu::always_inline]] inline void ask_ahead(const uint8_t* p) {
@@ -147,8 +148,7 @@ void blocks32(const uint8_t* group, int64_t blocks, const View& x, float* out) {
     if constexpr (l.min) {
       const __m512 minimum = halves(scales + b * 64 + 32);
 #pragma GCC unroll 8
-      for (int t = 0; t < T; ++t)
-        total[t] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(x.minimum[b * T + t]), total[t]);
+      for (int t = 0; t < T; ++t) total[t] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(x.minimum[b * T + t]), total[t]);
     }
   }
 #pragma GCC unroll 8
@@ -200,7 +200,8 @@ void blocks_k(const uint8_t* group, int64_t blocks, const View& x, float* out) {
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
         if constexpr (!five) top[t] = _mm512_srai_epi32(top[t], 4);
-        sum[t] = _mm512_add_epi32(sum[t], _mm512_add_epi32(_mm512_mullo_epi32(low[t], s0), _mm512_mullo_epi32(top[t], s1)));
+        sum[t] =
+            _mm512_add_epi32(sum[t], _mm512_add_epi32(_mm512_mullo_epi32(low[t], s0), _mm512_mullo_epi32(top[t], s1)));
       }
     };
     chunk.template operator()<0>();
@@ -216,10 +217,9 @@ void blocks_k(const uint8_t* group, int64_t blocks, const View& x, float* out) {
     for (int t = 0; t < T; ++t) {
       __m512i least = _mm512_setzero_si512();
 #pragma GCC unroll 4
-      for (int p = 0; p < 4; ++p)
-        least = _mm512_dpwssd_epi32(least, mins[p], four(x.pairs + (b * T + t) * 8 + 2 * p));
-      const __m512 value = _mm512_fmsub_ps(scale, _mm512_cvtepi32_ps(sum[t]),
-                                           _mm512_mul_ps(minimum, _mm512_cvtepi32_ps(least)));
+      for (int p = 0; p < 4; ++p) least = _mm512_dpwssd_epi32(least, mins[p], four(x.pairs + (b * T + t) * 8 + 2 * p));
+      const __m512 value =
+          _mm512_fmsub_ps(scale, _mm512_cvtepi32_ps(sum[t]), _mm512_mul_ps(minimum, _mm512_cvtepi32_ps(least)));
       total[t] = _mm512_fmadd_ps(value, _mm512_set1_ps(x.scale[b * T + t]), total[t]);
     }
   }
@@ -257,8 +257,10 @@ void blocks_q6_k(const uint8_t* group, int64_t blocks, const View& x, float* out
         const int z = 4 * s + i;
         const __m512i both = quad(q + 64 * z), bits = quad(high + 64 * (upper ? z - 16 : z));
         // Bits 0 of element 4z, 2 of 64 + 4z, 4 of 128 + 4z, 6 of 192 + 4z.
-        const __m512i first = join(_mm512_and_si512(both, mask), upper ? _mm512_slli_epi32(bits, 2) : _mm512_slli_epi32(bits, 4), two);
-        const __m512i second = join(_mm512_and_si512(_mm512_srli_epi32(both, 4), mask), upper ? _mm512_srli_epi32(bits, 2) : bits, two);
+        const __m512i first =
+            join(_mm512_and_si512(both, mask), upper ? _mm512_slli_epi32(bits, 2) : _mm512_slli_epi32(bits, 4), two);
+        const __m512i second =
+            join(_mm512_and_si512(_mm512_srli_epi32(both, 4), mask), upper ? _mm512_srli_epi32(bits, 2) : bits, two);
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
           low[t] = _mm512_dpbusd_epi32(low[t], first, four(a + 256 * t + 4 * z));
@@ -271,7 +273,8 @@ void blocks_q6_k(const uint8_t* group, int64_t blocks, const View& x, float* out
       const __m512i s0 = signs(s), s1 = signs(8 + s);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t)
-        sum[t] = _mm512_add_epi32(sum[t], _mm512_add_epi32(_mm512_mullo_epi32(low[t], s0), _mm512_mullo_epi32(top[t], s1)));
+        sum[t] =
+            _mm512_add_epi32(sum[t], _mm512_add_epi32(_mm512_mullo_epi32(low[t], s0), _mm512_mullo_epi32(top[t], s1)));
     };
     for (int s = 0; s < 4; ++s) sub.template operator()<false>(s);
     for (int s = 4; s < 8; ++s) sub.template operator()<true>(s);
@@ -302,7 +305,8 @@ constexpr PackedKernels kKernels = [] {
     ((k.q4_k[T] = blocks_k<false, T + 1>), ...);
     ((k.q5_k[T] = blocks_k<true, T + 1>), ...);
     ((k.q6_k[T] = blocks_q6_k<T + 1>), ...);
-  }(all);
+  }
+  (all);
   return k;
 }();
 

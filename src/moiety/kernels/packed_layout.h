@@ -1,7 +1,7 @@
 #pragma once
-// How a group of 16 packed rows lies in memory: planes one behind another, each with its bytes of all blocks, the halves
-// of scales first. A "quad"
-// is 4 elements of each of the 16 rows, 64 bytes, what one product instruction takes (internal to kernels/).
+// How a group of 16 packed rows lies in memory: planes one behind another, each with its bytes of all blocks, the
+// halves of scales first. A "quad" is 4 elements of each of the 16 rows, 64 bytes, what one product instruction takes
+// (internal to kernels/).
 #include <cstdint>
 
 namespace moiety {

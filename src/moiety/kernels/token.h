@@ -7,8 +7,8 @@ namespace moiety {
 /// out[i] = x[i] / sqrt(mean(x^2) + eps) * (offset + weight[i]), n elements; `out` may be `x`.
 void rms_norm(const float* x, const float* weight, float offset, float eps, float* out, int64_t n);
 
-/// Rotates the first 2 * half of n features of one head by angles given as cosines and sines [half]: pairs (i, i + half),
-/// or (2i, 2i + 1) when interleaved. The other features are copied. `out` must not overlap `x`.
+/// Rotates the first 2 * half of n features of one head by angles given as cosines and sines [half]: pairs (i, i +
+/// half), or (2i, 2i + 1) when interleaved. The other features are copied. `out` must not overlap `x`.
 void rotate_head(const float* x, const float* cosine, const float* sine, int64_t half, bool interleaved, float* out,
                  int64_t n);
 
@@ -16,9 +16,9 @@ void rotate_head(const float* x, const float* cosine, const float* sine, int64_t
 void silu_times(float* g, const float* u, int64_t n);
 
 /// One query position of `heads` heads that share keys and values, over `length` cached positions: for every head
-/// softmax(scale * q k^T, soft-capped) v. q [heads, size]; k, v: position s at s * size and s * v_size; seen [length] or
-/// null (all); sinks [heads] or null: logits that take probability and give nothing; out [heads, v_size]. `scratch` has
-/// room for heads * length numbers. Positions that are not seen count as minus infinity; at least one is seen.
+/// softmax(scale * q k^T, soft-capped) v. q [heads, size]; k, v: position s at s * size and s * v_size; seen [length]
+/// or null (all); sinks [heads] or null: logits that take probability and give nothing; out [heads, v_size]. `scratch`
+/// has room for heads * length numbers. Positions that are not seen count as minus infinity; at least one is seen.
 struct AttendRow {
   const float *q, *k, *v;
   int64_t heads, size, v_size, length;

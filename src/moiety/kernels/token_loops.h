@@ -1,6 +1,6 @@
-// Loops that the compiler vectorises, included by token*.cpp, each built for another instruction set. Sums have one lane
-// for each of 16 neighbours, so that their order is the same everywhere. Everything is in an unnamed namespace so that
-// no copy is shared.
+// Loops that the compiler vectorises, included by token*.cpp, each built for another instruction set. Sums have one
+// lane for each of 16 neighbours, so that their order is the same everywhere. Everything is in an unnamed namespace so
+// that no copy is shared.
 #include <cmath>
 #include <cstdint>
 #include <limits>

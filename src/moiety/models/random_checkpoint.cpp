@@ -45,7 +45,8 @@ class RandomCheckpoint : public Checkpoint {
     numbers_->resize(kTable + static_cast<size_t>(largest));
     for (uint16_t& v : std::span(numbers_->data(), kTable)) {
       const uint64_t bits = stream.bits();
-      const auto sum = static_cast<double>((bits & 0xffff) + (bits >> 16 & 0xffff) + (bits >> 32 & 0xffff) + (bits >> 48));
+      const auto sum =
+          static_cast<double>((bits & 0xffff) + (bits >> 16 & 0xffff) + (bits >> 32 & 0xffff) + (bits >> 48));
       v = float_to_bf16(static_cast<float>(scale * (sum / 65535.0 - 2.0)));
     }
     for (size_t i = kTable; i < numbers_->size(); i += kTable)
@@ -127,7 +128,8 @@ json config_of_size(const std::string& family, double parameters, const json& fi
   };
   // Blocks behind the third are alike: two small models tell the size of any.
   const auto size = [&](int64_t hidden, int64_t layers) {
-    const auto few = static_cast<double>(parameters_of(at(hidden, 3))), more = static_cast<double>(parameters_of(at(hidden, 4)));
+    const auto few = static_cast<double>(parameters_of(at(hidden, 3))),
+               more = static_cast<double>(parameters_of(at(hidden, 4)));
     return few + static_cast<double>(layers - 3) * (more - few);
   };
   json best;
@@ -137,8 +139,9 @@ json config_of_size(const std::string& family, double parameters, const json& fi
     const double one = size(hidden, 4) - size(hidden, 3), rest = size(hidden, 3) - 3 * one;
     const int64_t usual = fixed.value("num_hidden_layers", std::max<int64_t>(4, hidden / 64));
     const bool free = !fixed.contains("num_hidden_layers");
-    const auto layers = free ? std::clamp<int64_t>(std::llround((parameters - rest) / one), std::max<int64_t>(2, usual / 2), 2 * usual)
-                             : usual;
+    const auto layers =
+        free ? std::clamp<int64_t>(std::llround((parameters - rest) / one), std::max<int64_t>(2, usual / 2), 2 * usual)
+             : usual;
     const double miss = std::abs(std::log((rest + static_cast<double>(layers) * one) / parameters));
     // Of sizes that fit, the shape nearest to the usual one.
     const double odd = 0.1 * std::abs(std::log(static_cast<double>(layers) / static_cast<double>(usual)));

@@ -29,7 +29,8 @@ void ChainOfExpertsConfig::fields(Fields& f) {
 
 std::string ChainOfExpertsConfig::problem() const {
   if (top_k > experts) return fmt::format("`top_k` is {}, but there are {} routed experts", top_k, experts);
-  if (groups == 0) return top_groups > 0 ? fmt::format("`top_groups` is {}, but there are no `groups`", top_groups) : "";
+  if (groups == 0)
+    return top_groups > 0 ? fmt::format("`top_groups` is {}, but there are no `groups`", top_groups) : "";
   if (experts % groups != 0) return fmt::format("{} experts are not divisible by {} groups", experts, groups);
   if (top_groups < 1 || top_groups > groups)
     return fmt::format("`top_groups` is {}: it must be 1 to {}, the number of groups", top_groups, groups);

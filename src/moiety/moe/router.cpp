@@ -93,8 +93,8 @@ TopKRouter::TopKRouter(Linear p, TopKRouterOptions o, torch::Tensor bias) : opti
 
 namespace {
 
-// Scores, choice and gates of every row in one pass, where nobody edits them and no graph is built: what `route` says in
-// torch operations below. logits [N, E] f32, contiguous; `bias` [E] or null.
+// Scores, choice and gates of every row in one pass, where nobody edits them and no graph is built: what `route` says
+// in torch operations below. logits [N, E] f32, contiguous; `bias` [E] or null.
 Routing route_rows(const torch::Tensor& logits, const TopKRouterOptions& o, const float* bias) {
   Routing r;
   r.logits = logits;

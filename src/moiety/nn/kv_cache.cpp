@@ -12,8 +12,8 @@ namespace {
 // to [B, H, C, D] from position `at` on = from [B, H, T, D].
 void put(const torch::Tensor& to, int64_t at, const torch::Tensor& from) {
   const int64_t time = from.size(2), size = from.size(3);
-  const bool plain = from.is_cpu() && from.scalar_type() == torch::kFloat32 &&
-                     to.scalar_type() == torch::kFloat32 && from.stride(3) == 1;
+  const bool plain = from.is_cpu() && from.scalar_type() == torch::kFloat32 && to.scalar_type() == torch::kFloat32 &&
+                     from.stride(3) == 1;
   // A few tokens: torch would spend longer on looking at the shapes than on copying.
   if (!plain || time > 8) {
     to.narrow(2, at, time).copy_(from);

@@ -20,8 +20,8 @@ namespace {
 constexpr int64_t kAlone = 200'000;
 constexpr int64_t kPieces = 6;  // of a thread's share: threads that are held up do not hold up the others
 
-// Matrices lie one behind another in large pages where the system has them: a token reads all of them, and with pages of
-// 4 KiB the processor is held up by looking these up.
+// Matrices lie one behind another in large pages where the system has them: a token reads all of them, and with pages
+// of 4 KiB the processor is held up by looking these up.
 constexpr size_t kPage = size_t{2} << 20, kBlock = size_t{32} << 20;
 
 std::shared_ptr<std::byte> piece(size_t bytes) {
@@ -86,7 +86,8 @@ void run_jobs(std::span<const PackedJob> jobs) {
   for (size_t i = 0; i < jobs.size(); ++i) {
     const PackedJob& j = jobs[i];
     const int64_t group = kPackedRows * j.matrix->cols() * std::max<int64_t>(1, j.x->size());
-    const int64_t groups = j.matrix->groups(), parts = std::clamp<int64_t>((group * groups + share / 2) / share, 1, groups);
+    const int64_t groups = j.matrix->groups(),
+                  parts = std::clamp<int64_t>((group * groups + share / 2) / share, 1, groups);
     for (int64_t p = 0; p < parts; ++p) pieces.push_back({i, groups * p / parts, groups * (p + 1) / parts});
   }
   const auto& all = pieces;  // of the calling thread

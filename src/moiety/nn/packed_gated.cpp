@@ -92,9 +92,8 @@ torch::Tensor silu_times(torch::Tensor g, torch::Tensor u) {
   if (g.numel() <= kGrain)
     silu_times(to, by, g.numel());
   else
-    at::parallel_for(0, g.numel(), kGrain, [&](int64_t first, int64_t last) {
-      silu_times(to + first, by + first, last - first);
-    });
+    at::parallel_for(0, g.numel(), kGrain,
+                     [&](int64_t first, int64_t last) { silu_times(to + first, by + first, last - first); });
   return g;
 }
 

@@ -43,8 +43,7 @@ torch::Tensor rotate_heads(const torch::Tensor& x, const torch::Tensor& cosine, 
                            bool interleaved) {
   const int64_t heads = x.size(1), time = x.size(2), size = x.size(3);
   auto out = torch::empty({x.size(0), time, heads, size}, x.options());
-  const float *from = x.const_data_ptr<float>(), *c = cosine.const_data_ptr<float>(),
-              *s = sine.const_data_ptr<float>();
+  const float *from = x.const_data_ptr<float>(), *c = cosine.const_data_ptr<float>(), *s = sine.const_data_ptr<float>();
   const int64_t row = cosine.size(0) == 1 ? 0 : time;  // angles of another row of the batch
   float* to = out.data_ptr<float>();
   at::parallel_for(0, x.size(0) * time, std::max<int64_t>(1, 32768 / (heads * size)), [&](int64_t first, int64_t last) {

@@ -21,8 +21,9 @@ WithoutShortcuts::~WithoutShortcuts() {
 
 bool may_shorten(std::initializer_list<torch::Tensor> tensors) {
   if (!allowed) return false;
-  return !torch::GradMode::is_enabled() ||
-         std::none_of(tensors.begin(), tensors.end(), [](const torch::Tensor& t) { return t.defined() && t.requires_grad(); });
+  return !torch::GradMode::is_enabled() || std::none_of(tensors.begin(), tensors.end(), [](const torch::Tensor& t) {
+    return t.defined() && t.requires_grad();
+  });
 }
 
 }  // namespace moiety

@@ -1,6 +1,6 @@
 #pragma once
-// Where no gradient is asked for, modules take shorter ways than the composite of torch operations that a graph is built
-// from: kernels that round a little differently.
+// Where no gradient is asked for, modules take shorter ways than the composite of torch operations that a graph is
+// built from: kernels that round a little differently.
 #include <torch/types.h>
 
 #include <initializer_list>
