@@ -78,7 +78,7 @@ int64_t block_of(const std::string& name) {
   return at == std::string::npos ? -1 : std::atoll(name.c_str() + at + 7);
 }
 
-Work work_of(const OpenModel& open) {
+Work work_of(const OpenModel& open, torch::Device device) {
   // Experts that a token takes, by block.
   std::map<int64_t, double> share;
   {
@@ -91,7 +91,7 @@ Work work_of(const OpenModel& open) {
     };
     Pass pass;
     pass.trace = &trace;
-    open.model->hidden(torch::zeros({1, 1}, torch::kInt64), pass);
+    open.model->hidden(torch::zeros({1, 1}, torch::TensorOptions(torch::kInt64).device(device)), pass);
   }
   Work work;
   const TensorInfo* head = nullptr;
@@ -133,7 +133,7 @@ class Bench {
  public:
   Bench(const Options& o, OpenModel open) : o_(o), open_(std::move(open)) {
     const torch::NoGradGuard frozen;
-    work_ = work_of(open_);
+    work_ = work_of(open_, torch::Device(o.common.device));
     // Packs weights and touches every page; a mixture's experts are reached by many tokens.
     std::optional<Progress> progress(std::in_place, "warm-up", 1, "pass");
     feed(random_ids(1, 256), nullptr);
@@ -142,7 +142,7 @@ class Bench {
 
   json prompt(int64_t length, int64_t batch) {
     const auto ids = random_ids(batch, length);
-    const double limit = peak();
+    const double limit = limits() ? peak() : 0.0;
     std::vector<double> rates;
     for (int64_t r = 0; r < o_.repetitions; ++r) {
       auto cache = open_.model->make_cache();
@@ -151,6 +151,7 @@ class Bench {
       rates.push_back(static_cast<double>(batch * length) / seconds_since(start));
     }
     json row = result("prompt", length, batch, Times(rates));
+    if (!limits()) return row;
     const double each = work_.operations - work_.head * (1.0 - 1.0 / static_cast<double>(length));
     const double reached = each * row["best_tokens_per_second"].get<double>();
     row["gflops"] = reached * 1e-9;
@@ -160,7 +161,7 @@ class Bench {
   }
 
   json generate(int64_t tokens, int64_t batch) {
-    const double limit = bandwidth();
+    const double limit = limits() ? bandwidth() : 0.0;
     std::vector<double> rates;
     for (int64_t r = 0; r < o_.repetitions; ++r) {
       auto cache = open_.model->make_cache();
@@ -172,7 +173,7 @@ class Bench {
     }
     json row = result("generate", tokens, batch, Times(rates));
     if (o_.depth > 0) row["depth"] = o_.depth;
-    if (batch == 1) {
+    if (limits() && batch == 1) {
       const double reached = work_.bytes * row["best_tokens_per_second"].get<double>();
       row["gigabytes_per_second"] = reached * 1e-9;
       row["bandwidth_gigabytes_per_second"] = limit * 1e-9;
@@ -185,6 +186,9 @@ class Bench {
   const OpenModel& open() const { return open_; }
 
  private:
+  // The limits that are measured are those of the processor.
+  bool limits() const { return o_.common.device == "cpu"; }
+
   torch::Tensor random_ids(int64_t batch, int64_t length) const {
     return torch::randint(open_.model->vocab_size(), {batch, length}, torch::kInt64);
   }

@@ -8,8 +8,8 @@
 #include "moiety/base/log.h"
 #include "moiety/base/progress.h"
 #include "moiety/base/text.h"
-#include "moiety/io/checkpoint_writer.h"
 #include "verb.h"
+#include "write_checkpoint.h"
 
 using nlohmann::json;
 
@@ -43,7 +43,7 @@ int64_t parse_size(const std::string& text) {
 }
 
 int run(const Options& options) {
-  const bool to_gguf = options.out.ends_with(".gguf");
+  const bool to_gguf = is_gguf(options.out);
   check(to_gguf || options.type.empty(),
         "--type is for GGUF files, and '{}' does not end in .gguf; a directory takes --dtype", options.out);
   check(to_gguf || options.tensor_types.empty(), "--tensor-type is for GGUF files, and '{}' does not end in .gguf",
@@ -63,16 +63,7 @@ int run(const Options& options) {
     write.tensor_types.emplace_back(t.substr(0, sign), t.substr(sign + 1));
   }
   const auto checkpoint = Checkpoint::open(options.model);
-  WriteReport report;
-  {
-    std::unique_ptr<Progress> progress;
-    if (!options.dry_run)
-      write.progress = [&](int64_t done, int64_t total) {
-        if (!progress) progress = std::make_unique<Progress>("convert", total, "byte");
-        progress->set(done);
-      };
-    report = to_gguf ? write_gguf(*checkpoint, options.out, write) : write_hf(*checkpoint, options.out, write);
-  }
+  const WriteReport report = write_checkpoint(*checkpoint, options.out, write, "convert");
   std::map<std::string, std::array<int64_t, 3>> formats;
   for (const auto& t : report.tensors) {
     auto& f = formats[std::string(info(t.format).name)];

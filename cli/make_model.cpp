@@ -10,10 +10,10 @@
 #include "moiety/base/files.h"
 #include "moiety/base/progress.h"
 #include "moiety/base/text.h"
-#include "moiety/io/checkpoint_writer.h"
 #include "moiety/models/random_checkpoint.h"
 #include "moiety/train/byte_tokenizer.h"
 #include "verb.h"
+#include "write_checkpoint.h"
 
 using nlohmann::json;
 
@@ -84,11 +84,17 @@ int run(const Options& o) {
   }
   json config = fixed;
   if (!o.params.empty()) {
-    config = config_of_size(o.family, parse_count(o.params), fixed);
+    check(!o.family.empty() || fixed.contains("model_type"), "say which --family the model is of");
+    config = config_of_size(o.family.empty() ? fixed["model_type"].get<std::string>() : o.family, parse_count(o.params),
+                            fixed);
   } else {
     check(!o.config.empty(), "say how large the model is with --params, or give its --config");
+    check(o.experts == 0 && o.top_k == 0 && o.expert_width == 0,
+          "--experts, --top-k and --expert-width go with --params; a --config has keys of its family, which --set "
+          "changes");
     if (!o.family.empty()) config["model_type"] = o.family;
   }
+  // The tokenizer is one of bytes, whatever the config's own was.
   config["bos_token_id"] = 256;
   config["eos_token_id"] = 257;
   config["pad_token_id"] = 258;
@@ -99,20 +105,10 @@ int run(const Options& o) {
   const auto checkpoint = random_checkpoint(config, scratch.path(), o.seed);
 
   WriteOptions write;
-  const bool gguf = o.out.ends_with(".gguf");
-  (gguf ? write.type : write.dtype) = o.format.empty() && gguf ? "bf16" : o.format;
+  (is_gguf(o.out) ? write.type : write.dtype) = o.format.empty() && is_gguf(o.out) ? "bf16" : o.format;
   write.overwrite = o.overwrite;
   write.dry_run = o.dry_run;
-  WriteReport report;
-  {
-    std::unique_ptr<Progress> progress;
-    if (!o.dry_run)
-      write.progress = [&](int64_t done, int64_t total) {
-        if (!progress) progress = std::make_unique<Progress>("make-model", total, "byte");
-        progress->set(done);
-      };
-    report = gguf ? write_gguf(*checkpoint, o.out, write) : write_hf(*checkpoint, o.out, write);
-  }
+  const WriteReport report = write_checkpoint(*checkpoint, o.out, write, "make-model");
   if (o.json) {
     std::cout << json{{"output", o.out},
                       {"written", !o.dry_run},

@@ -10,9 +10,9 @@
 #include "moiety/base/error.h"
 #include "moiety/models/vision.h"
 #include "moiety/moe/routing_counts.h"
+#include "moiety/nn/parameters.h"
 #include "moiety/study/study.h"
 #include "moiety/tasks/image_classification.h"
-#include "moiety/train/open_run.h"
 
 namespace moiety {
 namespace {

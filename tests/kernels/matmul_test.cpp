@@ -8,23 +8,10 @@
 #include <vector>
 
 #include "each_isa.h"
-#include "moiety/kernels/half.h"
+#include "elements.h"
 
 namespace moiety {
 namespace {
-
-float value(float x) {
-  return x;
-}
-float value(uint16_t x) {
-  return bf16_to_float(x);
-}
-void set(float& to, float x) {
-  to = x;
-}
-void set(uint16_t& to, float x) {
-  to = float_to_bf16(x);
-}
 
 class Matmul : public EachIsa {
  protected:

@@ -31,14 +31,15 @@ expect 2 'unknown option --tex; did you mean `--text`' "$moiety" analyze routing
 expect 1 'there is no method `no-such-method`' "$moiety" methods no-such-method
 
 expect 1 "'lots' is not a number of parameters" "$moiety" make-model --family llama --params lots -o m.gguf
-expect 1 'unknown|not known|no model family|lama' "$moiety" make-model --family lama --params 100M -o m.gguf
+expect 1 "'lama' is not supported; did you mean " "$moiety" make-model --family lama --params 100M -o m.gguf
 expect 1 'say how large' "$moiety" make-model --family llama -o m.gguf
+expect 1 'which --family' "$moiety" make-model --params 100M -o m.gguf
 expect 1 'not KEY=VALUE' "$moiety" make-model --family llama --params 100M --set hidden -o m.gguf
 expect 1 'not a multiple of 128' "$moiety" make-model --family llama --params 100M --hidden 100 -o m.gguf
 expect 0 'would write m.gguf: qwen3_moe, [0-9.]+M' "$moiety" make-model --family qwen3_moe --params 300M --format q4_0 -o m.gguf --dry-run
 [ ! -e m.gguf ] || fail "make-model wrote a file after all"
 expect 2 'not in range' "$moiety" bench nothing -b 0
-expect 1 'nothing' "$moiety" bench nothing
+expect 1 'nothing: no such file or folder' "$moiety" bench nothing
 
 # Every verb: help with examples; verbs are sorted.
 verbs=$("$moiety" --help | sed -n '/^VERBS/,/^$/p' | awk 'NR > 1 && NF {print $1}')

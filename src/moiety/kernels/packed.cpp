@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <new>
 
 #include "moiety/base/error.h"
@@ -14,33 +15,27 @@
 namespace moiety {
 namespace {
 
-const PackedLayout* layout_of(Format format) {
-  switch (format) {
-    case Format::Q8_0:
-      return &kPackedQ8_0;
-    case Format::Q4_0:
-      return &kPackedQ4_0;
-    case Format::Q4_1:
-      return &kPackedQ4_1;
-    case Format::Q5_0:
-      return &kPackedQ5_0;
-    case Format::Q5_1:
-      return &kPackedQ5_1;
-    case Format::Q4_K:
-      return &kPackedQ4_K;
-    case Format::Q5_K:
-      return &kPackedQ5_K;
-    case Format::Q6_K:
-      return &kPackedQ6_K;
-    default:
-      return nullptr;
-  }
+struct Packable {
+  Format format;
+  PackedLayout layout;
+  PackedProduct (PackedKernels::*products)[8];
+};
+constexpr Packable kPackable[] = {
+    {Format::Q8_0, kPackedQ8_0, &PackedKernels::q8_0}, {Format::Q4_0, kPackedQ4_0, &PackedKernels::q4_0},
+    {Format::Q4_1, kPackedQ4_1, &PackedKernels::q4_1}, {Format::Q5_0, kPackedQ5_0, &PackedKernels::q5_0},
+    {Format::Q5_1, kPackedQ5_1, &PackedKernels::q5_1}, {Format::Q4_K, kPackedQ4_K, &PackedKernels::q4_k},
+    {Format::Q5_K, kPackedQ5_K, &PackedKernels::q5_k}, {Format::Q6_K, kPackedQ6_K, &PackedKernels::q6_k}};
+
+const Packable* find(Format format) {
+  const auto* it =
+      std::find_if(std::begin(kPackable), std::end(kPackable), [&](const Packable& p) { return p.format == format; });
+  return it == std::end(kPackable) ? nullptr : it;
 }
 
-const PackedLayout& layout(Format format) {
-  const PackedLayout* l = layout_of(format);
-  check(l != nullptr, "rows of {} cannot be packed", info(format).name);
-  return *l;
+const Packable& packable(Format format) {
+  const Packable* p = find(format);
+  check(p != nullptr, "rows of {} cannot be packed", info(format).name);
+  return *p;
 }
 
 // Words of one row, `count` of them, to its places in as many quads.
@@ -111,37 +106,18 @@ void spread_scales(Format format, const uint8_t* p, int row, uint8_t* scales) {
   }
 }
 
-const PackedProduct* products(Format format) {
+const PackedProduct* products(const Packable& p) {
 #if defined(__x86_64__)
-  const PackedKernels& k = packed_kernels_avx512();
-  switch (format) {
-    case Format::Q8_0:
-      return k.q8_0;
-    case Format::Q4_0:
-      return k.q4_0;
-    case Format::Q4_1:
-      return k.q4_1;
-    case Format::Q5_0:
-      return k.q5_0;
-    case Format::Q5_1:
-      return k.q5_1;
-    case Format::Q4_K:
-      return k.q4_k;
-    case Format::Q5_K:
-      return k.q5_k;
-    case Format::Q6_K:
-      return k.q6_k;
-    default:
-      break;
-  }
+  return packed_kernels_avx512().*p.products;
+#else
+  fail("this machine has no products for packed rows of {}", info(p.format).name);
 #endif
-  fail("this machine has no products for packed rows of {}", info(format).name);
 }
 
 }  // namespace
 
 bool can_pack(Format format) {
-  return isa() == Isa::Avx512 && layout_of(format) != nullptr;
+  return isa() == Isa::Avx512 && find(format) != nullptr;
 }
 
 int64_t packed_groups(int64_t rows) {
@@ -149,13 +125,13 @@ int64_t packed_groups(int64_t rows) {
 }
 
 int64_t packed_group_bytes(Format format, int64_t cols) {
-  const PackedLayout& l = layout(format);
+  const PackedLayout& l = packable(format).layout;
   check(cols > 0 && cols % l.block == 0, "{} columns are not a multiple of the block of {}", cols, l.block);
   return l.bytes(cols / l.block);
 }
 
 void pack_group(Format format, const std::byte* data, int64_t rows, int64_t cols, int64_t group, std::byte* to) {
-  const PackedLayout& l = layout(format);
+  const PackedLayout& l = packable(format).layout;
   const int64_t blocks = cols / l.block, stride = row_bytes(format, cols);
   auto* out = reinterpret_cast<uint8_t*>(to);
   std::memset(out, 0, static_cast<size_t>(l.bytes(blocks)));
@@ -239,12 +215,13 @@ void QuantizedTiles::fill(int64_t tile, const float* x, int64_t stride, const in
 
 void packed_products(Format format, const std::byte* packed, int64_t rows, int64_t cols, int64_t first, int64_t last,
                      const QuantizedTiles& x, float* y, int64_t stride) {
-  const PackedLayout& l = layout(format);
+  const Packable& p = packable(format);
+  const PackedLayout& l = p.layout;
   check(x.cols() == cols && x.kind() == activation_kind(format),
         "{} activations, quantized for {}, do not fit {} rows of {} columns", x.cols(),
         x.kind() == activation_kind(format) ? "this format" : "another format", info(format).name, cols);
   const int64_t blocks = cols / l.block, bytes = l.bytes(blocks);
-  const PackedProduct* product = products(format);
+  const PackedProduct* product = products(p);
   alignas(64) float out[QuantizedTiles::kRows * kPackedRows];
   for (int64_t g = first; g < last; ++g) {
     const auto* group = reinterpret_cast<const uint8_t*>(packed) + g * bytes;

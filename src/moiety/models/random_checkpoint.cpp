@@ -5,14 +5,13 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
-#include <set>
 #include <span>
 
 #include "moiety/base/error.h"
 #include "moiety/base/random.h"
 #include "moiety/kernels/half.h"
 #include "moiety/models/model.h"
-#include "moiety/nn/weights.h"
+#include "moiety/nn/parameters.h"
 
 namespace moiety {
 namespace {
@@ -95,11 +94,7 @@ std::shared_ptr<const Checkpoint> random_checkpoint(json config, std::filesystem
 
 int64_t parameters_of(const json& config) {
   const auto model = make_causal(config, {.dtype = "f32", .device = torch::kMeta});
-  std::set<const void*> seen;
-  int64_t count = 0;
-  for (const auto& p : model->parameters())
-    if (seen.insert(p.unsafeGetTensorImpl()).second) count += p.numel();
-  return count;
+  return parameter_count(*model);
 }
 
 json config_of_size(const std::string& family, double parameters, const json& fixed) {

@@ -6,6 +6,7 @@
 
 #include "moiety/base/error.h"
 #include "moiety/kernels/swiglu.h"
+#include "moiety/nn/elements.h"
 #include "moiety/nn/shortcut.h"
 
 namespace moiety {
@@ -26,14 +27,6 @@ struct PairsOfTokens {
     for (int64_t p = 0; p < pairs; ++p) pair[static_cast<size_t>(next[static_cast<size_t>(token[p])]++)] = p;
   }
 };
-
-template <class T>
-using Bits = std::conditional_t<std::is_same_v<T, float>, float, uint16_t>;
-
-template <class T>
-Bits<T>* bits(const Tensor& t) {
-  return reinterpret_cast<Bits<T>*>(t.data_ptr<T>());
-}
 
 // out[n] = sum over the pairs p of token n of weight[p] * rows[p]; every weight is 1 when undefined.
 template <class T>

@@ -74,10 +74,9 @@ torch::Tensor GatedExperts::packed(const torch::Tensor& x, const Dispatch& d) {
     if (!matrices[e].gate || !matrices[e].up || !matrices[e].down) return {};
   }
   const auto flat = x.to(torch::kFloat32).contiguous();
-  const auto y = packed_gated(flat, matrices, d.counts, d.tokens.const_data_ptr<int64_t>(),
-                              [this](torch::Tensor g, torch::Tensor u) {
-                                return act_ == activation("silu") ? silu_times(g, u) : combine(g, u);
-                              });
+  const auto y = packed_gated(
+      flat, matrices, d.counts, d.tokens.const_data_ptr<int64_t>(),
+      [this](torch::Tensor g, torch::Tensor u) { return act_ != nullptr ? act_times(act_, g, u) : combine(g, u); });
   return d.reduce(y, x.size(0)).to(x.scalar_type());
 }
 

@@ -3,16 +3,14 @@
 #include <torch/torch.h>
 
 #include "moiety/kernels/matmul.h"
+#include "moiety/nn/elements.h"
 
 namespace moiety {
 namespace {
 
 template <class T>
-using Bits = std::conditional_t<std::is_same_v<T, float>, float, uint16_t>;
-
-template <class T>
 MatrixView<Bits<T>> view(const Operand& o) {
-  return {reinterpret_cast<const Bits<T>*>(o.matrix.const_data_ptr<T>()), o.matrix.stride(0), o.transposed,
+  return {bits<T>(o.matrix), o.matrix.stride(0), o.transposed,
           o.index.defined() ? o.index.const_data_ptr<int64_t>() : nullptr};
 }
 
@@ -29,8 +27,7 @@ template <class T>
 void by_kernel(const torch::Tensor& out, const Operand& a, const Operand& b, bool add) {
   const auto rows = [](const Operand& o) { return o.index.defined() ? o.index.size(0) : o.matrix.size(0); };
   const int64_t depth = a.transposed ? rows(a) : a.matrix.size(1);
-  matmul(out.size(0), out.size(1), depth, view<T>(a), view<T>(b), reinterpret_cast<Bits<T>*>(out.data_ptr<T>()),
-         out.stride(0), add);
+  matmul(out.size(0), out.size(1), depth, view<T>(a), view<T>(b), bits<T>(out), out.stride(0), add);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include "moiety/kernels/swiglu.h"
 #include "moiety/moe/dispatch.h"
 #include "moiety/moe/products.h"
+#include "moiety/nn/elements.h"
 #include "moiety/nn/tasks.h"
 
 namespace moiety {
@@ -39,14 +40,6 @@ std::vector<Piece> pieces_of(const std::vector<int64_t>& counts) {
     begin += counts[e];
   }
   return pieces;
-}
-
-template <class T>
-using Bits = std::conditional_t<std::is_same_v<T, float>, float, uint16_t>;
-
-template <class T>
-Bits<T>* bits(const Tensor& t) {
-  return reinterpret_cast<Bits<T>*>(t.data_ptr<T>());
 }
 
 // What is between the products of one piece: h (weighted), dg and du from t; dg takes t's place.

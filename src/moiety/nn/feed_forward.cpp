@@ -21,10 +21,8 @@ torch::Tensor FeedForward::apply(const torch::Tensor& x) {
     const auto flat = x.reshape({-1, x.size(-1)}).to(torch::kFloat32).contiguous();
     const PackedGated one{packed, up->packed_for(x), down->packed_for(x)};
     const int64_t count = flat.size(0);
-    const bool silu = act_ == activation("silu");
-    const auto y = packed_gated(flat, {&one, 1}, {&count, 1}, nullptr, [&](torch::Tensor g, torch::Tensor u) {
-      return silu ? silu_times(g, u) : act_(g).mul_(u);
-    });
+    const auto y = packed_gated(flat, {&one, 1}, {&count, 1}, nullptr,
+                                [&](torch::Tensor g, torch::Tensor u) { return act_times(act_, g, u); });
     return y.view(x.sizes()).to(x.scalar_type());
   }
   return down(act_(gate(x)) * up(x));

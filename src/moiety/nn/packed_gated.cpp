@@ -85,7 +85,9 @@ torch::Tensor packed_gated(const torch::Tensor& x, std::span<const PackedGated> 
   return y;
 }
 
-torch::Tensor silu_times(torch::Tensor g, torch::Tensor u) {
+torch::Tensor act_times(Activation act, torch::Tensor g, const torch::Tensor& u) {
+  static const Activation silu = activation("silu");
+  if (act != silu) return act(g).mul_(u);
   float* to = g.data_ptr<float>();
   const float* by = u.const_data_ptr<float>();
   constexpr int64_t kGrain = 16384;

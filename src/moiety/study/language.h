@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "moiety/nn/parameters.h"
 #include "moiety/study/study.h"
 #include "moiety/study/text.h"
 #include "moiety/train/trainer.h"

@@ -125,14 +125,6 @@ std::set<std::string> matched(const std::vector<std::string>& patterns, const st
 
 }  // namespace
 
-int64_t parameter_count(const torch::nn::Module& module) {
-  int64_t count = 0;
-  std::set<const void*> seen;
-  for (const auto& p : module.parameters())
-    if (seen.insert(p.unsafeGetTensorImpl()).second) count += p.numel();
-  return count;
-}
-
 std::string parameter_name(const std::string& name) {
   static const std::regex layer("^layer([0-9]+)\\.");
   return std::regex_replace(name, layer, "layers.$1.");

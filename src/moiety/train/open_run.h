@@ -33,9 +33,6 @@ struct OpenRun {
 OpenRun open_run(const TrainConfig& config, torch::Device device, const std::filesystem::path& scratch,
                  bool weights = true);
 
-/// Elements of all parameters; those that several modules share count once.
-int64_t parameter_count(const torch::nn::Module& module);
-
 /// Name of a parameter or buffer as patterns see it: that of the module tree, with "layers.3." for block 3.
 std::string parameter_name(const std::string& name);
 

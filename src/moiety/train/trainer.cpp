@@ -13,6 +13,7 @@
 #include "moiety/base/log.h"
 #include "moiety/base/text.h"
 #include "moiety/base/version.h"
+#include "moiety/nn/parameters.h"
 #include "moiety/nn/random_state.h"
 #include "moiety/train/expert_parallel.h"
 
