@@ -11,6 +11,8 @@
 #include "moiety/base/error.h"
 #include "moiety/base/files.h"
 #include "moiety/base/progress.h"
+#include "moiety/offload/checkpoint_experts.h"
+#include "moiety/offload/record.h"
 #include "moiety/tasks/scoring.h"
 #include "open_model.h"
 #include "verb.h"
@@ -112,12 +114,89 @@ int run_routing(const Options& o) {
   return 0;
 }
 
+struct TraceOptions {
+  Common common;
+  std::vector<std::string> texts;
+  std::string out;
+  int64_t context = 0, limit_tokens = 0, capacity_high = 0, capacity_low = 0;
+  double t1 = 0.6, t2 = 0.9, share = 0.25, bits_high = 16, bits_low = 4;
+  std::vector<double> shares;
+  bool calibrate = false;
+};
+
+int run_traces(const TraceOptions& o) {
+  const OpenModel open = open_causal(o.common);
+  const int64_t context = o.context > 0 ? o.context : std::min<int64_t>(512, open.model->context_length());
+  std::vector<int64_t> ids;
+  for (const auto& path : o.texts) {
+    auto more = open.tokenizer->encode(read_text(path, int64_t{4} << 30), false);
+    check(!more.empty(), "{} gives no tokens", path);
+    if (o.limit_tokens > 0 && static_cast<int64_t>(more.size()) > o.limit_tokens)
+      more.resize(static_cast<size_t>(o.limit_tokens));
+    ids.insert(ids.end(), more.begin(), more.end());
+  }
+  std::optional<Progress> progress;
+  const ExpertTraces traces = record_experts(*open.model, ids, adds_bos(*open.tokenizer) ? *open.tokenizer->bos() : -1,
+                                             context, [&](int64_t done, int64_t total) {
+                                               if (!progress) progress.emplace("experts", total, "token");
+                                               progress->set(done);
+                                             });
+  progress.reset();
+  write_traces(o.out, traces);
+  json report = {{"output", o.out},       {"tokens", traces.tokens},           {"layers", traces.layers},
+                 {"top_k", traces.top_k}, {"num_experts", traces.num_experts}, {"router_hash", traces.router_hash}};
+  std::string remark;
+  if (o.calibrate) {
+    double t1 = o.t1, t2 = o.t2;
+    if (!o.shares.empty()) {
+      check(o.shares.size() == 2, "--shares takes two numbers: the share of high, and that of high or low precision");
+      std::tie(t1, t2) = score_quantiles(traces, o.shares[0], o.shares[1]);
+    }
+    const int64_t all = traces.layers * traces.num_experts;
+    // By default the bytes of a quarter of all experts, four to one.
+    const double bytes = o.share * static_cast<double>(all);
+    const int64_t high = o.capacity_high > 0
+                             ? o.capacity_high
+                             : std::max<int64_t>(traces.top_k, static_cast<int64_t>((t1 < 1 ? 0.8 : 1.0) * bytes));
+    const int64_t low =
+        o.capacity_high > 0 || t1 >= 1 ? o.capacity_low : static_cast<int64_t>(0.2 * bytes * o.bits_high / o.bits_low);
+    const auto found = calibrate_hobbit(traces, t1, t2, high, low, o.bits_low, o.bits_high);
+    const auto file = hobbit_file(open.checkpoint->path().string());
+    write_calibration(file, found);
+    report["calibration"] = {{"file", file},
+                             {"t1", t1},
+                             {"t2", t2},
+                             {"capacity_high", high},
+                             {"capacity_low", low},
+                             {"penalty", found.penalty},
+                             {"penalty_even", found.penalty_even},
+                             {"weights",
+                              {{"lru", found.weights.lru},
+                               {"lfu", found.weights.lfu},
+                               {"lhu", found.weights.lhu},
+                               {"fld", found.weights.fld}}}};
+    remark = fmt::format(
+        "wrote {}: t1 {:.3f}, t2 {:.3f}, weights lru {:.1f} lfu {:.1f} lhu {:.1f} fld {:.1f} at {} and {} experts in "
+        "memory; misses cost {:.0f}, with equal weights {:.0f}\n",
+        file, t1, t2, found.weights.lru, found.weights.lfu, found.weights.lhu, found.weights.fld, high, low,
+        found.penalty, found.penalty_even);
+  }
+  if (o.common.json) {
+    std::cout << report.dump(2) << "\n";
+    return 0;
+  }
+  fmt::print("wrote {}: {} tokens, {} layers of {} experts, {} a token\n{}", o.out, traces.tokens, traces.layers,
+             traces.num_experts, traces.top_k, remark);
+  return 0;
+}
+
 const Register analyze({
     "analyze",
     "See inside a model while it reads text: how its routers use the experts",
     "moiety analyze routing olmoe/ --text book.txt\n"
     "moiety analyze routing olmoe/ --text prose.txt code.py --html routing.html\n"
-    "moiety analyze routing olmoe/ --text book.txt --limit-tokens 20000 -o routing.json",
+    "moiety analyze routing olmoe/ --text book.txt --limit-tokens 20000 -o routing.json\n"
+    "moiety analyze expert-traces m.gguf --text book.txt -o traces.safetensors --calibrate",
     [](CLI::App& app) {
       auto o = std::make_shared<Options>();
       app.require_subcommand(1);
@@ -145,7 +224,43 @@ const Register analyze({
           ->capture_default_str();
       routing.add_option("-o,--output", o->out, "Write the JSON to this file");
       routing.add_option("--html", o->html, "Write a page with heatmaps to this file; it needs nothing else");
-      return [o] { return run_routing(*o); };
+      auto t = std::make_shared<TraceOptions>();
+      CLI::App& traces = *app.add_subcommand(
+          "expert-traces", "Which experts every token of a text takes, for replays; and HOBBIT's weights from them");
+      add_common(traces, t->common);
+      traces.add_option("--text", t->texts, "Text files to read")->required();
+      traces.add_option("-o,--output", t->out, "Where to write the trace (safetensors)")->required();
+      traces.add_option("--context", t->context, "Tokens of a sequence (default: 512, or the model's limit)")
+          ->check(CLI::Range(2, 1 << 30));
+      traces.add_option("--limit-tokens", t->limit_tokens, "Use only the first tokens of each text; 0: all")
+          ->check(CLI::NonNegativeNumber)
+          ->capture_default_str();
+      auto* calibrate = traces.add_flag("--calibrate", t->calibrate,
+                                        "Also find the weights of HOBBIT's cache, and write them to MODEL.hobbit.json");
+      const auto share = CLI::Range(0.0, 1.0);
+      traces.add_option("--t1", t->t1, "See --offload hobbit")->check(share)->capture_default_str()->needs(calibrate);
+      traces.add_option("--t2", t->t2, "See --offload hobbit")->check(share)->capture_default_str()->needs(calibrate);
+      traces
+          .add_option("--shares", t->shares,
+                      "Set t1 and t2 so that these shares of all uses ask for high, and for high or low precision")
+          ->delimiter(',')
+          ->check(share)
+          ->needs(calibrate);
+      traces.add_option("--expert-share", t->share, "Share of all experts that memory holds")
+          ->check(share)
+          ->capture_default_str()
+          ->needs(calibrate);
+      traces.add_option("--capacity-high", t->capacity_high, "Experts in memory in high precision, instead")
+          ->check(CLI::PositiveNumber)
+          ->needs(calibrate);
+      traces.add_option("--capacity-low", t->capacity_low, "And in low precision")
+          ->check(CLI::NonNegativeNumber)
+          ->needs(calibrate);
+      traces.add_option("--bits-high", t->bits_high, "Bits of a weight in high precision")
+          ->check(CLI::PositiveNumber)
+          ->capture_default_str();
+      traces.add_option("--bits-low", t->bits_low, "And in low")->check(CLI::PositiveNumber)->capture_default_str();
+      return [o, t, sub = &traces] { return sub->parsed() ? run_traces(*t) : run_routing(*o); };
     },
 });
 

@@ -25,6 +25,7 @@ using Clock = std::chrono::steady_clock;
 
 struct Options {
   Common common;
+  OffloadArguments offload;
   std::vector<int64_t> prompts{512}, generate{64}, batches{1};
   int64_t depth = 0, repetitions = 3;
 };
@@ -133,6 +134,12 @@ class Bench {
  public:
   Bench(const Options& o, OpenModel open) : o_(o), open_(std::move(open)) {
     const torch::NoGradGuard frozen;
+    const auto most = [](const std::vector<int64_t>& all) { return *std::max_element(all.begin(), all.end()); };
+    const int64_t prompt = std::max<int64_t>({256, most(o.prompts), o.depth});
+    open_.start({.context = std::max(prompt, o.depth + most(o.generate)),
+                 .rows = most(o.batches),
+                 .chunk = prompt,
+                 .fixed_chunk = true});
     work_ = work_of(open_, torch::Device(o.common.device));
     // Packs weights and touches every page; a mixture's experts are reached by many tokens.
     std::optional<Progress> progress(std::in_place, "warm-up", 1, "pass");
@@ -231,7 +238,7 @@ void print(const json& row) {
 
 int run(const Options& o) {
   torch::manual_seed(0);
-  Bench bench(o, open_causal(o.common, /*tokenizer=*/false));
+  Bench bench(o, open_causal(o.common, /*tokenizer=*/false, o.offload));
   const auto& open = bench.open();
   json out = {{"model", o.common.model},
               {"bytes", open.checkpoint->bytes_on_disk()},
@@ -256,6 +263,8 @@ int run(const Options& o) {
   for (const int64_t b : o.batches)
     for (const int64_t n : o.generate)
       if (n > 0) add(bench.generate(n, b));
+  if (open.offload) out["offload"] = open.offload->report();
+  if (open.offload && !o.common.json) fmt::print("{}\n", open.offload->summary());
   if (o.common.json) std::cout << out.dump(2, ' ', false, json::error_handler_t::replace) << "\n";
   return 0;
 }
@@ -270,6 +279,7 @@ const Register verb({
       auto o = std::make_shared<Options>();
       add_common(app, o->common);
       add_active_experts(app, o->common);
+      o->offload.add(app);
       const auto numbers = CLI::Range(int64_t{0}, int64_t{1} << 24);
       app.add_option("-p,--prompt", o->prompts, "Lengths of prompts to read; 0: none")
           ->delimiter(',')

@@ -36,6 +36,7 @@ constexpr const char* kHelp =
 struct Options {
   Common common;
   DecodeOptions decode;
+  OffloadArguments offload;
   std::string system, chat_template, arguments, load;
   bool render = false, stats = false;
 };
@@ -62,7 +63,7 @@ class Chat {
         open_(std::move(open)),
         defaults_(GenerationDefaults::of(*open_.checkpoint, *open_.tokenizer)),
         format_(open_.tokenizer, o.chat_template, arguments(o)),
-        session_(open_.model),
+        session_(open_.model, open_.start({.context = open_.model->context_length()})),
         generator_(open_.tokenizer, defaults_.eos) {
     base_.sampler = o.decode.sampler(defaults_);
     base_.max_tokens = o.decode.max_tokens.value_or(defaults_.max_new_tokens.value_or(1024));
@@ -203,7 +204,10 @@ class Chat {
     if (done[0].finish == Finish::cancelled) std::cerr << "(stopped)\n";
     if (done[0].finish == Finish::length) log::info("the answer was cut at {} tokens (--max-tokens)", base_.max_tokens);
     if (done[0].finish == Finish::context) log::warn("the context is full: /reset starts anew");
-    if (o_.stats) std::cerr << generator_.stats().summary() << "\n";
+    if (o_.stats) {
+      std::cerr << generator_.stats().summary() << "\n";
+      if (open_.offload) std::cerr << open_.offload->summary() << "\n";
+    }
     messages_.push_back({{"role", "assistant"}, {"content", done[0].text}});
   }
 
@@ -262,12 +266,13 @@ const Register registered{{
       app.add_option("--template-args", o->arguments, "Variables for the template, a JSON object");
       app.add_option("--load", o->load, "Continue a conversation that /save wrote");
       o->decode.add(app);
+      o->offload.add(app);
       app.add_flag("--render", o->render,
                    "Only print the text the model would see for the message on the standard input (or of --load)");
       app.add_flag("--stats", o->stats, "Print times and speeds after each answer on the standard error");
       return [o] {
         if (o->render) return render(*o);
-        const auto open = open_causal(o->common);
+        const auto open = open_causal(o->common, true, o->offload);
         Chat chat(*o, open);
         return chat.run();
       };

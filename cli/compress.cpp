@@ -12,6 +12,7 @@
 #include "moiety/base/progress.h"
 #include "moiety/compress/module_pruning.h"
 #include "moiety/io/checkpoint_writer.h"
+#include "moiety/offload/low_experts.h"
 #include "moiety/tasks/scoring.h"
 #include "open_model.h"
 #include "verb.h"
@@ -22,7 +23,7 @@ namespace {
 using nlohmann::json;
 
 struct CompressArguments : Common {
-  std::string prune, out;
+  std::string prune, low_experts, out;
   std::vector<std::string> calibration;
   double tau = 0.01;
   int64_t keep_at_least = 0, context = 0, batch_size = 8, limit_tokens = 0;
@@ -54,7 +55,38 @@ std::vector<ModuleUse> module_use(const CompressArguments& a, const OpenModel& o
   return use;
 }
 
+// Copies of experts in low precision, beside the originals.
+int run_low_experts(const CompressArguments& a) {
+  const auto checkpoint = Checkpoint::open(a.model);
+  std::optional<Progress> progress;
+  const auto report = add_low_experts(*checkpoint, find_format(a.low_experts)->format, a.out, a.overwrite,
+                                      [&](int64_t done, int64_t total) {
+                                        if (!progress) progress.emplace("copies", total, "byte");
+                                        progress->set(done);
+                                      });
+  progress.reset();
+  if (a.json) {
+    std::cout << json{{"output", a.out},
+                      {"format", a.low_experts},
+                      {"copies", report.tensors},
+                      {"in_q4_0", a.low_experts == "q4_0" ? report.tensors : report.narrow},
+                      {"bytes_before", report.bytes_before},
+                      {"bytes", report.bytes}}
+                     .dump(2)
+              << "\n";
+    return 0;
+  }
+  fmt::print("wrote {}: {} copies of stacked experts in {}{}, {:.1f} MiB instead of {:.1f} MiB\n", a.out,
+             report.tensors, a.low_experts,
+             report.narrow > 0 ? fmt::format(" ({} in q4_0: their rows are no multiple of 256)", report.narrow) : "",
+             static_cast<double>(report.bytes) / 1048576, static_cast<double>(report.bytes_before) / 1048576);
+  return 0;
+}
+
 int run_compress(const CompressArguments& a) {
+  check(a.prune.empty() != a.low_experts.empty(), "say what to do: --prune WHAT or --add-low-experts FORMAT");
+  if (!a.low_experts.empty()) return run_low_experts(a);
+  check(!a.calibration.empty(), "--prune looks at how a text uses the modules: give --calibration FILE");
   const OpenModel open = open_causal(a);
   const auto plan = plan_module_pruning(module_use(a, open), a.tau, a.keep_at_least);
   const auto pruned = prune_modules(open.checkpoint, plan);
@@ -84,18 +116,22 @@ int run_compress(const CompressArguments& a) {
 
 const Register compress({
     "compress",
-    "A smaller model: take modules out that a text does not use",
+    "A smaller model: take modules out that a text does not use, or add small copies of experts",
     "moiety compress tuned/last --prune moduleformer --calibration task.txt -o small\n"
     "moiety compress tuned/last --prune moduleformer --tau 0.05 --keep-at-least 2 --calibration task.txt -o small\n"
-    "moiety compress tuned/last --prune moduleformer --calibration task.txt -o small --dry-run --json",
+    "moiety compress tuned/last --prune moduleformer --calibration task.txt -o small --dry-run --json\n"
+    "moiety compress mixture.gguf --add-low-experts q4_0 -o mixture.hobbit.gguf",
     [](CLI::App& app) {
       auto a = std::make_shared<CompressArguments>();
       add_common(app, *a);
       app.add_option("--prune", a->prune, "What is taken out: moduleformer (modules of its mixtures)")
-          ->required()
           ->check(CLI::IsMember({"moduleformer"}));
-      app.add_option("--calibration", a->calibration, "Text files of the task that the model has to do")->required();
-      app.add_option("-o,--output", a->out, "Folder of the new model")->required();
+      app.add_option("--add-low-experts", a->low_experts,
+                     "Write the GGUF file again with copies of its experts in this format beside them, which --offload "
+                     "hobbit reads where an expert matters less")
+          ->check(CLI::IsMember({"q4_0", "tq2_0"}));
+      app.add_option("--calibration", a->calibration, "Text files of the task that the model has to do");
+      app.add_option("-o,--output", a->out, "Folder of the new model; a GGUF file for --add-low-experts")->required();
       app.add_option("--tau", a->tau, "Modules stay that at least this share of the tokens chooses")
           ->check(CLI::Range(0.0, 1.0))
           ->capture_default_str();

@@ -30,7 +30,8 @@ struct EvalArguments : Common {
   std::vector<std::string> texts, choices;
   std::string method = "sliding", bos = "auto", delimiter = " ";
   int64_t context = 0, stride = 0, batch_size = 8, limit_tokens = 0, limit = 0;
-  bool mutual_info = false, samples = false;
+  bool mutual_info = false, samples = false, stepwise = false, stats = false;
+  OffloadArguments offload;
   std::vector<int64_t> sweep;
 };
 
@@ -64,6 +65,7 @@ json run_perplexity(const EvalArguments& a, OpenModel& l, bool print) {
   options.stride = a.stride > 0 ? a.stride : std::max<int64_t>(1, options.context / 2);
   options.batch_size = a.batch_size;
   options.limit_tokens = a.limit_tokens;
+  options.stepwise = a.stepwise;
   const auto start = std::chrono::steady_clock::now();
   // The number that llama.cpp gives is one with its arithmetic.
   const WithBlockArithmetic arithmetic(options.method == PerplexityOptions::llama_cpp ? BlockArithmetic::rounded
@@ -91,11 +93,8 @@ json run_perplexity(const EvalArguments& a, OpenModel& l, bool print) {
                                one.perplexity_stderr(), one.tokens);
   }
   const double seconds = seconds_since(start);
-  json settings = {{"method", a.method},
-                   {"context", options.context},
-                   {"bos", uses_bos(a, l)},
-                   {"batch_size", a.batch_size},
-                   {"limit_tokens", a.limit_tokens}};
+  json settings = {{"method", a.method},         {"context", options.context}, {"bos", uses_bos(a, l)},
+                   {"batch_size", a.batch_size}, {"stepwise", a.stepwise},     {"limit_tokens", a.limit_tokens}};
   if (options.method == PerplexityOptions::sliding) settings["stride"] = options.stride;
   if (print) {
     std::cout << fmt::format(
@@ -210,7 +209,16 @@ json run_choices(const EvalArguments& a, OpenModel& l, const std::string& path) 
 int run_eval(const EvalArguments& a) {
   check(!a.texts.empty() || !a.choices.empty(), "nothing to measure: give --text FILE or --choices FILE");
   check(a.sweep.empty() || (!a.texts.empty() && a.choices.empty()), "--sweep-k measures the perplexity of --text FILE");
-  OpenModel l = open_causal(a);
+  OpenModel l = open_causal(a, true, a.offload);
+  if (l.offload) {
+    // Windows and choices with all their logits; token by token, one row of the cache.
+    const int64_t context = a.context > 0 ? a.context : std::min<int64_t>(512, l.model->context_length());
+    l.start({.context = context,
+             .rows = a.stepwise ? 1 : a.batch_size,
+             .chunk = a.stepwise ? 1 : context,
+             .logits = context,
+             .fixed_chunk = true});
+  }
   json out = {{"model", a.model}, {"dtype", a.dtype}, {"device", a.device}, {"threads", at::get_num_threads()}};
   if (a.active_experts > 0) out["active_experts"] = a.active_experts;
   if (!a.sweep.empty())
@@ -218,6 +226,8 @@ int run_eval(const EvalArguments& a) {
   else if (!a.texts.empty())
     out["perplexity"] = run_perplexity(a, l, !a.json);
   for (const auto& path : a.choices) out["multiple_choice"].push_back(run_choices(a, l, path));
+  if (l.offload) out["offload"] = l.offload->report();
+  if (l.offload && a.stats && !a.json) std::cerr << l.offload->summary() << "\n";
   if (a.json) std::cout << out.dump(2) << "\n";
   return 0;
 }
@@ -234,6 +244,7 @@ const Register eval({
       auto a = std::make_shared<EvalArguments>();
       add_common(app, *a);
       auto* active = add_active_experts(app, *a);
+      a->offload.add(app);
       app.add_option("--sweep-k", a->sweep,
                      "Measure the perplexity with each of these numbers of active experts, e.g. 1,2,4,8")
           ->delimiter(',')
@@ -263,6 +274,10 @@ const Register eval({
                      "Windows or choices at a time; fewer when their logits would pass 1 GiB")
           ->check(CLI::Range(1, 65536))
           ->capture_default_str();
+      app.add_flag(
+          "--stepwise", a->stepwise,
+          "Feed the text token by token, as generation does: what experts in low precision cost shows only so");
+      app.add_flag("--stats", a->stats, "Print what experts on disk took on the standard error");
       app.add_option("--choices", a->choices,
                      "Files of multiple-choice questions (JSONL or CSV: question, choices, answer)");
       app.add_option("--delimiter", a->delimiter, "What stands between a question and a choice")->capture_default_str();

@@ -1,4 +1,5 @@
 // moiety generate: continue text, or answer a prompt through the chat template.
+#include <algorithm>
 #include <cstdio>
 #include <iostream>
 #include <iterator>
@@ -18,6 +19,7 @@ namespace {
 struct Options {
   Common common;
   DecodeOptions decode;
+  OffloadArguments offload;
   std::vector<std::string> prompts;
   std::string prompt_file;
   std::string system;
@@ -59,7 +61,7 @@ void print_logprobs(const Completion& done, const Tokenizer& tokenizer) {
 
 int run(const Options& o) {
   const auto prompts = prompts_of(o);
-  const auto open = open_causal(o.common);
+  const auto open = open_causal(o.common, true, o.offload);
   const auto& tokenizer = *open.tokenizer;
   const auto defaults = GenerationDefaults::of(*open.checkpoint, tokenizer);
 
@@ -103,7 +105,13 @@ int run(const Options& o) {
   const bool live = requests.size() == 1 && o.stream && !o.common.json;
   const auto print = [](std::string_view text) { std::fwrite(text.data(), 1, text.size(), stdout); };
   if (live && o.echo) print(texts[0]);
-  Session session(open.model);
+  size_t longest = 0;
+  for (const Request& r : requests) longest = std::max(longest, r.prompt.size());
+  const int64_t whole = open.model->context_length();
+  const int64_t chunk =
+      open.start({.context = base.max_tokens < 0 ? whole : static_cast<int64_t>(longest) + base.max_tokens,
+                  .rows = static_cast<int64_t>(requests.size())});
+  Session session(open.model, chunk);
   Generator generator(open.tokenizer, defaults.eos);
   const auto completions = generator.run(session, requests, [&](const Piece& piece) {
     if (live && !piece.text.empty()) {
@@ -135,6 +143,7 @@ int run(const Options& o) {
       list.push_back(std::move(item));
     }
     out["stats"] = generator.stats().json();
+    if (open.offload) out["offload"] = open.offload->report();
     // A prompt may hold bytes that are no UTF-8.
     std::cout << out.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) << "\n";
   } else if (live) {
@@ -150,7 +159,10 @@ int run(const Options& o) {
   std::fflush(stdout);
   if (!o.common.json && base.logprobs >= 0)
     for (const auto& done : completions) print_logprobs(done, tokenizer);
-  if (o.stats && !o.common.quiet) std::cerr << generator.stats().summary() << "\n";
+  if (o.stats && !o.common.quiet) {
+    std::cerr << generator.stats().summary() << "\n";
+    if (open.offload) std::cerr << open.offload->summary() << "\n";
+  }
   return 0;
 }
 
@@ -170,6 +182,7 @@ const Register registered{{
       auto* file =
           app.add_option("--prompt-file", o->prompt_file, "A file with the text to continue; -: the standard input");
       o->decode.add(app);
+      o->offload.add(app);
       app.add_option("--samples", o->samples, "Answers to each prompt, with seeds SEED, SEED+1, ...")
           ->check(CLI::Range(int64_t{1}, int64_t{4096}))
           ->capture_default_str();

@@ -1,5 +1,6 @@
 #include "open_model.h"
 
+#include <algorithm>
 #include <chrono>
 
 #include "moiety/base/error.h"
@@ -9,21 +10,36 @@
 
 namespace moiety::cli {
 
-OpenModel open_causal(const Common& common, bool tokenizer) {
+OpenModel open_causal(const Common& common, bool tokenizer, const OffloadArguments& offload) {
   const auto start = std::chrono::steady_clock::now();
-  keep_freed_memory();  // every token asks for the same large blocks again
+  if (offload.on())
+    check(common.device == "cpu", "experts on disk are computed on the CPU: use --device cpu");
+  else if (!offload.memory.empty())
+    parse_memory(offload.memory);
+  const OffloadOptions options = offload.on() ? offload.options() : OffloadOptions();
+  // Every token asks for the same large blocks again; where memory is scarce they go back in between.
+  if (!offload.on()) keep_freed_memory();
   OpenModel open;
   open.checkpoint = Checkpoint::open(common.model);
   check(!is_encoder(open.checkpoint->config()),
         "{} is an encoder ({}), which predicts no next token: use `moiety embed`", common.model,
         open.checkpoint->config().value("model_type", "unknown type"));
   if (tokenizer) open.tokenizer = Tokenizer::load(*open.checkpoint);
-  open.model = load_causal(*open.checkpoint, {common.dtype, torch::Device(common.device)});
+  open.model = load_causal(
+      *open.checkpoint, {.dtype = common.dtype, .device = torch::Device(common.device), .leave_experts = offload.on()});
   open.model->eval();
   if (common.active_experts > 0) set_active_experts(*open.model, common.active_experts);
+  if (offload.on()) open.offload = Offload::attach(*open.model, *open.checkpoint, options);
   log::debug("{} opened in {:.2f} s", common.model,
              std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   return open;
+}
+
+int64_t OpenModel::start(OffloadWork work) const {
+  if (!offload) return work.chunk;
+  work.context = std::min(work.context, model->context_length());
+  offload->start(work);
+  return offload->plan().chunk;
 }
 
 }  // namespace moiety::cli

@@ -7,10 +7,35 @@
 
 #include <cerrno>
 #include <cstring>
+#include <map>
+#include <mutex>
 
 #include "moiety/base/error.h"
 
 namespace moiety {
+namespace {
+
+// All mappings by their first byte.
+struct Mappings {
+  std::mutex lock;
+  std::map<const std::byte*, const MappedFile*> all;
+};
+Mappings& mappings() {
+  static auto* const kept = new Mappings;  // outlives files that static objects hold
+  return *kept;
+}
+
+}  // namespace
+
+std::optional<MappedFile::Location> MappedFile::locate(const std::byte* byte) {
+  Mappings& m = mappings();
+  const std::lock_guard<std::mutex> guard(m.lock);
+  auto at = m.all.upper_bound(byte);
+  if (at == m.all.begin()) return std::nullopt;
+  const MappedFile& file = *std::prev(at)->second;
+  if (byte >= file.data_ + file.size_) return std::nullopt;
+  return Location{file.path_, static_cast<size_t>(byte - file.data_), file.bytes()};
+}
 
 std::shared_ptr<const MappedFile> MappedFile::open(const std::filesystem::path& path) {
   // Non-blocking: opening a FIFO must not hang.
@@ -32,12 +57,21 @@ std::shared_ptr<const MappedFile> MappedFile::open(const std::filesystem::path& 
     check(data != MAP_FAILED, "cannot map {} ({} bytes): {}", path.string(), size, std::strerror(errno));
     file->data_ = static_cast<const std::byte*>(data);
     file->size_ = size;
+    Mappings& m = mappings();
+    const std::lock_guard<std::mutex> guard(m.lock);
+    m.all[file->data_] = file.get();
   }
   return file;
 }
 
 MappedFile::~MappedFile() {
-  if (size_ > 0) ::munmap(const_cast<std::byte*>(data_), size_);
+  if (size_ == 0) return;
+  {
+    Mappings& m = mappings();
+    const std::lock_guard<std::mutex> guard(m.lock);
+    m.all.erase(data_);
+  }
+  ::munmap(const_cast<std::byte*>(data_), size_);
 }
 
 }  // namespace moiety

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <span>
 
 namespace moiety {
@@ -17,6 +18,14 @@ class MappedFile {
 
   std::span<const std::byte> bytes() const { return {data_, size_}; }
   const std::filesystem::path& path() const { return path_; }
+
+  /// Where a byte of memory lies, if in a file that is mapped now.
+  struct Location {
+    std::filesystem::path path;
+    size_t offset = 0;                 ///< in the file
+    std::span<const std::byte> whole;  ///< the mapping
+  };
+  static std::optional<Location> locate(const std::byte* byte);
 
  private:
   MappedFile() = default;

@@ -191,10 +191,11 @@ std::shared_ptr<FeedForward> make_feed_forward(WeightsSource& w, const string& a
 // E matrices [out, in] that lie in one stored stack, rows [begin, begin + out) of each element.
 LinearStack stack_of(WeightsSource& w, const TensorView& stack, int64_t begin, int64_t out, torch::Tensor bias) {
   const int64_t experts = stack.shape[0];
-  if (!is_block(stack.format)) return LinearStack(w.parameter(w.values(stack).narrow(1, begin, out)), bias);
+  if (!is_block(stack.format) && !w.leave_experts())
+    return LinearStack(w.parameter(w.values(stack).narrow(1, begin, out)), bias);
   std::vector<Linear> list;
   for (int64_t e = 0; e < experts; ++e)
-    list.push_back(w.matrix(slice_rows(select_first(stack, e), begin, begin + out)));
+    list.push_back(w.expert_matrix(slice_rows(select_first(stack, e), begin, begin + out)));
   return LinearStack(std::move(list), bias);
 }
 
@@ -341,7 +342,7 @@ ExpertStacks make_experts(WeightsSource& w, const string& layer, const string& m
       std::vector<string> candidates;
       for (const string& name : names) candidates.push_back(at + std::to_string(e) + "." + name + ".weight");
       picked.push_back(w.pick(candidates));
-      list.push_back(w.matrix(w.view(picked.back(), {out, in})));
+      list.push_back(w.expert_matrix(w.view(picked.back(), {out, in})));
     }
     LinearStack stack{nullptr};
     if (!w.trainable() || list[0]->quantized()) {
@@ -572,7 +573,9 @@ std::shared_ptr<CausalModel> assemble(WeightsSource& w, const nlohmann::json& js
     static const std::regex beside(
         "(^|.*\\.)(rotary_emb\\.inv_freq|masked_bias|vision_tower\\..*|visual\\..*|vision_model\\..*|multi_modal_"
         "projector\\..*|audio_tower\\..*)$"
-        "|^moiety\\.rope_freqs$");
+        "|^moiety\\.rope_freqs$"
+        // Low-precision copies of experts (offload/).
+        "|^gguf\\.blk\\.[0-9]+\\.ffn_(gate|up|down)_exps\\.low\\.weight$");
     static const std::regex layer(".*layers\\.([0-9]{1,9})\\..*");
     std::smatch found;
     if (std::regex_match(name, beside)) return true;

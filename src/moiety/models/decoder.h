@@ -42,6 +42,7 @@ class Decoder : public CausalModel {
   int64_t experts(int64_t block) const override;
   const nlohmann::json& config() const override { return json_; }
   std::vector<StoredTensor> stored() const override { return stored_tensors; }
+  torch::Dtype dtype() const { return dtype_; }  ///< of hidden states
 
   DecoderConfig parsed;
   Linear embed{nullptr}, head{nullptr};  ///< the same module when tied

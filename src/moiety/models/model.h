@@ -20,6 +20,8 @@ struct LoadOptions {
   /// Private copies of all float tensors that ask for gradients, instead of read-only mapped ones. They are f32
   /// whatever `dtype` computes in: optimizers need the digits.
   bool trainable = false;
+  /// Matrices of experts stay in their file, one Linear each that is never read unless it is used (offload/).
+  bool leave_experts = false;
 };
 
 /// One tensor of a model as checkpoints of its family store it.

@@ -163,6 +163,10 @@ Linear WeightsSource::matrix(const TensorView& v, torch::Tensor bias) {
   return linear;
 }
 
+Linear WeightsSource::expert_matrix(const TensorView& v) {
+  return leave_experts() && !is_block(v.format) ? Linear(v) : matrix(v);
+}
+
 Linear WeightsSource::linear(const std::string& name, int64_t in, int64_t out, bool bias) {
   return rows(name, in, out, 0, out, bias);
 }

@@ -64,6 +64,9 @@ class WeightsSource {
   /// Random: what the family calls a tensor; unset: names stay.
   std::function<std::string(std::string)> rename;
   bool trainable() const { return options_.trainable; }
+  bool leave_experts() const { return options_.leave_experts; }
+  /// A matrix of an expert: where experts are left in their file a view of it, whatever its format.
+  Linear expert_matrix(const TensorView& view);
 
   /// Error naming tensors of the checkpoint that the model has no place for, except those that `ignored` accepts.
   void check_all_used(const std::function<bool(const std::string&)>& ignored) const;

@@ -53,12 +53,14 @@ torch::Tensor GatedExperts::forward(const torch::Tensor& x, const std::vector<in
 }
 
 torch::Tensor GatedExperts::mix(const torch::Tensor& x, const Dispatch& d) {
-  if (!fused_) {
-    const auto y = packed(x, d);
-    return y.defined() ? y : Experts::mix(x, d);
-  }
+  if (!fused_) return d.reduce(outputs(x, d), x.size(0)).to(x.scalar_type());
   return grouped_swiglu(x, d.tokens, d.gates, d.counts, like(x, gate->weight), like(x, up->weight),
                         like(x, down->weight));
+}
+
+torch::Tensor GatedExperts::outputs(const torch::Tensor& x, const Dispatch& d) {
+  const auto y = packed(x, d);
+  return y.defined() ? y : forward(d.gather(x), d.counts);
 }
 
 torch::Tensor GatedExperts::packed(const torch::Tensor& x, const Dispatch& d) {
@@ -74,10 +76,9 @@ torch::Tensor GatedExperts::packed(const torch::Tensor& x, const Dispatch& d) {
     if (!matrices[e].gate || !matrices[e].up || !matrices[e].down) return {};
   }
   const auto flat = x.to(torch::kFloat32).contiguous();
-  const auto y = packed_gated(
+  return packed_gated(
       flat, matrices, d.counts, d.tokens.const_data_ptr<int64_t>(),
       [this](torch::Tensor g, torch::Tensor u) { return act_ != nullptr ? act_times(act_, g, u) : combine(g, u); });
-  return d.reduce(y, x.size(0)).to(x.scalar_type());
 }
 
 ClampedExperts::ClampedExperts(LinearStack g, LinearStack u, LinearStack d, double alpha, double limit)

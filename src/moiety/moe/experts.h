@@ -10,6 +10,7 @@
 #include "moiety/moe/dispatch.h"
 #include "moiety/nn/activation.h"
 #include "moiety/nn/linear.h"
+#include "moiety/nn/pass.h"
 
 namespace moiety {
 
@@ -22,6 +23,10 @@ class Experts : public torch::nn::Module {
   /// x [N, d] -> sum over pairs of gate * expert(x) [N, d_out]. Sets that can do it in one step override it.
   virtual torch::Tensor mix(const torch::Tensor& x, const Dispatch& dispatch) {
     return dispatch.reduce(forward(dispatch.gather(x), dispatch.counts), x.size(0));
+  }
+  /// The same as part of a running pass: what mixtures call. Sets that follow a sequence (offload/) override it.
+  virtual torch::Tensor mix_in(const torch::Tensor& x, const Dispatch& dispatch, const Pass&) {
+    return mix(x, dispatch);
   }
 };
 
@@ -36,6 +41,9 @@ class GatedExperts : public Experts {
   int64_t count() const override { return down->count(); }
   torch::Tensor forward(const torch::Tensor& x, const std::vector<int64_t>& counts) override;
   torch::Tensor mix(const torch::Tensor& x, const Dispatch& dispatch) override;
+  /// What `mix` adds up, where the matrices are separate: the output of every pair [P, d], without its gate, in f32 or
+  /// x's dtype. An expert's rows do not depend on the other experts of the call.
+  torch::Tensor outputs(const torch::Tensor& x, const Dispatch& dispatch);
   LinearStack gate{nullptr}, up{nullptr}, down{nullptr};
 
  protected:

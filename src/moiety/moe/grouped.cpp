@@ -7,6 +7,7 @@
 #include <array>
 
 #include "moiety/base/error.h"
+#include "moiety/moe/dispatch.h"
 #include "moiety/moe/products.h"
 #include "moiety/moe/swiglu_tasks.h"
 #include "moiety/nn/tasks.h"
@@ -184,6 +185,41 @@ Tensor grouped_swiglu(const Tensor& x, const Tensor& tokens, const Tensor& gates
       torch::GradMode::is_enabled() && (x.requires_grad() || gates.requires_grad() || gate.requires_grad() ||
                                         up.requires_grad() || down.requires_grad());
   return GroupedSwiglu::apply(x, tokens, gates, gate, up, down, counts, keep);
+}
+
+namespace {
+
+bool as_tasks(const Tensor& x, const Tensor& gates, const std::vector<int64_t>& counts) {
+  return runs_as_tasks({x, x, gates, x, x, x, counts});
+}
+
+}  // namespace
+
+Tensor swiglu_outputs(const Tensor& x, const Tensor& tokens, const Tensor& gates, const std::vector<int64_t>& counts,
+                      const std::vector<int64_t>& all, const std::vector<SwigluMatrices>& matrices) {
+  if (as_tasks(x, gates, all)) return swiglu_tasks_outputs(x, tokens, counts, all, matrices);
+  auto outputs = torch::empty({tokens.size(0), x.size(1)}, x.options().requires_grad(false));
+  for_experts(counts, [&](int64_t e, int64_t begin, int64_t n) {
+    const SwigluMatrices& m = matrices[static_cast<size_t>(e)];
+    const auto rows = x.index_select(0, tokens.narrow(0, begin, n));
+    const auto h = at::silu(at::mm(rows, m.gate.t())).mul_(at::mm(rows, m.up.t()));
+    outputs.narrow(0, begin, n).copy_(at::mm(h, m.down.t()));
+  });
+  return outputs;
+}
+
+Tensor swiglu_sum(const Tensor& x, const Tensor& outputs, const Tensor& tokens, const Tensor& gates,
+                  const std::vector<int64_t>& counts) {
+  auto y = torch::zeros({x.size(0), outputs.size(1)}, x.options().requires_grad(false));
+  if (as_tasks(x, gates, counts)) {
+    sum_pairs(outputs, gates.contiguous(), tokens, y);
+    return y;
+  }
+  const auto weights = gates.to(x.scalar_type()).unsqueeze(1);
+  for_experts(counts, [&](int64_t, int64_t begin, int64_t n) {
+    y.index_add_(0, tokens.narrow(0, begin, n), outputs.narrow(0, begin, n) * weights.narrow(0, begin, n));
+  });
+  return y;
 }
 
 }  // namespace moiety

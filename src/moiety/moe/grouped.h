@@ -4,6 +4,8 @@
 
 #include <vector>
 
+#include "moiety/moe/swiglu_tasks.h"
+
 namespace moiety {
 
 /// x [P, in] sorted by expert, weight [E, out, in], bias [E, out] or undefined, counts [E] with sum P -> [P, out]: row
@@ -18,5 +20,14 @@ torch::Tensor grouped_linear(const torch::Tensor& x, const torch::Tensor& weight
 torch::Tensor grouped_swiglu(const torch::Tensor& x, const torch::Tensor& tokens, const torch::Tensor& gates,
                              const std::vector<int64_t>& counts, const torch::Tensor& gate, const torch::Tensor& up,
                              const torch::Tensor& down);
+
+/// grouped_swiglu in two halves, for experts that are not in memory together; without a graph, and bit for bit the
+/// same. The outputs of the pairs of some experts, tokens [P'] and counts (0 for the others), out of `all` counts, in
+/// any split; then, of all pairs in their order [P, d], the sum.
+torch::Tensor swiglu_outputs(const torch::Tensor& x, const torch::Tensor& tokens, const torch::Tensor& gates,
+                             const std::vector<int64_t>& counts, const std::vector<int64_t>& all,
+                             const std::vector<SwigluMatrices>& matrices);
+torch::Tensor swiglu_sum(const torch::Tensor& x, const torch::Tensor& outputs, const torch::Tensor& tokens,
+                         const torch::Tensor& gates, const std::vector<int64_t>& counts);
 
 }  // namespace moiety

@@ -13,7 +13,7 @@ torch::Tensor mix(Router& router, Experts& experts, const torch::Tensor& x, cons
     routing = limit_capacity(routing, router.experts(),
                              expert_capacity(x.size(0), routing.experts.size(1), router.experts(), capacity_factor));
   const Dispatch dispatch = Dispatch::of(routing, experts.count(), expert_map);
-  auto y = experts.mix(x, dispatch);
+  auto y = experts.mix_in(x, dispatch, pass);
   if (pass.trace) {
     Trace::Record record{.site = site, .routing = routing, .input = {}, .output = {}, .real = {}};
     if (pass.trace->keep_inputs) record.input = x;

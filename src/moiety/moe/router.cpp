@@ -132,16 +132,7 @@ Routing route_rows(const torch::Tensor& logits, const TopKRouterOptions& o, cons
 
 }  // namespace
 
-Routing TopKRouter::route(const torch::Tensor& x, const Site& site, Pass& pass) {
-  Routing r;
-  r.logits = projection(x.to(torch::kFloat32));
-  if (!pass.training && pass.edits.empty() && options.groups <= 1 && x.size(0) <= 64 && r.logits.is_cpu() &&
-      may_shorten({r.logits, choice_bias}))
-    return route_rows(r.logits.contiguous(), options,
-                      choice_bias.defined() ? choice_bias.const_data_ptr<float>() : nullptr);
-  edit_logits(r.logits, site, pass);
-  r.scores = options.scoring == Scoring::sigmoid ? torch::sigmoid(r.logits) : torch::softmax(r.logits, -1);
-  edit_scores(r.scores, site, pass);
+void TopKRouter::choose(Routing& r) const {
   auto by = r.scores;
   if (choice_bias.defined()) by = by + choice_bias;
   if (options.groups > 1) by = inside_groups(by, options);
@@ -153,6 +144,30 @@ Routing TopKRouter::route(const torch::Tensor& x, const Site& site, Pass& pass) 
     r.gates = r.gates / sum;
   }
   if (options.scale != 1.0) r.gates = r.gates * options.scale;
+}
+
+Routing TopKRouter::decide(const torch::Tensor& logits) const {
+  if (options.groups <= 1 && logits.is_cpu() && logits.scalar_type() == torch::kFloat32)
+    return route_rows(logits.contiguous(), options,
+                      choice_bias.defined() ? choice_bias.const_data_ptr<float>() : nullptr);
+  Routing r;
+  r.logits = logits;
+  r.scores = options.scoring == Scoring::sigmoid ? torch::sigmoid(logits) : torch::softmax(logits, -1);
+  choose(r);
+  return r;
+}
+
+Routing TopKRouter::route(const torch::Tensor& x, const Site& site, Pass& pass) {
+  Routing r;
+  r.logits = projection(x.to(torch::kFloat32));
+  if (!pass.training && pass.edits.empty() && options.groups <= 1 && x.size(0) <= 64 && r.logits.is_cpu() &&
+      may_shorten({r.logits, choice_bias}))
+    return route_rows(r.logits.contiguous(), options,
+                      choice_bias.defined() ? choice_bias.const_data_ptr<float>() : nullptr);
+  edit_logits(r.logits, site, pass);
+  r.scores = options.scoring == Scoring::sigmoid ? torch::sigmoid(r.logits) : torch::softmax(r.logits, -1);
+  edit_scores(r.scores, site, pass);
+  choose(r);
   r = finish(std::move(r), site, pass);
   if (bias_rate_ > 0.0 && pass.training && !pass.recomputing) {
     const torch::NoGradGuard frozen;

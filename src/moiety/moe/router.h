@@ -69,6 +69,8 @@ class TopKRouter : public Router, public Scheduled {
   void before_step(int64_t step, int64_t steps) override;
   std::vector<torch::Tensor> counts() override;
   void after_step() override;
+  /// What route() makes of logits [N, E] f32 where nobody edits them.
+  Routing decide(const torch::Tensor& logits) const;
   /// From now on the bias is updated. Error: a router without a bias, a rate that is no number above 0.
   void set_bias_rate(double rate);
 
@@ -80,6 +82,8 @@ class TopKRouter : public Router, public Scheduled {
   bool balance_by_scores() const override { return options.scoring == Scoring::sigmoid || choice_bias.defined(); }
 
  private:
+  void choose(Routing& r) const;  // experts and gates from the scores
+
   double bias_rate_ = 0.0;
   torch::Tensor load_;  // [E] choices of real tokens since the step began
 };

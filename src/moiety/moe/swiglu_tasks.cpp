@@ -25,11 +25,15 @@ struct Piece {
   int64_t expert, begin, rows;
 };
 
-// The rows of every expert in pieces of nearly equal size.
-std::vector<Piece> pieces_of(const std::vector<int64_t>& counts) {
-  int64_t pairs = 0, begin = 0;
+int64_t rows_of_a_piece(const std::vector<int64_t>& counts) {
+  int64_t pairs = 0;
   for (const int64_t c : counts) pairs += c;
-  const int64_t most = std::clamp(pairs / (8 * at::get_num_threads()), kFewRows, kManyRows);
+  return std::clamp(pairs / (8 * at::get_num_threads()), kFewRows, kManyRows);
+}
+
+// The rows of every expert in pieces of nearly equal size.
+std::vector<Piece> pieces_of(const std::vector<int64_t>& counts, int64_t most) {
+  int64_t begin = 0;
   std::vector<Piece> pieces;
   for (size_t e = 0; e < counts.size(); ++e) {
     const int64_t parts = (counts[e] + most - 1) / most;
@@ -40,6 +44,10 @@ std::vector<Piece> pieces_of(const std::vector<int64_t>& counts) {
     begin += counts[e];
   }
   return pieces;
+}
+
+std::vector<Piece> pieces_of(const std::vector<int64_t>& counts) {
+  return pieces_of(counts, rows_of_a_piece(counts));
 }
 
 // What is between the products of one piece: h (weighted), dg and du from t; dg takes t's place.
@@ -79,6 +87,23 @@ bool runs_as_tasks(const SwigluInputs& in) {
   if (!in.x.device().is_cpu() || (type != torch::kFloat32 && type != torch::kBFloat16)) return false;
   if (in.gates.scalar_type() != torch::kFloat32 || !in.x.is_contiguous()) return false;
   return static_cast<int64_t>(pieces_of(in.counts).size()) >= 2 * at::get_num_threads();
+}
+
+Tensor swiglu_tasks_outputs(const Tensor& x, const Tensor& tokens, const std::vector<int64_t>& counts,
+                            const std::vector<int64_t>& all, const std::vector<SwigluMatrices>& matrices) {
+  const auto pieces = pieces_of(counts, rows_of_a_piece(all));
+  const auto options = x.options().requires_grad(false);
+  auto outputs = torch::empty({tokens.size(0), x.size(1)}, options);
+  run_tasks(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
+    const auto [e, begin, n] = pieces[static_cast<size_t>(i)];
+    const SwigluMatrices& m = matrices[static_cast<size_t>(e)];
+    const auto at = tokens.narrow(0, begin, n);
+    const auto g = torch::empty({n, m.gate.size(0)}, options), u = torch::empty_like(g);
+    multiply(g, {x, false, at}, {m.gate, true});
+    multiply(u, {x, false, at}, {m.up, true});
+    multiply(outputs.narrow(0, begin, n), {at::silu(g).mul_(u)}, {m.down, true});
+  });
+  return outputs;
 }
 
 Tensor swiglu_tasks_forward(const SwigluInputs& in, const Tensor& g, const Tensor& u) {

@@ -21,6 +21,16 @@ struct SwigluGradients {
 /// Whether there are tasks enough for all threads: f32 or bf16 on the CPU, many rows or many experts.
 bool runs_as_tasks(const SwigluInputs& in);
 
+/// The matrices of one expert: gate and up [f, d], down [d, f].
+struct SwigluMatrices {
+  torch::Tensor gate, up, down;
+};
+/// The outputs of the pairs of some experts [P', d], as swiglu_tasks_forward computes them when all experts are there:
+/// `counts` are those of these experts, 0 for others, `all` those of all; tokens [P'].
+torch::Tensor swiglu_tasks_outputs(const torch::Tensor& x, const torch::Tensor& tokens,
+                                   const std::vector<int64_t>& counts, const std::vector<int64_t>& all,
+                                   const std::vector<SwigluMatrices>& matrices);
+
 /// -> [N, d]. g and u [P, f] are filled with what gate and up gave when they are defined.
 torch::Tensor swiglu_tasks_forward(const SwigluInputs& in, const torch::Tensor& g, const torch::Tensor& u);
 

@@ -130,12 +130,21 @@ LinearImpl::LinearImpl(const TensorView& blocks, torch::Tensor b)
   if (b.defined()) bias = register_parameter("bias", b, b.requires_grad());
 }
 
+bool LinearImpl::packs() const {
+  return blocks_ && !exact && can_pack(blocks_->format);
+}
+
+bool LinearImpl::pack() {
+  if (streamed || !packs()) return false;
+  std::call_once(pack_once_, [&] { packed_ = std::make_shared<const PackedMatrix>(*blocks_); });
+  return true;
+}
+
 const PackedMatrix* LinearImpl::packed_for(const torch::Tensor& x) {
   if (!blocks_ || exact || !x.device().is_cpu()) return nullptr;
   if (!may_shorten({x})) return nullptr;
-  if (!can_pack(blocks_->format)) return nullptr;
-  std::call_once(pack_once_, [&] { packed_ = std::make_shared<const PackedMatrix>(*blocks_); });
-  return packed_.get();
+  if (streamed) return place_ ? place_->packed.get() : nullptr;
+  return pack() ? packed_.get() : nullptr;
 }
 
 namespace {
@@ -199,19 +208,29 @@ std::vector<torch::Tensor> apply_all(std::initializer_list<Linear> matrices, con
 
 torch::Tensor LinearImpl::forward(const torch::Tensor& x) {
   check_width(*this, x);
-  if (!blocks_)
-    return at::linear(x, cast(weight, x.scalar_type()), bias.defined() ? cast(bias, x.scalar_type()) : bias);
+  const auto plain = [&](const torch::Tensor& w) {
+    return at::linear(x, cast(w, x.scalar_type()), bias.defined() ? cast(bias, x.scalar_type()) : bias);
+  };
+  if (!blocks_) return plain(weight);
   if (const PackedMatrix* packed = packed_for(x))
     return finished(*this, times_packed({&packed, 1}, x)[0], x.scalar_type());
+  if (streamed) {
+    check(place_ != nullptr, "'{}' stays on disk and is not in memory now", blocks_->name);
+    check(!place_->packed, "'{}' is streamed from disk in a form that only computes without a gradient", blocks_->name);
+    if (place_->weight.defined()) return plain(place_->weight);
+  } else if (!is_block(blocks_->format)) {
+    return plain(as_tensor(*blocks_));
+  }
+  const auto& blocks = streamed ? place_->blocks : blocks_;
   auto shape = x.sizes().vec();
   shape.back() = out_;
   const auto flat = cast(x.reshape({-1, in_}), torch::kFloat32);
   const bool graph = torch::GradMode::is_enabled() && x.requires_grad();
   const bool rounded = !exact && may_shorten({x}) && flat.device().is_cpu() &&
                        (flat.size(0) <= kKernelRows || current == BlockArithmetic::rounded);
-  auto y = graph     ? FrozenMatmul::apply(flat, c10::make_intrusive<Blocks>(blocks_))
-           : rounded ? times_kernel(flat, *blocks_)
-                     : times_transposed(flat, *blocks_);
+  auto y = graph     ? FrozenMatmul::apply(flat, c10::make_intrusive<Blocks>(blocks))
+           : rounded ? times_kernel(flat, *blocks)
+                     : times_transposed(flat, *blocks);
   if (bias.defined()) y = y + cast(bias, torch::kFloat32);
   return cast(y.view(shape), x.scalar_type());
 }

@@ -23,8 +23,8 @@ class LinearImpl : public torch::nn::Module {
   LinearImpl(int64_t in, int64_t out, bool bias = false);
   /// Over a given float tensor [out, in].
   explicit LinearImpl(torch::Tensor weight, torch::Tensor bias = {});
-  /// A frozen block-quantized matrix over a mapped file; nothing is copied.
-  explicit LinearImpl(const TensorView& blocks, torch::Tensor bias = {});
+  /// A frozen matrix over a mapped file, blocks or plain; nothing is copied.
+  explicit LinearImpl(const TensorView& mapped, torch::Tensor bias = {});
 
   /// x [..., in] -> [..., out], in x's dtype.
   torch::Tensor forward(const torch::Tensor& x);
@@ -35,7 +35,21 @@ class LinearImpl : public torch::nn::Module {
 
   int64_t in() const { return in_; }
   int64_t out() const { return out_; }
-  bool quantized() const { return blocks_ != nullptr; }
+  bool quantized() const { return blocks_ != nullptr && is_block(blocks_->format); }
+  /// The mapped matrix; null when it is a float tensor of its own.
+  const TensorView* mapped() const { return blocks_.get(); }
+  /// A copy of a streamed matrix in memory, in the form that computes: one of these is set.
+  struct Place {
+    std::shared_ptr<const TensorView> blocks;
+    std::shared_ptr<const PackedMatrix> packed;
+    torch::Tensor weight;
+  };
+  /// Products read the matrix from here until the next call; null: from nowhere. Whoever streams it sets `streamed`.
+  void put(std::shared_ptr<const Place> place) { place_ = std::move(place); }
+  /// The matrix is in memory only while it has a place: products without one are an Error, the mapped file is not read.
+  bool streamed = false;
+  /// Blocks only: packs the matrix now where products would; whether it is packed.
+  bool pack();
   /// The blocks packed for products, made on first use by one of the threads that ask; null where products of x run
   /// otherwise: float weights, `exact`, a graph to be built, another device, a format or machine without such products.
   const PackedMatrix* packed_for(const torch::Tensor& x);
@@ -50,6 +64,9 @@ class LinearImpl : public torch::nn::Module {
   std::shared_ptr<const TensorView> blocks_;
   std::once_flag pack_once_;
   std::shared_ptr<const PackedMatrix> packed_;
+  std::shared_ptr<const Place> place_;
+
+  bool packs() const;
 };
 TORCH_MODULE(Linear);
 

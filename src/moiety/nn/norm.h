@@ -19,6 +19,7 @@ class RmsNorm : public Norm {
  public:
   RmsNorm(torch::Tensor weight, double eps, double offset = 0.0);
   torch::Tensor forward(const torch::Tensor& x) override;
+  torch::Tensor scale() const { return weight.to(torch::kFloat32) + offset_; }  ///< [d]: offset + w
   torch::Tensor weight;  ///< [d]
 
  private:

@@ -53,12 +53,16 @@ PackedMatrix::PackedMatrix(const TensorView& blocks)
     : format_(blocks.format), rows_(blocks.shape.at(0)), cols_(blocks.shape.at(1)) {
   check(can_pack(format_), "this machine has no products for packed rows of {}", info(format_).name);
   const int64_t bytes = packed_group_bytes(format_, cols_);
-  data_ = piece(static_cast<size_t>(bytes * groups()));
+  const auto to = piece(static_cast<size_t>(bytes * groups()));
+  data_ = to;
   at::parallel_for(0, groups(), std::max<int64_t>(1, (1 << 18) / bytes), [&](int64_t first, int64_t last) {
     for (int64_t g = first; g < last; ++g)
-      pack_group(format_, blocks.data.data(), rows_, cols_, g, data_.get() + g * bytes);
+      pack_group(format_, blocks.data.data(), rows_, cols_, g, to.get() + g * bytes);
   });
 }
+
+PackedMatrix::PackedMatrix(Format format, int64_t rows, int64_t cols, const std::byte* packed)
+    : format_(format), rows_(rows), cols_(cols), data_(std::shared_ptr<void>(), packed) {}
 
 int64_t PackedMatrix::bytes() const {
   return groups() * packed_group_bytes(format_, cols_);

@@ -13,6 +13,8 @@ class PackedMatrix {
  public:
   /// Packs a mapped matrix [rows, cols], on all threads. Error: can_pack says no.
   explicit PackedMatrix(const TensorView& blocks);
+  /// Over memory that holds the groups already and outlives this.
+  PackedMatrix(Format format, int64_t rows, int64_t cols, const std::byte* packed);
   Format format() const { return format_; }
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
@@ -23,7 +25,7 @@ class PackedMatrix {
  private:
   Format format_;
   int64_t rows_, cols_;
-  std::shared_ptr<std::byte> data_;  // a piece of a block of memory that several matrices share
+  std::shared_ptr<const std::byte> data_;  // a piece of a block of memory that several matrices share
 };
 
 /// y [x.size(), stride] = x times the matrix, transposed.

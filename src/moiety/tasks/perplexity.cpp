@@ -75,7 +75,8 @@ PerplexityResult perplexity_of_ids(CausalModel& model, std::vector<int64_t> ids,
   const int64_t lead = !llama && bos >= 0 ? 1 : 0;  // BOS stands before the window's tokens
   int64_t widest = 0;
   for (const auto& w : windows) widest = std::max(widest, w.end - w.begin + lead);
-  const int64_t rows = rows_that_fit(model, widest, options.batch_size);
+  // Decoding has one sequence.
+  const int64_t rows = options.stepwise ? 1 : rows_that_fit(model, widest, options.batch_size);
   const auto device = model.parameters().empty() ? torch::Device(torch::kCPU) : model.parameters().front().device();
 
   PerplexityResult result;
@@ -95,7 +96,7 @@ PerplexityResult perplexity_of_ids(CausalModel& model, std::vector<int64_t> ids,
       std::fill_n(mask.data_ptr<bool>() + r * widest, w.end - w.begin + lead, true);
       first = std::min(first, w.first - w.begin + lead - 1);
     }
-    const auto scores = score_tokens(model, batch.to(device), mask.to(device), first);
+    const auto scores = score_tokens(model, batch.to(device), mask.to(device), first, false, options.stepwise);
     for (int64_t r = 0; r < n; ++r) {
       const auto& w = windows[from + r];
       const float* logprob = scores.logprob.data_ptr<float>() + r * (widest - 1);

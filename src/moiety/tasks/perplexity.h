@@ -28,6 +28,7 @@ struct PerplexityOptions {
   int64_t stride = 0;                                     ///< sliding only; 0: context / 2
   int64_t batch_size = 8;                                 ///< windows at a time; fewer when their logits would not fit
   int64_t limit_tokens = 0;                               ///< use only the first tokens of each text; 0: all
+  bool stepwise = false;  ///< one token at a time, as decoding does, instead of a window at once
 };
 
 /// Sequence tokens[begin, end), of which [first, end) are scored.

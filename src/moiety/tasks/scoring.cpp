@@ -9,13 +9,27 @@
 namespace moiety {
 
 TokenScores score_tokens(CausalModel& model, const torch::Tensor& ids, const torch::Tensor& mask, int64_t first,
-                         bool greedy) {
+                         bool greedy, bool stepwise) {
   check(ids.dim() == 2 && ids.size(1) >= 2, "scoring needs ids [batch, tokens] with at least two tokens");
   torch::NoGradGuard no_grad;
   const int64_t batch = ids.size(0), tokens = ids.size(1) - 1;
-  Pass pass;
-  if (mask.defined() && !mask.all().item<bool>()) pass.mask = mask.narrow(1, 0, tokens);
-  const torch::Tensor logits = model.forward(ids.narrow(1, 0, tokens), pass);
+  const bool padded = mask.defined() && !mask.all().item<bool>();
+  torch::Tensor logits;
+  if (stepwise) {
+    auto cache = model.make_cache();
+    std::vector<torch::Tensor> steps;
+    for (int64_t t = 0; t < tokens; ++t) {
+      Pass pass;
+      pass.cache = &cache;
+      if (padded) pass.mask = mask.narrow(1, t, 1);
+      steps.push_back(model.forward(ids.narrow(1, t, 1), pass));
+    }
+    logits = torch::cat(steps, 1);
+  } else {
+    Pass pass;
+    if (padded) pass.mask = mask.narrow(1, 0, tokens);
+    logits = model.forward(ids.narrow(1, 0, tokens), pass);
+  }
   const torch::Tensor targets = ids.narrow(1, 1, tokens).to(logits.device());
   TokenScores out{torch::zeros({batch, tokens}), torch::zeros({batch, tokens}, torch::kBool)};
   // Pieces: log-softmax of the whole would need the memory of the logits once more.

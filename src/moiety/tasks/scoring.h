@@ -15,9 +15,10 @@ struct TokenScores {
 };
 
 /// ids [B, T] int64 (T >= 2); mask [B, T] bool, false for padding behind a row's tokens, or undefined. Only targets
-/// from column `first` on (0: all) are scored. Results are on the CPU. No gradients.
+/// from column `first` on (0: all) are scored. `stepwise`: tokens are fed one by one, as decoding does. Results are on
+/// the CPU. No gradients.
 TokenScores score_tokens(CausalModel& model, const torch::Tensor& ids, const torch::Tensor& mask = {},
-                         int64_t first = 0, bool greedy = false);
+                         int64_t first = 0, bool greedy = false, bool stepwise = false);
 
 /// How many rows of `tokens` tokens keep the logits of one batch below about 1 GiB, at least 1 and at most `wanted`.
 int64_t rows_that_fit(const CausalModel& model, int64_t tokens, int64_t wanted);
