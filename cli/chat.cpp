@@ -1,5 +1,6 @@
 // moiety chat: a conversation at the terminal, or a scripted one from a pipe.
 
+#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <iostream>
@@ -39,6 +40,7 @@ struct Options {
   OffloadArguments offload;
   std::string system, chat_template, arguments, load;
   bool render = false, stats = false;
+  int64_t context = 0;
 };
 
 Json load_conversation(const std::string& path) {
@@ -63,7 +65,7 @@ class Chat {
         open_(std::move(open)),
         defaults_(GenerationDefaults::of(*open_.checkpoint, *open_.tokenizer)),
         format_(open_.tokenizer, o.chat_template, arguments(o)),
-        session_(open_.model, open_.start({.context = open_.model->context_length()})),
+        session_(open_.model, open_.start({.context = planned()})),
         generator_(open_.tokenizer, defaults_.eos) {
     base_.sampler = o.decode.sampler(defaults_);
     base_.max_tokens = o.decode.max_tokens.value_or(defaults_.max_new_tokens.value_or(1024));
@@ -181,6 +183,14 @@ class Chat {
   void answer() {
     Request request = base_;
     request.prompt = format_.encode(messages_);
+    if (open_.offload) {
+      const int64_t room = planned() - static_cast<int64_t>(request.prompt.size());
+      check(room > 0,
+            "the conversation has {} tokens, and memory was planned for {}: /reset starts anew, --context plans "
+            "for more",
+            request.prompt.size(), planned());
+      request.max_tokens = request.max_tokens < 0 ? room : std::min(room, request.max_tokens);
+    }
     request.seed = o_.decode.seed + answers_++;
     InterruptGuard::clear();
     const auto done = generator_.run(session_, {request}, [&](const Piece& piece) {
@@ -209,6 +219,12 @@ class Chat {
       if (open_.offload) std::cerr << open_.offload->summary() << "\n";
     }
     messages_.push_back({{"role", "assistant"}, {"content", done[0].text}});
+  }
+
+  // Tokens of conversation that the cache may hold.
+  int64_t planned() const {
+    const int64_t most = open_.model->context_length();
+    return std::min<int64_t>(most, o_.context > 0 ? o_.context : open_.offload ? 2048 : most);
   }
 
   const Options& o_;
@@ -267,6 +283,10 @@ const Register registered{{
       app.add_option("--load", o->load, "Continue a conversation that /save wrote");
       o->decode.add(app);
       o->offload.add(app);
+      app.add_option(
+             "--context", o->context,
+             "With experts on disk: tokens of conversation that memory is planned for (2048, or the model's limit)")
+          ->check(CLI::PositiveNumber);
       app.add_flag("--render", o->render,
                    "Only print the text the model would see for the message on the standard input (or of --load)");
       app.add_flag("--stats", o->stats, "Print times and speeds after each answer on the standard error");

@@ -113,7 +113,10 @@ int run(const Options& o) {
                   .rows = static_cast<int64_t>(requests.size())});
   Session session(open.model, chunk);
   Generator generator(open.tokenizer, defaults.eos);
+  bool first = true;
   const auto completions = generator.run(session, requests, [&](const Piece& piece) {
+    if (first && open.offload) open.offload->mark();
+    first = false;
     if (live && !piece.text.empty()) {
       print(piece.text);
       std::fflush(stdout);

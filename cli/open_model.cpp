@@ -14,8 +14,10 @@ OpenModel open_causal(const Common& common, bool tokenizer, const OffloadArgumen
   const auto start = std::chrono::steady_clock::now();
   if (offload.on())
     check(common.device == "cpu", "experts on disk are computed on the CPU: use --device cpu");
-  else if (!offload.memory.empty())
-    parse_memory(offload.memory);
+  else
+    check(offload.memory.empty(),
+          "--memory decides which experts stay on disk, and --offload none keeps all in memory: "
+          "give one of them");
   const OffloadOptions options = offload.on() ? offload.options() : OffloadOptions();
   // Every token asks for the same large blocks again; where memory is scarce they go back in between.
   if (!offload.on()) keep_freed_memory();

@@ -43,4 +43,11 @@ run moiety eval $smollm --text "$text" --context 512
 heading 'A sentence encoder: MiniLM tells what means the same'
 run moiety embed $minilm --similarity --text 'A man is eating food.' --text 'Someone has a meal.' --text 'The stock market fell.'
 
+heading 'A mixture larger than the memory it may have: experts stay on disk, and are read when a token needs them'
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+cd "$scratch"
+run moiety make-model --family mixtral --params 600M --experts 32 --top-k 4 --format q8_0 -o mixture.gguf -q
+run moiety bench mixture.gguf -p 0 -n 32 -r 1 --memory 480MiB --offload hobbit --t1 1 --t2 1
+
 printf '\n%sdemo: done in %d s%s\n' "$bold" $((SECONDS - start)) "$plain"

@@ -166,7 +166,30 @@ def speed():
     return lines
 
 
-PARTS = {"systems": systems, "speed": speed, "perplexity": perplexity, "parity": parity, "load": load_time, "moe": moe_layer, "train": train_step}
+def offload():
+    record = load("results/offload.json")
+    if not record:
+        return ["Not measured yet: `python3 bench/offload.py --write`."]
+    disk = record["disk_bytes_per_second"]
+    lines = ["| run | tokens/s | experts in memory | of the disk's limit | at most resident | lossless |", "| --- | --- | --- | --- | --- | --- |"]
+    for name, r in record["runs"].items():
+        if "error" in r:
+            lines.append(f"| {name} | {r['error']} |  |  |  |  |")
+            continue
+        lossless = "yes" if r["lossless"] else f"no: {100 * r['altered_share']:.1f} % in low precision or left out"
+        lines.append(f"| {name} | {r['tokens_per_second']:.2f} | {100 * r['hit_rate']:.1f} % | {100 * r['of_disk']:.0f} % | {r['peak_resident'] / 2**20:.0f} MiB | {lossless} |")
+    peer = record["llama_cpp"]
+    if peer:
+        lines.append(f"| llama.cpp, mapped file | {peer['error'] if 'error' in peer else format(peer['tokens_per_second'], '.2f')} |  |  |  | yes |")
+    best = max((r["tokens_per_second"] for r in record["runs"].values() if r.get("lossless")), default=0.0)
+    against = f" The fastest lossless run is {best / peer['tokens_per_second']:.1f} times as fast as llama.cpp." if peer and "tokens_per_second" in peer and best else ""
+    lines += ["", f"{record['model']}, {record['bytes'] / 1e9:.2f} GB: {record['times']:.1f} times the {record['memory'] / 2**20:.0f} MiB that a control group allows; "
+              f"{record['tokens']} tokens behind a short prompt, {record['threads']} threads, the file not in the page cache at first. The disk reads {disk * 1e-6:.0f} MB/s; "
+              f"its limit is the time that the bytes of all misses take at that speed.{against} {'Llama-cpp-python ' + peer['version'] + '; ' if peer and 'version' in peer else ''}{where(record)}."]
+    return lines
+
+
+PARTS = {"systems": systems, "offload": offload, "speed": speed, "perplexity": perplexity, "parity": parity, "load": load_time, "moe": moe_layer, "train": train_step}
 
 
 def render(text, name):
@@ -188,7 +211,7 @@ def main():
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     stale = 0
-    for name in ["README.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs/systems").glob("*.md")))]:
+    for name in ["README.md", "docs/offload.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs/systems").glob("*.md")))]:
         old = (ROOT / name).read_text(encoding="utf-8")
         new = render(old, name)
         if new != old and args.check:

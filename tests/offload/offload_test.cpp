@@ -10,6 +10,7 @@
 
 #include "message_of.h"
 #include "moiety/base/files.h"
+#include "moiety/base/random.h"
 #include "moiety/io/checkpoint_writer.h"
 #include "moiety/models/model.h"
 #include "moiety/models/random_checkpoint.h"

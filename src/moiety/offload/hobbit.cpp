@@ -30,7 +30,8 @@ void HobbitConfig::fields(Fields& f) {
   f("lookahead", lookahead, "layers whose experts are guessed ahead; 0: none").min(0).max(64);
   f("weights", weights,
     "of the cache's priority: auto (MODEL.hobbit.json, or 0.25 each), or lru, lfu, lhu and fld, that add up to 1");
-  f("input", input, "what later routers are given: the running router's input, or that input under their own norm")
+  f("prefetch_input", input,
+    "what later routers are given: the running router's input, or that input under their own norm")
       .choices({"router", "renorm"});
 }
 

@@ -11,6 +11,10 @@
 #include <fstream>
 #include <set>
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 #include "moiety/base/error.h"
 #include "moiety/base/text.h"
 #include "moiety/io/mapped_file.h"
@@ -245,28 +249,41 @@ Demand demand_of(const Dispatch& d, int64_t rows, int64_t layer, int64_t token) 
 }
 
 StackedRouters::StackedRouters(std::vector<Layer> layers, bool renorm) : layers_(std::move(layers)), renorm_(renorm) {
-  if (!renorm) return;
-  for (size_t l = 0; l < layers_.size(); ++l)
-    check(layers_[l].norm.defined(),
-          "input = renorm needs an RMS norm in front of every mixture, which layer {} does not have", l);
+  std::vector<Tensor> all;
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    check(!renorm || layers_[l].norm.defined(),
+          "prefetch_input = renorm needs an RMS norm in front of every mixture, which layer {} does not have", l);
+    all.push_back(layers_[l].weight);
+  }
+  if (all.empty()) return;
+  stack_ = torch::cat(all);
+  // Rows of one tensor: what a look ahead multiplies by lies side by side.
+  int64_t begin = 0;
+  for (Layer& layer : layers_) {
+    layer.weight = stack_.narrow(0, begin, layer.weight.size(0));
+    begin_.push_back(begin);
+    begin += layer.weight.size(0);
+  }
+  begin_.push_back(begin);
 }
 
-const Tensor& StackedRouters::stack(int64_t first, int64_t last) {
-  Tensor& known = stacks_[{first, last}];
-  if (known.defined()) return known;
+Tensor StackedRouters::stack(int64_t first, int64_t last) const {
+  const int64_t begin = begin_.at(static_cast<size_t>(first)), end = begin_.at(static_cast<size_t>(last) + 1);
+  const auto rows = stack_.narrow(0, begin, end - begin);
+  if (!renorm_) return rows;
+  // An RMS norm only scales: the next one makes x / norm * norm' of the same state.
   std::vector<Tensor> all;
+  const Tensor& now = layers_.at(static_cast<size_t>(first - 1)).norm;
   for (int64_t l = first; l <= last; ++l) {
-    const Layer& layer = layers_.at(static_cast<size_t>(l));
-    // An RMS norm only scales: the next one makes x / norm * norm' of the same state.
-    all.push_back(renorm_ ? layer.weight * (layer.norm / layers_.at(static_cast<size_t>(first - 1)).norm)
-                          : layer.weight);
+    const Layer& layer = layers_[static_cast<size_t>(l)];
+    all.push_back(layer.weight * (layer.norm / now).to(layer.weight.scalar_type()));
   }
-  return known = torch::cat(all);
+  return torch::cat(all);
 }
 
 std::vector<Demand> StackedRouters::route(const Tensor& x, int64_t first, int64_t last) {
   const torch::NoGradGuard frozen;
-  const auto& weight = stack(first, last);
+  const auto weight = stack(first, last);
   const auto logits = at::matmul(x.to(weight.scalar_type()), weight.t());
   std::vector<Demand> out;
   int64_t begin = 0;
@@ -425,9 +442,22 @@ std::shared_ptr<Offload> Offload::attach(CausalModel& causal, const Checkpoint& 
     const bool silu = (model->parsed.act == "silu" || model->parsed.act == "swish") && !model->parsed.moe.clamped;
     s.mixture->experts = std::make_shared<OffloadedExperts>(s.experts, out, static_cast<int64_t>(l), silu);
   }
-  out->routers_ = std::make_shared<StackedRouters>(std::move(routers), options.settings.value("input", "") == "renorm");
+  out->routers_ =
+      std::make_shared<StackedRouters>(std::move(routers), options.settings.value("prefetch_input", "") == "renorm");
   keep_resident(*model);
 
+  out->warm_ = [model, self = out.get()] {
+    const torch::NoGradGuard frozen;
+    self->warming_ = true;
+    auto cache = model->make_cache();
+    for (const int64_t tokens : {int64_t{16}, int64_t{1}}) {
+      Pass pass;
+      pass.cache = &cache;
+      pass.last_logits_only = true;
+      model->forward(torch::zeros({1, tokens}, torch::kInt64), pass);
+    }
+    self->warming_ = false;
+  };
   const DecoderConfig c = model->parsed;
   const int64_t top_k = setup.top_k, element = model->dtype() == torch::kBFloat16 ? 2 : 4;
   out->needs_ = [c, top_k, element](const OffloadWork& w) {
@@ -482,6 +512,11 @@ Offload::~Offload() = default;
 void Offload::start(const OffloadWork& work) {
   check(!store_, "the experts' store runs already");
   MemoryPlan plan = needs_(work);
+  // Code and threads come into memory when they are first used: before what is resident is counted.
+  if (warm_) warm_();
+#if defined(__GLIBC__)
+  ::malloc_trim(0);
+#endif
   const bool low = policy_->uses_low();
   plan.budget = options_.memory;
   plan.base = resident_bytes();
@@ -527,6 +562,7 @@ ExpertStore& Offload::store() const {
 
 nlohmann::ordered_json Offload::report() const {
   nlohmann::ordered_json out = stats().json();
+  if (mark_) out["decode"] = stats().since(*mark_).json();
   out["policy"] = policy_->settings();
   out["memory"] = plan_.json();
   out["memory"]["peak_resident"] = peak_resident_bytes();
@@ -588,6 +624,7 @@ Tensor OffloadedExperts::forward(const Tensor&, const std::vector<int64_t>&) {
 
 Tensor OffloadedExperts::mix_in(const Tensor& x, const Dispatch& d, const Pass& pass) {
   check(may_shorten({x, d.gates}), "experts on disk compute no gradients");
+  if (offload_->warming_) return torch::zeros_like(x);
   const int64_t rows = x.size(0), tokens = pass.batch > 0 ? rows / pass.batch : rows;
   const int64_t past = pass.cache != nullptr ? pass.cache->length() : 0;
   ExpertStore& store = offload_->store();

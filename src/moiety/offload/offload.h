@@ -5,9 +5,9 @@
 
 #include <cstdint>
 #include <functional>
-#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -76,6 +76,8 @@ class Offload {
   void start(const OffloadWork& work);
   const MemoryPlan& plan() const { return plan_; }
   StoreStats stats() const { return store().stats(); }
+  /// From here on report() also says what happened since: behind the prompt, say.
+  void mark() { mark_ = stats(); }
   nlohmann::ordered_json report() const;
   std::string summary() const;
   ExpertStore& store() const;
@@ -92,6 +94,9 @@ class Offload {
   PolicySetup setup_;
   std::function<MemoryPlan(const OffloadWork&)> needs_;
   MemoryPlan plan_;
+  std::optional<StoreStats> mark_;
+  std::function<void()> warm_;  // a pass without experts
+  bool warming_ = false;
   std::shared_ptr<StackedRouters> routers_;
   std::unique_ptr<ExpertStore> store_;
 };
@@ -137,11 +142,12 @@ class StackedRouters {
   std::vector<Demand> route(const torch::Tensor& x, int64_t first, int64_t last);
 
  private:
-  const torch::Tensor& stack(int64_t first, int64_t last);
+  torch::Tensor stack(int64_t first, int64_t last) const;
 
   std::vector<Layer> layers_;
   bool renorm_;
-  std::map<std::pair<int64_t, int64_t>, torch::Tensor> stacks_;
+  torch::Tensor stack_;         // [L E, d]
+  std::vector<int64_t> begin_;  // rows of each layer
 };
 /// The same as a policy asks for it, for one input.
 class LookAheadFrom : public LookAhead {

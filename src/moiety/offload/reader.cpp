@@ -65,19 +65,21 @@ struct Reader::File {
 
 #if defined(MOIETY_URING)
 struct Reader::Ring {
-  io_uring ring{};
-  unsigned flying = 0;
   struct Request {
     Job::Part* part = nullptr;
-    int64_t begin = 0, bytes = 0;
-    int result = 0;
+    int64_t bytes = 0;
   };
+  io_uring ring{};
+  const bool works;  // the kernel may refuse
+  unsigned flying = 0;
   std::vector<Request> requests{kDepth};
   std::vector<size_t> free;
-  Ring() {
+  Ring() : works(io_uring_queue_init(kDepth, &ring, 0) == 0) {
     for (size_t i = 0; i < kDepth; ++i) free.push_back(i);
   }
-  ~Ring() { io_uring_queue_exit(&ring); }
+  ~Ring() {
+    if (works) io_uring_queue_exit(&ring);
+  }
 };
 #else
 struct Reader::Ring {};
@@ -102,10 +104,7 @@ Reader::Reader(const std::vector<std::filesystem::path>& files, ReadOptions opti
 #if defined(MOIETY_URING)
   if (options.uring) {
     auto ring = std::make_unique<Ring>();
-    if (io_uring_queue_init(kDepth, &ring->ring, 0) == 0)
-      ring_ = std::move(ring);
-    else
-      ring->ring.ring_fd = -1, ring.release();  // was never set up: nothing to take down
+    if (ring->works) ring_ = std::move(ring);
   }
 #endif
 }
@@ -157,7 +156,7 @@ void Reader::start(Job& job, std::vector<StoredPiece> pieces, std::byte* buffer,
       const size_t id = ring_->free.back();
       ring_->free.pop_back();
       const int64_t bytes = std::min(kRead, part.end - at);
-      ring_->requests[id] = {&part, at, bytes, 0};
+      ring_->requests[id] = {&part, bytes};
       io_uring_prep_read(sqe, file.direct >= 0 ? file.direct : file.plain, part.to + (at - part.begin),
                          static_cast<unsigned>(bytes), static_cast<uint64_t>(at));
       io_uring_sqe_set_data64(sqe, id);
@@ -219,7 +218,7 @@ std::span<const std::byte> Reader::wait(Job& job, size_t index) {
         if (result == -EINTR) continue;
         check(result == 0, "io_uring fails: {}", std::strerror(-result));
         const auto id = static_cast<size_t>(io_uring_cqe_get_data64(cqe));
-        Ring::Request& r = ring_->requests[id];
+        const Ring::Request& r = ring_->requests[id];
         --r.part->pending;
         // Short reads, interrupted ones and refusals of the file system are read again by pread, which also says what
         // is wrong.

@@ -40,6 +40,24 @@ double StoreStats::hit_rate() const {
   return all > 0.0 ? hits / all : 0.0;
 }
 
+StoreStats StoreStats::since(const StoreStats& before) const {
+  StoreStats out = *this;
+  ResidencyCounts& c = out.counts;
+  const ResidencyCounts& b = before.counts;
+  for (int64_t ResidencyCounts::*field :
+       {&ResidencyCounts::hit_high, &ResidencyCounts::hit_low, &ResidencyCounts::miss_high, &ResidencyCounts::miss_low,
+        &ResidencyCounts::skip, &ResidencyCounts::kept_out, &ResidencyCounts::guessed, &ResidencyCounts::right,
+        &ResidencyCounts::ahead, &ResidencyCounts::ahead_used, &ResidencyCounts::ahead_dropped,
+        &ResidencyCounts::ahead_cancelled, &ResidencyCounts::wanted_of_guessed, &ResidencyCounts::steps,
+        &ResidencyCounts::pairs, &ResidencyCounts::altered})
+    c.*field -= b.*field;
+  out.bytes_read -= before.bytes_read;
+  out.experts_read -= before.experts_read;
+  out.stall_seconds -= before.stall_seconds;
+  out.read_seconds -= before.read_seconds;
+  return out;
+}
+
 nlohmann::ordered_json StoreStats::json() const {
   const auto ratio = [](int64_t a, int64_t b) {
     return b > 0 ? nlohmann::ordered_json(static_cast<double>(a) / static_cast<double>(b)) : nlohmann::ordered_json();
@@ -322,9 +340,16 @@ void ExpertStore::unpack_task(Reader::Job& job, const Task& t, const std::functi
 
 void ExpertStore::read_now(const Task& t) {
   const auto start = Clock::now();
+  rethrow();
   Reader::Job job;
-  begin_task(job, t, 0);
-  unpack_task(job, t, [](size_t) {});
+  try {
+    begin_task(job, t, 0);
+    unpack_task(job, t, [](size_t) {});
+  } catch (...) {
+    reader_.settle();  // what is under way ends in memory that lives
+    failure_ = std::current_exception();
+    throw;
+  }
   const double took = seconds_since(start);
   stall_seconds_ += took;
   read_seconds_ += took;

@@ -34,6 +34,8 @@ struct StoreStats {
   /// Every expert was used as the file has it in high precision, and none left out.
   bool lossless() const { return counts.altered == 0; }
   double hit_rate() const;
+  /// What happened after `before`.
+  StoreStats since(const StoreStats& before) const;
   nlohmann::ordered_json json() const;
   std::string summary() const;  ///< some lines for people
 };
