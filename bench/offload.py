@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A mixture of four times the memory it may have: moiety's experts on disk beside llama.cpp with its mapped file, under one hard limit.
 
-    python3 bench/offload.py                      a 2.1 GB mixture (Q8_0, 32 experts, 4 a token) under 512 MiB
+    python3 bench/offload.py                      a 2.1 GB mixture (Q8_0, 32 experts, 4 a token) under 500 MiB
     python3 bench/offload.py --write              record it in results/offload.json
     python3 bench/offload.py --model m.gguf --memory 1GiB --tokens 64
 
@@ -27,7 +27,7 @@ BINARY = str(Path(os.environ.get("MOIETY_BIN", ROOT / "build/bin")) / "moiety")
 CACHE = Path(os.environ.get("MOIETY_CACHE", Path.home() / ".cache/moiety"))
 PEER = CACHE / "peer/bin/python"
 THREADS = len(os.sched_getaffinity(0))
-PROMPT = "Once upon a time"
+PROMPT = "O"
 
 
 def size_of(text):
@@ -125,7 +125,7 @@ def disk_rate(path, most=512 << 20, piece=1 << 20):
 
 def ours(model, memory, tokens, options, timeout):
     forget(model)
-    command = [BINARY, "generate", model, "-p", PROMPT, "--greedy", "--ignore-eos", "-n", str(tokens), "--memory", str(memory), "--json", "-q", *options]
+    command = [BINARY, "generate", model, "-p", PROMPT, "--temperature", "2", "--seed", "7", "--ignore-eos", "-n", str(tokens), "--memory", str(memory), "--json", "-q", *options]
     with Group(memory) as group:
         done = group.run(command, timeout)
         killed, peak = group.killed(), group.peak()
@@ -133,7 +133,7 @@ def ours(model, memory, tokens, options, timeout):
         return {"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1], "killed": killed}
     out = json.loads(done.stdout)
     s, o = out["stats"], out["offload"]
-    return {"tokens_per_second": s["decode_tokens"] / s["decode_seconds"], "decode_seconds": s["decode_seconds"], "ids": out["completions"][0]["ids"],
+    return {"tokens_per_second": (s["generated_tokens"] - 1) / s["decode_seconds"], "decode_seconds": s["decode_seconds"], "ids": out["completions"][0]["ids"],
             "peak_resident": o["memory"]["peak_resident"], "group_peak": peak, "killed": killed,
             "memory": o["memory"], "whole": {k: o[k] for k in ("bytes_read", "hit_rate")},
             **{k: o["decode"][k] for k in ("hit_rate", "lossless", "altered_share", "bytes_read", "read_seconds", "stall_seconds", "guess_precision")}}
@@ -173,7 +173,7 @@ def theirs(model, memory, tokens, timeout):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a GGUF file; otherwise one is made and kept in the cache")
-    parser.add_argument("--memory", default="512MiB", type=size_of)
+    parser.add_argument("--memory", default="500MiB", type=size_of)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--timeout", type=float, default=180)
     parser.add_argument("--write", action="store_true")

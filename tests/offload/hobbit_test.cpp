@@ -205,7 +205,7 @@ TEST(Hobbit, RefusesWhatCannotBe) {
   EXPECT_NE(make({{"weights", {{"lru", 0.5}, {"lfu", 0.6}}}}).find("add up to 1.1"), std::string::npos);
   EXPECT_NE(make({{"weights", "1,-1,0.5,0.5"}}).find("-1"), std::string::npos);
   EXPECT_NE(make({{"weights", "even"}}).find("even"), std::string::npos);
-  EXPECT_NE(make({}, false).find("--add-low-experts"), std::string::npos) << "names the command";
+  EXPECT_NE(make(nlohmann::json::object(), false).find("--add-low-experts"), std::string::npos) << "names the command";
   EXPECT_EQ(make({{"t1", 1.0}, {"t2", 1.0}}, false), "");
 }
 

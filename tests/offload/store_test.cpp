@@ -113,7 +113,7 @@ TEST(Store, ReadsTakeTheTimeThatARateGivesThem) {
   const TemporaryFolder folder;
   const auto source = std::make_shared<Bytes>(folder, 1, 4, 10000);
   const auto start = std::chrono::steady_clock::now();
-  run_all(source, {.capacity_high = 4, .read = {.rate = 1e6}}, 8);  // all four once: 120000 bytes
+  run_all(source, {.capacity_high = 4, .read = {.rate = 1e6}}, 20);  // all four once: 120000 bytes
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
   EXPECT_GE(took.count(), 0.119);
 }

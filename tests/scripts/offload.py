@@ -65,7 +65,7 @@ def main():
         refused("is no size", "generate", m, "-p", "x", "--memory", "lots")
 
         # A file that is cut short while it is used: a clear error, within a moment.
-        running = subprocess.Popen([MOIETY, "generate", m, "-p", "Once", "--ignore-eos", "-n", "4000", "--offload", "lru", "--memory", str(least + 12 * MIB)],
+        running = subprocess.Popen([MOIETY, "generate", m, "-p", "Once", "--ignore-eos", "--temperature", "2", "-n", "600", "--offload", "lru", "--memory", str(least + 60 * MIB)],
                                    text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         running.stdout.read(1)  # it generates
         os.truncate(m, Path(m).stat().st_size // 3)
@@ -75,7 +75,7 @@ def main():
         assert "of layer" in last and "m.gguf at offset" in last and "cut short" in last, last
 
         # Killed while it reads: it ends at once and leaves nothing behind.
-        running = subprocess.Popen([MOIETY, "generate", low, "-p", "Once", "--ignore-eos", "-n", "4000", "--offload", "hobbit", "--memory", str(least + 40 * MIB)],
+        running = subprocess.Popen([MOIETY, "generate", low, "-p", "Once", "--ignore-eos", "-n", "600", "--offload", "hobbit", "--memory", str(least + 80 * MIB)],
                                    text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         running.stdout.read(1)
         running.send_signal(signal.SIGTERM)

@@ -89,11 +89,13 @@ void keep_resident(Decoder& model) {
     }
     kept.push_back(data);
   }
-  for (const auto& list : {model.parameters(), model.buffers()})
-    for (const Tensor& t : list) {
+  // Norms, biases and routers, and whatever else is in plain numbers, become the process's own: nothing of it depends
+  // on the file any more, whatever happens to that.
+  const torch::NoGradGuard frozen;
+  for (auto list : {model.parameters(), model.buffers()})
+    for (Tensor& t : list) {
       if (!t.defined() || !t.device().is_cpu() || t.numel() == 0) continue;
-      const std::span<const std::byte> data(static_cast<const std::byte*>(t.const_data_ptr()), t.nbytes());
-      if (in_file(data.data())) kept.push_back(data);
+      if (in_file(static_cast<const std::byte*>(t.const_data_ptr()))) t.set_data(t.clone());
     }
   for (const auto& file : files) drop_pages(file);
   for (const auto& data : kept) read_pages(data);

@@ -46,20 +46,20 @@ void Residency::remove(Pool& pool, int64_t slot) {
 // The slot of a victim, or -1. guesses_of -1: among what nobody has pinned; else among guesses for that layer. Slots
 // that are being read are left and named in `busy`.
 int64_t Residency::evict(Pool& pool, const Moment& now, int64_t guesses_of, std::vector<int64_t>& busy) {
-  std::vector<std::pair<ExpertVersion, int64_t>> open;
-  for (size_t i = 0; i < pool.slots.size(); ++i) {
-    const Slot& s = pool.slots[i];
+  std::vector<ExpertVersion> candidates;  // ascending by layer * experts + expert
+  std::vector<int64_t> open;              // their slots
+  for (const int32_t slot : pool.where) {
+    if (slot < 0) continue;
+    const Slot& s = pool.slots[static_cast<size_t>(slot)];
     const bool guess = s.guessed && s.version.layer == guesses_of;
-    if (!s.taken || s.in_use || (guesses_of < 0 ? s.guessed : !guess)) continue;
-    open.emplace_back(s.version, static_cast<int64_t>(i));
+    if (s.in_use || (guesses_of < 0 ? s.guessed : !guess)) continue;
+    candidates.push_back(s.version);
+    open.push_back(slot);
   }
-  std::sort(open.begin(), open.end(), [&](const auto& a, const auto& b) { return flat(a.first) < flat(b.first); });
-  std::vector<ExpertVersion> candidates;
-  for (const auto& [version, slot] : open) candidates.push_back(version);
   while (!candidates.empty()) {
     const size_t chosen = policy_->victim(candidates, now);
     check(chosen < candidates.size(), "a policy chose victim {} of {}", chosen, candidates.size());
-    const int64_t slot = open[chosen].second;
+    const int64_t slot = open[chosen];
     const auto released = loader_ == nullptr ? Loader::Released::idle : loader_->release(candidates[chosen], slot);
     if (released != Loader::Released::busy) {
       if (released == Loader::Released::cancelled) ++counts_.ahead_cancelled;
