@@ -1,11 +1,14 @@
 // moiety compress: a smaller model out of one that has more than a task needs.
 #include <torch/torch.h>
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <iostream>
 #include <nlohmann/json.hpp>
 #include <optional>
 
+#include "compress.h"
 #include "moiety/analyze/routing.h"
 #include "moiety/base/error.h"
 #include "moiety/base/files.h"
@@ -15,28 +18,35 @@
 #include "moiety/offload/low_experts.h"
 #include "moiety/tasks/scoring.h"
 #include "open_model.h"
-#include "verb.h"
 
 namespace moiety::cli {
 namespace {
 
 using nlohmann::json;
 
-struct CompressArguments : Common {
-  std::string prune, low_experts, out;
+struct Registered {
+  std::string method;
+  CompressSetup setup;
+};
+std::vector<Registered>& registered() {
+  static std::vector<Registered> all;
+  return all;
+}
+
+struct PruneOptions {
+  std::string prune;
   std::vector<std::string> calibration;
   double tau = 0.01;
-  int64_t keep_at_least = 0, context = 0, batch_size = 8, limit_tokens = 0;
-  bool dry_run = false, overwrite = false;
+  int64_t keep_at_least = 0;
 };
 
-std::vector<ModuleUse> module_use(const CompressArguments& a, const OpenModel& open) {
+std::vector<ModuleUse> module_use(const CompressArguments& a, const PruneOptions& o, const OpenModel& open) {
   RoutingOptions options;
   options.context = a.context > 0 ? a.context : std::min<int64_t>(512, open.model->context_length());
   options.batch_size = a.batch_size;
   if (adds_bos(*open.tokenizer)) options.bos = *open.tokenizer->bos();
   std::vector<RoutingText> texts;
-  for (const auto& path : a.calibration) {
+  for (const auto& path : o.calibration) {
     auto ids = open.tokenizer->encode(read_text(path, int64_t{4} << 30), false);
     check(!ids.empty(), "{} gives no tokens", path);
     if (a.limit_tokens > 0 && static_cast<int64_t>(ids.size()) > a.limit_tokens)
@@ -56,20 +66,20 @@ std::vector<ModuleUse> module_use(const CompressArguments& a, const OpenModel& o
 }
 
 // Copies of experts in low precision, beside the originals.
-int run_low_experts(const CompressArguments& a) {
+int run_low_experts(const CompressArguments& a, const std::string& format) {
   const auto checkpoint = Checkpoint::open(a.model);
   std::optional<Progress> progress;
-  const auto report = add_low_experts(*checkpoint, find_format(a.low_experts)->format, a.out, a.overwrite,
-                                      [&](int64_t done, int64_t total) {
-                                        if (!progress) progress.emplace("copies", total, "byte");
-                                        progress->set(done);
-                                      });
+  const auto report =
+      add_low_experts(*checkpoint, find_format(format)->format, a.out, a.overwrite, [&](int64_t done, int64_t total) {
+        if (!progress) progress.emplace("copies", total, "byte");
+        progress->set(done);
+      });
   progress.reset();
   if (a.json) {
     std::cout << json{{"output", a.out},
-                      {"format", a.low_experts},
+                      {"format", format},
                       {"copies", report.tensors},
-                      {"in_q4_0", a.low_experts == "q4_0" ? report.tensors : report.narrow},
+                      {"in_q4_0", format == "q4_0" ? report.tensors : report.narrow},
                       {"bytes_before", report.bytes_before},
                       {"bytes", report.bytes}}
                      .dump(2)
@@ -77,18 +87,16 @@ int run_low_experts(const CompressArguments& a) {
     return 0;
   }
   fmt::print("wrote {}: {} copies of stacked experts in {}{}, {:.1f} MiB instead of {:.1f} MiB\n", a.out,
-             report.tensors, a.low_experts,
+             report.tensors, format,
              report.narrow > 0 ? fmt::format(" ({} in q4_0: their rows are no multiple of 256)", report.narrow) : "",
              static_cast<double>(report.bytes) / 1048576, static_cast<double>(report.bytes_before) / 1048576);
   return 0;
 }
 
-int run_compress(const CompressArguments& a) {
-  check(a.prune.empty() != a.low_experts.empty(), "say what to do: --prune WHAT or --add-low-experts FORMAT");
-  if (!a.low_experts.empty()) return run_low_experts(a);
-  check(!a.calibration.empty(), "--prune looks at how a text uses the modules: give --calibration FILE");
+int run_prune(const CompressArguments& a, const PruneOptions& o) {
+  check(!o.calibration.empty(), "--prune looks at how a text uses the modules: give --calibration FILE");
   const OpenModel open = open_causal(a);
-  const auto plan = plan_module_pruning(module_use(a, open), a.tau, a.keep_at_least);
+  const auto plan = plan_module_pruning(module_use(a, o, open), o.tau, o.keep_at_least);
   const auto pruned = prune_modules(open.checkpoint, plan);
   WriteOptions write;
   write.overwrite = a.overwrite;
@@ -101,7 +109,7 @@ int run_compress(const CompressArguments& a) {
     json layers = json::array();
     for (const auto& k : plan)
       layers.push_back({{"layer", k.layer}, {"site", k.site}, {"modules", k.modules}, {"keep", k.keep}});
-    std::cout << json{{"output", a.out},    {"written", !a.dry_run}, {"tau", a.tau},         {"layers", layers},
+    std::cout << json{{"output", a.out},    {"written", !a.dry_run}, {"tau", o.tau},         {"layers", layers},
                       {"modules", modules}, {"kept", kept},          {"parameters", before}, {"left", report.elements}}
                      .dump(2, ' ', false, json::error_handler_t::replace)
               << "\n";
@@ -114,31 +122,68 @@ int run_compress(const CompressArguments& a) {
   return 0;
 }
 
+CompressWay setup_prune(CLI::App& app, std::shared_ptr<const CompressArguments> a) {
+  auto o = std::make_shared<PruneOptions>();
+  app.add_option("--prune", o->prune, "What is taken out: moduleformer (modules of its mixtures)")
+      ->check(CLI::IsMember({"moduleformer"}));
+  app.add_option("--calibration", o->calibration, "Text files of the task that the model has to do (--prune)");
+  app.add_option("--tau", o->tau, "Modules stay that at least this share of the tokens chooses (--prune)")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  app.add_option("--keep-at-least", o->keep_at_least,
+                 "So many modules of every mixture stay in any case, the most frequent ones (--prune)")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  return {"--prune", [o] { return !o->prune.empty(); }, [a, o] { return run_prune(*a, *o); }};
+}
+
+const RegisterCompress prune("", setup_prune);
+
+CompressWay setup_low_experts(CLI::App& app, std::shared_ptr<const CompressArguments> a) {
+  auto format = std::make_shared<std::string>();
+  app.add_option("--add-low-experts", *format,
+                 "Write the GGUF file again with copies of its experts in this format beside them, which --offload "
+                 "hobbit reads where an expert matters less")
+      ->check(CLI::IsMember({"q4_0", "tq2_0"}));
+  return {"--add-low-experts", [format] { return !format->empty(); },
+          [a, format] { return run_low_experts(*a, *format); }};
+}
+
+const RegisterCompress low_experts("", setup_low_experts);
+
+int run_compress(const std::vector<CompressWay>& ways) {
+  std::vector<std::string> flags, asked;
+  const CompressWay* chosen = nullptr;
+  for (const auto& way : ways) {
+    flags.push_back(way.flag);
+    if (!way.asked()) continue;
+    asked.push_back(way.flag);
+    chosen = &way;
+  }
+  check(!asked.empty(), "say how the model is to become smaller: {}", fmt::join(flags, ", or "));
+  check(asked.size() == 1, "{} do not go together: one at a time", fmt::join(asked, " and "));
+  return chosen->run();
+}
+
 const Register compress({
     "compress",
-    "A smaller model: take modules out that a text does not use, or add small copies of experts",
+    "A smaller model: take out what a text does not use, give every expert its own bit width, or add small copies",
     "moiety compress tuned/last --prune moduleformer --calibration task.txt -o small\n"
+    "moiety compress model.gguf --method edgemoe --tolerance 0.02 --eval val.txt -o model.edge.gguf\n"
     "moiety compress tuned/last --prune moduleformer --tau 0.05 --keep-at-least 2 --calibration task.txt -o small\n"
     "moiety compress tuned/last --prune moduleformer --calibration task.txt -o small --dry-run --json\n"
     "moiety compress mixture.gguf --add-low-experts q4_0 -o mixture.hobbit.gguf",
     [](CLI::App& app) {
       auto a = std::make_shared<CompressArguments>();
       add_common(app, *a);
-      app.add_option("--prune", a->prune, "What is taken out: moduleformer (modules of its mixtures)")
-          ->check(CLI::IsMember({"moduleformer"}));
-      app.add_option("--add-low-experts", a->low_experts,
-                     "Write the GGUF file again with copies of its experts in this format beside them, which --offload "
-                     "hobbit reads where an expert matters less")
-          ->check(CLI::IsMember({"q4_0", "tq2_0"}));
-      app.add_option("--calibration", a->calibration, "Text files of the task that the model has to do");
-      app.add_option("-o,--output", a->out, "Folder of the new model; a GGUF file for --add-low-experts")->required();
-      app.add_option("--tau", a->tau, "Modules stay that at least this share of the tokens chooses")
-          ->check(CLI::Range(0.0, 1.0))
-          ->capture_default_str();
-      app.add_option("--keep-at-least", a->keep_at_least,
-                     "So many modules of every mixture stay in any case, the most frequent ones")
-          ->check(CLI::NonNegativeNumber)
-          ->capture_default_str();
+      std::vector<std::string> methods;
+      for (const auto& way : registered())
+        if (!way.method.empty()) methods.push_back(way.method);
+      app.add_option("--method", a->method, fmt::format("A method by its slug: {}", fmt::join(methods, ", ")))
+          ->check(CLI::IsMember(methods));
+      app.add_option("-o,--output", a->out, "The new model: a folder (--prune), or a GGUF file")->required();
+      auto ways = std::make_shared<std::vector<CompressWay>>();
+      for (const auto& way : registered()) ways->push_back(way.setup(app, a));
       app.add_option("--context", a->context, "Tokens that the model sees at a time (default: 512, or its limit)")
           ->check(CLI::Range(1, 1 << 30));
       app.add_option("--limit-tokens", a->limit_tokens, "Use only the first tokens of each text; 0: all")
@@ -149,9 +194,14 @@ const Register compress({
           ->capture_default_str();
       app.add_flag("--dry-run", a->dry_run, "Say what would be written, write nothing");
       app.add_flag("--overwrite", a->overwrite, "Replace a model that is there already");
-      return [a] { return run_compress(*a); };
+      return [ways] { return run_compress(*ways); };
     },
 });
 
 }  // namespace
+
+RegisterCompress::RegisterCompress(std::string method, CompressSetup setup) {
+  registered().push_back({std::move(method), std::move(setup)});
+}
+
 }  // namespace moiety::cli

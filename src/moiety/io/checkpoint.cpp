@@ -22,6 +22,7 @@
 #include "moiety/base/error.h"
 #include "moiety/base/files.h"
 #include "moiety/base/text.h"
+#include "moiety/io/edge_experts.h"
 #include "moiety/io/gguf_names.h"
 #include "moiety/io/sha256.h"
 
@@ -207,6 +208,17 @@ json generation_of(const fs::path& folder) {
 
 }  // namespace
 
+namespace {
+
+/// With the experts of an edgemoe model, which lie in a file beside it.
+std::shared_ptr<const Checkpoint> open_gguf(const fs::path& path) {
+  auto model = std::make_shared<GgufCheckpoint>(path);
+  auto experts = EdgeExperts::open(*model->gguf(), path);
+  return experts ? with_edge_experts(std::move(model), std::move(experts)) : model;
+}
+
+}  // namespace
+
 std::shared_ptr<const Checkpoint> Checkpoint::open(const std::string& location) {
   const fs::path path = resolve_model(location);
   try {
@@ -221,10 +233,10 @@ std::shared_ptr<const Checkpoint> Checkpoint::open(const std::string& location) 
         return list_of(names);
       }());
       check(!models.empty(), "{}: neither config.json nor a .gguf file in it: not a model", path.string());
-      return std::make_shared<GgufCheckpoint>(models[0]);
+      return open_gguf(models[0]);
     }
     const std::string extension = path.extension().string();
-    if (extension == ".gguf") return std::make_shared<GgufCheckpoint>(path);
+    if (extension == ".gguf") return open_gguf(path);
     if (extension == ".safetensors") {
       const fs::path folder = path.has_parent_path() ? path.parent_path() : fs::path(".");
       json config = fs::exists(folder / "config.json") ? read_json(folder / "config.json") : json::object();
@@ -233,7 +245,7 @@ std::shared_ptr<const Checkpoint> Checkpoint::open(const std::string& location) 
     }
     char magic[4] = {};
     if (std::ifstream(path, std::ios::binary).read(magic, 4) && std::string_view(magic, 4) == "GGUF")
-      return std::make_shared<GgufCheckpoint>(path);
+      return open_gguf(path);
   } catch (const json::exception& e) {
     fail("{}: {}", path.string(), shown(e.what(), 200));
   }

@@ -15,6 +15,7 @@
 #include "moiety/base/error.h"
 #include "moiety/base/files.h"
 #include "moiety/base/text.h"
+#include "moiety/io/edge_experts.h"
 #include "moiety/io/gguf_names.h"
 #include "moiety/io/gguf_tokenizer.h"
 #include "moiety/io/tokenizer_files.h"
@@ -646,6 +647,7 @@ WriteReport write_gguf_checked(const Checkpoint& ckpt, const fs::path& file, con
         file.string());
   WriteReport out;
   const auto source = ckpt.gguf();
+  const bool edge = edge_experts_of(ckpt) != nullptr;
   const json& config = ckpt.config();
   Plan plan;
   if (source) {
@@ -655,9 +657,16 @@ WriteReport write_gguf_checked(const Checkpoint& ckpt, const fs::path& file, con
       copy.hf_name = hf_tensor_name(config.value("model_type", ""), t.name);
       plan.targets.push_back(std::move(copy));
     }
+    // Experts that lie in a file of their own come back as stacks.
+    if (edge)
+      for (const auto& t : ckpt.tensors())
+        if (const auto name = gguf_tensor_name(config.value("model_type", ""), t.name); name && !source->has(*name))
+          plan.targets.push_back(copy_of(ckpt.get(t.name), *name));
   } else {
     plan = plan_gguf(ckpt, config);
   }
+  if (options.leave_out)
+    std::erase_if(plan.targets, [&](const Target& t) { return options.leave_out(t.info.name); });
   check(!plan.targets.empty(), "{}: there are no tensors to write", ckpt.path().string());
   const json c = with_defaults(config);
   int64_t experts = 0;
@@ -688,7 +697,7 @@ WriteReport write_gguf_checked(const Checkpoint& ckpt, const fs::path& file, con
   if (source) {
     for (const auto& [key, value] : source->metadata())
       if (key != "general.file_type" && key != "general.quantization_version" && key != "general.alignment" &&
-          !key.starts_with("split."))
+          !key.starts_with("split.") && !(edge && key.starts_with("edgemoe.")))
         writer.set(key, value);
   } else {
     writer.set("general.architecture", gguf_arch_of(config));
@@ -722,6 +731,7 @@ WriteReport write_gguf_checked(const Checkpoint& ckpt, const fs::path& file, con
   }
   writer.set_u32("general.quantization_version", 2);
   writer.set_u32("general.file_type", static_cast<uint32_t>(chooser.file_type(most_common(plan.targets))));
+  if (options.keys) options.keys(writer);
   for (const Target& t : plan.targets) writer.declare(t.info);
   int64_t done = 0;
   for (const Target& t : plan.targets) {

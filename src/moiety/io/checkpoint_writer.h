@@ -23,6 +23,8 @@ struct WriteOptions {
   std::vector<std::pair<std::string, std::string>> tensor_types;
   /// HF: "f32", "f16", "bf16", or "" to keep floating tensors as they are (block formats become bf16).
   std::string dtype;
+  std::function<bool(const std::string& gguf_name)> leave_out;  ///< GGUF: tensors that are not written
+  std::function<void(GgufWriter&)> keys;                        ///< GGUF: declares further keys
   int64_t shard_bytes = int64_t{5} << 30;  ///< HF: size of a safetensors file
   int threads = 0;                         ///< 0: all cores
   bool overwrite = false;                  ///< replace a model that is there; without it, that is an Error

@@ -657,7 +657,7 @@ json config_of_gguf(const GgufFile& file, bool derive) {
         // [E, f, d]
         const auto stack = file.has("blk.0.ffn_gate_exps.weight") ? file.get("blk.0.ffn_gate_exps.weight").shape
                                                                   : std::vector<int64_t>{};
-        const int64_t stacked = stack.size() == 3 ? stack[1] : 0;
+        const int64_t stacked = stack.size() == 3 ? stack[1] : file.integer("edgemoe.expert_width").value_or(0);
         c["moe_intermediate_size"] = expert_ff > 0 ? expert_ff : stacked;
         c["decoder_sparse_step"] = 1;
         c["mlp_only_layers"] = json::array();

@@ -1,0 +1,36 @@
+#pragma once
+// Ways to make a model smaller: each is one file that registers itself here, declares its own options and is asked for
+// by one of them.
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "verb.h"
+
+namespace moiety::cli {
+
+/// Options that all ways share.
+struct CompressArguments : Common {
+  std::string method;  ///< --method, "" when it is not given
+  std::string out;
+  int64_t context = 0, batch_size = 8, limit_tokens = 0;
+  bool dry_run = false, overwrite = false;
+};
+
+struct CompressWay {
+  std::string flag;  ///< what asks for it, as a user writes it: "--prune", "--method edgemoe"
+  std::function<bool()> asked;
+  std::function<int()> run;
+};
+/// Declares the options of a way; `arguments` are filled when it runs.
+using CompressSetup = std::function<CompressWay(CLI::App& app, std::shared_ptr<const CompressArguments> arguments)>;
+
+struct RegisterCompress {
+  /// `method`: the name that --method takes, "" for a way with a flag of its own.
+  RegisterCompress(std::string method, CompressSetup setup);
+};
+
+}  // namespace moiety::cli
