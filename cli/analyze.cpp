@@ -12,6 +12,7 @@
 #include "moiety/base/files.h"
 #include "moiety/base/progress.h"
 #include "moiety/offload/checkpoint_experts.h"
+#include "moiety/offload/edgemoe.h"
 #include "moiety/offload/record.h"
 #include "moiety/tasks/scoring.h"
 #include "open_model.h"
@@ -114,6 +115,26 @@ int run_routing(const Options& o) {
   return 0;
 }
 
+// The ids of all texts, and what every router chose on them.
+ExpertTraces traces_of(const OpenModel& open, const std::vector<std::string>& texts, int64_t limit_tokens,
+                       int64_t context) {
+  std::vector<int64_t> ids;
+  for (const auto& path : texts) {
+    auto more = open.tokenizer->encode(read_text(path, int64_t{4} << 30), false);
+    check(!more.empty(), "{} gives no tokens", path);
+    if (limit_tokens > 0 && static_cast<int64_t>(more.size()) > limit_tokens)
+      more.resize(static_cast<size_t>(limit_tokens));
+    ids.insert(ids.end(), more.begin(), more.end());
+  }
+  std::optional<Progress> progress;
+  return record_experts(*open.model, ids, adds_bos(*open.tokenizer) ? *open.tokenizer->bos() : -1,
+                        context > 0 ? context : std::min<int64_t>(512, open.model->context_length()),
+                        [&](int64_t done, int64_t total) {
+                          if (!progress) progress.emplace("experts", total, "token");
+                          progress->set(done);
+                        });
+}
+
 struct TraceOptions {
   Common common;
   std::vector<std::string> texts;
@@ -126,22 +147,7 @@ struct TraceOptions {
 
 int run_traces(const TraceOptions& o) {
   const OpenModel open = open_causal(o.common);
-  const int64_t context = o.context > 0 ? o.context : std::min<int64_t>(512, open.model->context_length());
-  std::vector<int64_t> ids;
-  for (const auto& path : o.texts) {
-    auto more = open.tokenizer->encode(read_text(path, int64_t{4} << 30), false);
-    check(!more.empty(), "{} gives no tokens", path);
-    if (o.limit_tokens > 0 && static_cast<int64_t>(more.size()) > o.limit_tokens)
-      more.resize(static_cast<size_t>(o.limit_tokens));
-    ids.insert(ids.end(), more.begin(), more.end());
-  }
-  std::optional<Progress> progress;
-  const ExpertTraces traces = record_experts(*open.model, ids, adds_bos(*open.tokenizer) ? *open.tokenizer->bos() : -1,
-                                             context, [&](int64_t done, int64_t total) {
-                                               if (!progress) progress.emplace("experts", total, "token");
-                                               progress->set(done);
-                                             });
-  progress.reset();
+  const ExpertTraces traces = traces_of(open, o.texts, o.limit_tokens, o.context);
   write_traces(o.out, traces);
   json report = {{"output", o.out},       {"tokens", traces.tokens},           {"layers", traces.layers},
                  {"top_k", traces.top_k}, {"num_experts", traces.num_experts}, {"router_hash", traces.router_hash}};
@@ -190,13 +196,37 @@ int run_traces(const TraceOptions& o) {
   return 0;
 }
 
+struct PathOptions {
+  Common common;
+  std::vector<std::string> texts;
+  std::string out;
+  int64_t context = 0, limit_tokens = 0;
+};
+
+int run_paths(const PathOptions& o) {
+  const OpenModel open = open_causal(o.common);
+  const ExpertTraces t = traces_of(open, o.texts, o.limit_tokens, o.context);
+  write_expert_paths(o.out, t.experts, t.layers, t.top_k, t.num_experts, t.router_hash);
+  if (o.common.json) {
+    std::cout << json{{"output", o.out},  {"tokens", t.tokens},           {"layers", t.layers},
+                      {"top_k", t.top_k}, {"num_experts", t.num_experts}, {"router_hash", t.router_hash}}
+                     .dump(2)
+              << "\n";
+    return 0;
+  }
+  fmt::print("wrote {}: the paths of {} tokens through {} layers of {} experts, {} a token\n", o.out, t.tokens,
+             t.layers, t.num_experts, t.top_k);
+  return 0;
+}
+
 const Register analyze({
     "analyze",
     "See inside a model while it reads text: how its routers use the experts",
     "moiety analyze routing olmoe/ --text book.txt\n"
     "moiety analyze routing olmoe/ --text prose.txt code.py --html routing.html\n"
     "moiety analyze routing olmoe/ --text book.txt --limit-tokens 20000 -o routing.json\n"
-    "moiety analyze expert-traces m.gguf --text book.txt -o traces.safetensors --calibrate",
+    "moiety analyze expert-traces m.gguf --text book.txt -o traces.safetensors --calibrate\n"
+    "moiety analyze expert-paths m.gguf --text book.txt -o paths.safetensors",
     [](CLI::App& app) {
       auto o = std::make_shared<Options>();
       app.require_subcommand(1);
@@ -260,7 +290,20 @@ const Register analyze({
           ->check(CLI::PositiveNumber)
           ->capture_default_str();
       traces.add_option("--bits-low", t->bits_low, "And in low")->check(CLI::PositiveNumber)->capture_default_str();
-      return [o, t, sub = &traces] { return sub->parsed() ? run_traces(*t) : run_routing(*o); };
+      auto p = std::make_shared<PathOptions>();
+      CLI::App& paths = *app.add_subcommand(
+          "expert-paths", "The paths that tokens of a text take through the experts, for --offload edgemoe");
+      add_common(paths, p->common);
+      paths.add_option("--text", p->texts, "Text files to read")->required();
+      paths.add_option("-o,--output", p->out, "Where to write the paths (safetensors)")->required();
+      paths.add_option("--context", p->context, "Tokens of a sequence (default: 512, or the model's limit)")
+          ->check(CLI::Range(2, 1 << 30));
+      paths.add_option("--limit-tokens", p->limit_tokens, "Use only the first tokens of each text; 0: all")
+          ->check(CLI::NonNegativeNumber)
+          ->capture_default_str();
+      return [o, t, p, traces = &traces, paths = &paths] {
+        return traces->parsed() ? run_traces(*t) : paths->parsed() ? run_paths(*p) : run_routing(*o);
+      };
     },
 });
 

@@ -8,7 +8,6 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
-#include <regex>
 
 #include "compress.h"
 #include "moiety/base/error.h"
@@ -18,7 +17,7 @@
 #include "moiety/compress/edgemoe_experts.h"
 #include "moiety/io/checkpoint_writer.h"
 #include "moiety/io/sha256.h"
-#include "moiety/offload/router_hash.h"
+#include "moiety/offload/offload.h"
 #include "moiety/tasks/perplexity.h"
 #include "moiety/tasks/scoring.h"
 #include "open_model.h"
@@ -69,18 +68,14 @@ double accuracy_of(CausalModel& model, const EvaluationText& text) {
   return 1.0 / all.perplexity();
 }
 
-/// The weights that the measurements are of; embeddings to head, byte by byte, would take long for large models: names,
-/// shapes, and some of the bytes of every tensor.
+/// What the measurements depend on: all weights, the text, and how it is read.
 std::string fingerprint(const Checkpoint& checkpoint, const CompressArguments& a, const EdgeOptions& o,
                         const EvaluationText& text) {
   Sha256 hash;
   const auto add = [&](const std::string& s) { hash.update(std::as_bytes(std::span(s.data(), s.size()))); };
   for (const auto& t : checkpoint.tensors()) {
     add(fmt::format("{} {} ", t.name, info(t.format).name));
-    const auto bytes = checkpoint.get(t.name).data;
-    constexpr size_t kPiece = 4096;
-    for (size_t at = 0; at < bytes.size(); at += std::max(kPiece, bytes.size() / 8))
-      hash.update(bytes.subspan(at, std::min(kPiece, bytes.size() - at)));
+    hash.update(checkpoint.get(t.name).data);
   }
   add(json{{"text", text.digest},
            {"context", text.options.context},
@@ -89,11 +84,6 @@ std::string fingerprint(const Checkpoint& checkpoint, const CompressArguments& a
            {"int2_scale", o.config.int2_scale}}
           .dump());
   return hash.hex();
-}
-
-bool is_expert_weight(const std::string& gguf_name) {
-  static const std::regex form("blk\\.[0-9]+\\.ffn_(gate|up|down|gate_up)(_exps|\\.[0-9]+)\\.weight");
-  return std::regex_match(gguf_name, form);
 }
 
 class ScratchBeside {
@@ -139,7 +129,8 @@ int run_edgemoe(const CompressArguments& a, const EdgeOptions& given) {
         "{} has edgemoe's experts already; compress the model it came from", a.model);
   check(!open.checkpoint->config().contains("moiety") || !open.checkpoint->config()["moiety"].contains("parts"),
         "{} has parts that a GGUF file cannot hold", a.model);
-  const std::string routers = router_hash(*open.checkpoint);
+  const std::string routers = router_hash(*open.model);
+  check(!routers.empty(), "{} has no expert layers: there is nothing to give widths to", a.model);
   const EvaluationText text = read_evaluation(a, o, open);
 
   const std::string print = fingerprint(*open.checkpoint, a, o, text);
@@ -175,9 +166,7 @@ int run_edgemoe(const CompressArguments& a, const EdgeOptions& given) {
     w.overwrite = true;
     w.dry_run = dry;
     w.threads = a.threads;
-    w.leave_out = is_expert_weight;
-    w.keys = [&](GgufWriter& writer) { write_edge_keys(writer, layout); };
-    return write_gguf(*open.checkpoint, file, w);
+    return write_edge_model(*open.checkpoint, file, layout, w);
   };
   const int64_t as_is = write_rest("", out, true).bytes;
   std::vector<std::string> types = {o.non_experts == "keep" ? "" : o.non_experts};

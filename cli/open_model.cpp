@@ -6,6 +6,7 @@
 #include "moiety/base/error.h"
 #include "moiety/base/log.h"
 #include "moiety/base/memory.h"
+#include "moiety/io/edge_experts.h"
 #include "moiety/moe/router.h"
 
 namespace moiety::cli {
@@ -27,8 +28,10 @@ OpenModel open_causal(const Common& common, bool tokenizer, const OffloadArgumen
         "{} is an encoder ({}), which predicts no next token: use `moiety embed`", common.model,
         open.checkpoint->config().value("model_type", "unknown type"));
   if (tokenizer) open.tokenizer = Tokenizer::load(*open.checkpoint);
+  // Experts that stay on disk are not decoded.
+  const auto loaded = offload.on() ? edge_outline(open.checkpoint) : open.checkpoint;
   open.model = load_causal(
-      *open.checkpoint, {.dtype = common.dtype, .device = torch::Device(common.device), .leave_experts = offload.on()});
+      *loaded, {.dtype = common.dtype, .device = torch::Device(common.device), .leave_experts = offload.on()});
   open.model->eval();
   if (common.active_experts > 0) set_active_experts(*open.model, common.active_experts);
   if (offload.on()) open.offload = Offload::attach(*open.model, *open.checkpoint, options);

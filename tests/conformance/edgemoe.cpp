@@ -79,30 +79,34 @@ MOIETY_OP("edgemoe", "predict", [](const Case& c) -> Outputs {
 });
 
 MOIETY_OP("edgemoe", "evict", [](const Case& c) -> Outputs {
-  const auto frequency = c.in("frequency").to(torch::kInt64).contiguous(), cached = c.in("cached"),
-             pinned = c.in("pinned");
+  const auto frequency = c.in("frequency").to(torch::kInt64).contiguous(), cached = c.in("cached").view({-1}),
+             pinned = c.in("pinned").view({-1});
   const int64_t layers = frequency.size(0), experts = frequency.size(1), running = c.config.at("layer");
   const auto f = span_of<int64_t>(frequency);
-  ExpertBuffer buffer(layers, experts, layers * experts, {f.begin(), f.end()});
+  EdgeMoe policy(layers, experts, {f.begin(), f.end()}, {});
   auto score = torch::empty({layers, experts}, torch::kFloat64);
+  std::vector<ExpertVersion> candidates;
   for (int64_t x = 0; x < layers * experts; ++x) {
     score.data_ptr<double>()[x] = eviction_score(f[static_cast<size_t>(x)], layers_ahead(x / experts, running, layers));
-    if (cached.view({-1})[x].item<bool>()) buffer.insert(x, running);
-    if (pinned.view({-1})[x].item<bool>()) buffer.pin(x);
+    if (cached[x].item<bool>() && !pinned[x].item<bool>())
+      candidates.push_back({x / experts, x % experts, Precision::high});
   }
-  const auto victim = buffer.victim(running);
-  return {{"score", score}, {"victim", victim ? integers({*victim / experts, *victim % experts}) : integers({-1, -1})}};
+  auto victim = integers({-1, -1});
+  if (!candidates.empty()) {
+    const ExpertVersion& v = candidates[policy.victim(candidates, {running, 1})];
+    victim = integers({v.layer, v.expert});
+  }
+  return {{"score", score}, {"victim", victim}};
 });
 
 MOIETY_OP("edgemoe", "replay", [](const Case& c) -> Outputs {
-  const auto paths = paths_of(c);
+  const auto paths = std::make_shared<const ExpertPaths>(paths_of(c));
   const auto trace = c.in("experts").to(torch::kInt64).contiguous();
-  ExpertBuffer buffer(paths.layers(), paths.experts(), c.config.at("capacity"), paths.frequency());
-  const auto r = replay_edgemoe(
-      span_of<int64_t>(trace), trace.size(1), trace.size(2), paths.experts(),
-      [&](int64_t layer, const ExpertSet& a, const ExpertSet& b) { return paths.probability(layer, a, b); }, buffer,
-      c.config.at("preload"));
-  auto cached = torch::zeros({paths.layers(), paths.experts()}, torch::kBool);
+  EdgeMoePolicyConfig config;
+  config.preload = c.config.at("preload");
+  const auto r = replay_paths(span_of<int64_t>(trace), trace.size(1), trace.size(2), paths->experts(),
+                              std::make_shared<EdgeMoe>(paths, config), c.config.at("capacity"));
+  auto cached = torch::zeros({paths->layers(), paths->experts()}, torch::kBool);
   for (size_t x = 0; x < r.cached.size(); ++x) cached.data_ptr<bool>()[x] = r.cached[x];
   return {{"counts", integers({r.hits, r.demand, r.preloads, r.preloads_used, r.preloads_dropped})},
           {"cached", cached}};

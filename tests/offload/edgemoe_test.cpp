@@ -7,7 +7,10 @@
 #include <numeric>
 
 #include "message_of.h"
+#include "moiety/base/files.h"
 #include "moiety/base/random.h"
+#include "moiety/io/safetensors.h"
+#include "moiety/offload/residency.h"
 
 namespace moiety {
 namespace {
@@ -86,85 +89,92 @@ TEST(Eviction, CountsLayersAheadAndWraps) {
   EXPECT_EQ(layers_ahead(4, 4, 6, true), 6);
 }
 
-ExpertBuffer filled(int64_t layers, int64_t experts, std::vector<int64_t> frequency, EdgeMoeEviction evict = {}) {
-  ExpertBuffer b(layers, experts, layers * experts, std::move(frequency), std::move(evict));
-  for (int64_t x = 0; x < layers * experts; ++x) b.insert(x, 0);
-  return b;
+// All experts of a model; the victim while `running` executes.
+std::pair<int64_t, int64_t> victim_of(int64_t layers, int64_t experts, std::vector<int64_t> frequency, int64_t running,
+                                      const std::vector<int64_t>& pinned = {}, EdgeMoeEviction evict = {}) {
+  EdgeMoePolicyConfig config;
+  config.evict = std::move(evict);
+  EdgeMoe policy(layers, experts, std::move(frequency), {}, config);
+  std::vector<ExpertVersion> candidates;
+  for (int64_t x = 0; x < layers * experts; ++x)
+    if (std::find(pinned.begin(), pinned.end(), x) == pinned.end())
+      candidates.push_back({x / experts, x % experts, Precision::high});
+  const auto& v = candidates[policy.victim(candidates, {running, 1})];
+  return {v.layer, v.expert};
 }
+using At = std::pair<int64_t, int64_t>;
 
 TEST(Eviction, EqualFrequenciesGiveUpTheLayerJustPassed) {
-  auto b = filled(4, 2, std::vector<int64_t>(8, 5));
-  for (int64_t x = 4; x < 6; ++x) b.pin(x);  // layer 2 runs
-  EXPECT_EQ(*b.victim(2) / 2, 1);
-  auto printed = filled(4, 2, std::vector<int64_t>(8, 5), {.distance = "printed"});
-  for (int64_t x = 4; x < 6; ++x) printed.pin(x);
-  EXPECT_EQ(*printed.victim(2) / 2, 3);  // the one that comes next
+  const std::vector<int64_t> f(8, 5), running = {4, 5};
+  EXPECT_EQ(victim_of(4, 2, f, 2, running), (At{1, 0}));
+  EXPECT_EQ(victim_of(4, 2, f, 2, running, {.distance = "printed"}), (At{3, 0}));  // the one that comes next
 }
 
 TEST(Eviction, EqualDistancesAreLeastFrequentlyUsed) {
-  const auto b = filled(1, 4, {7, 3, 9, 3});
-  EXPECT_EQ(*b.victim(0), 1);
+  EXPECT_EQ(victim_of(1, 4, {7, 3, 9, 3}, 0), (At{0, 1}));
 }
 
 TEST(Eviction, ZeroFrequenciesLeaveFirstTheFarthestOfThem) {
-  const auto b = filled(3, 2, {0, 9, 0, 9, 0, 9});
-  EXPECT_EQ(*b.victim(0), 0);  // D = 3
-  EXPECT_EQ(*b.victim(1), 2);
+  EXPECT_EQ(victim_of(3, 2, {0, 9, 0, 9, 0, 9}, 0), (At{0, 0}));  // D = 3
+  EXPECT_EQ(victim_of(3, 2, {0, 9, 0, 9, 0, 9}, 1), (At{1, 0}));
 }
 
-TEST(Eviction, PinnedExpertsStay) {
-  auto b = filled(2, 1, {0, 5});
-  b.pin(0);
-  EXPECT_EQ(*b.victim(0), 1);
-  b.pin(1);
-  EXPECT_FALSE(b.victim(0).has_value());
+// Frequent and far against seldom and near: 12 / 3 = 4, 3 / 1 = 3.
+TEST(Eviction, WeighsFrequencyAgainstDistance) {
+  EXPECT_EQ(victim_of(4, 1, {9, 3, 9, 12}, 0, {0, 2}), (At{1, 0}));
+  EXPECT_EQ(victim_of(4, 1, {9, 5, 9, 12}, 0, {0, 2}), (At{3, 0}));
 }
 
-struct Replayed {
-  EdgeMoeReplay r;
-  int64_t pairs = 0;
-};
+TEST(Eviction, OnlineUsesCountWhereAsked) {
+  EdgeMoePolicyConfig config;
+  config.evict.online = true;
+  EdgeMoe policy(1, 2, {3, 4}, {}, config);
+  policy.used({0, 0, Precision::high}, 2, true, {0, 1});
+  const std::vector<ExpertVersion> both = {{0, 0, Precision::high}, {0, 1, Precision::high}};
+  EXPECT_EQ(policy.victim(both, {0, 2}), 1u);
+}
 
-Replayed replayed(const Trace& profile, const Trace& run, int64_t layers, int64_t slots, int64_t experts,
-                  int64_t capacity, int64_t preload) {
-  const ExpertPaths paths(profile, layers, slots, experts);
-  ExpertBuffer buffer(layers, experts, capacity, paths.frequency());
-  return {replay_edgemoe(
-              run, layers, slots, experts,
-              [&](int64_t n, const ExpertSet& a, const ExpertSet& b) { return paths.probability(n, a, b); }, buffer,
-              preload),
-          static_cast<int64_t>(run.size())};
+std::shared_ptr<EdgeMoe> by_paths(const Trace& profile, int64_t layers, int64_t slots, int64_t experts,
+                                  int64_t preload) {
+  EdgeMoePolicyConfig config;
+  config.preload = preload;
+  return std::make_shared<EdgeMoe>(std::make_shared<const ExpertPaths>(profile, layers, slots, experts), config);
 }
 
 RC_GTEST_PROP(EdgeMoeReplay, CountsEveryUseOnce, ()) {
   const auto capacity = *rc::gen::inRange<int64_t>(3, 45), preload = *rc::gen::inRange<int64_t>(0, 4);
-  const auto x =
-      replayed(skewed(60, 5, 8, 1), skewed(30, 5, 8, *rc::gen::arbitrary<uint64_t>()), 5, 1, 8, capacity, preload);
-  RC_ASSERT(x.r.hits + x.r.demand == x.pairs);
-  RC_ASSERT(std::count(x.r.cached.begin(), x.r.cached.end(), true) <= capacity);
-  RC_ASSERT(x.r.preloads_used <= x.r.preloads);
+  const Trace run = skewed(30, 5, 8, *rc::gen::arbitrary<uint64_t>());
+  const auto r = replay_paths(run, 5, 1, 8, by_paths(skewed(60, 5, 8, 1), 5, 1, 8, preload), capacity);
+  RC_ASSERT(r.hits + r.demand == static_cast<int64_t>(run.size()));
+  RC_ASSERT(std::count(r.cached.begin(), r.cached.end(), true) <= capacity);
+  RC_ASSERT(r.preloads_used <= r.preloads);
+  const auto again = replay_paths(run, 5, 1, 8, by_paths(skewed(60, 5, 8, 1), 5, 1, 8, preload), capacity);
+  RC_ASSERT(again.cached == r.cached && again.hits == r.hits);
 }
 
 TEST(EdgeMoeReplay, ABufferForAllReadsEveryExpertOnce) {
   const Trace t = skewed(200, 4, 6, 3);
-  const auto x = replayed(t, t, 4, 1, 6, 24, 2);
-  EXPECT_LE(x.r.demand + x.r.preloads, 24);
-  EXPECT_EQ(x.r.demand + x.r.preloads, std::count(x.r.cached.begin(), x.r.cached.end(), true));
+  const auto r = replay_paths(t, 4, 1, 6, by_paths(t, 4, 1, 6, 2), 24);
+  EXPECT_EQ(r.demand + r.preloads, std::count(r.cached.begin(), r.cached.end(), true));
+  EXPECT_LE(r.demand + r.preloads, 24);
 }
 
 TEST(EdgeMoeReplay, PerfectPredictionReadsOnDemandInTheFirstLayerOnly) {
   const Trace t = skewed(50, 4, 6, 5);
-  ExpertBuffer buffer(4, 6, 3, std::vector<int64_t>(24, 1));
   size_t at = 0;  // layer 0 of the first token cannot be foreseen; from then on the future is known
-  const auto r = replay_edgemoe(
-      t, 4, 1, 6,
-      [&](int64_t, const ExpertSet&, const ExpertSet&) {
-        std::vector<double> p(6);
-        if (at > 0) p[static_cast<size_t>(t[at])] = 1.0;
-        ++at;
-        return p;
-      },
-      buffer, 1);
+  EdgeMoePolicyConfig config;
+  config.preload = 1;
+  const auto r = replay_paths(t, 4, 1, 6,
+                              std::make_shared<EdgeMoe>(
+                                  4, 6, std::vector<int64_t>(24, 1),
+                                  [&](int64_t, const ExpertSet&, const ExpertSet&) {
+                                    std::vector<double> p(6);
+                                    if (at > 0) p[static_cast<size_t>(t[at])] = 1.0;
+                                    ++at;
+                                    return p;
+                                  },
+                                  config),
+                              3);
   EXPECT_EQ(r.demand, 1);
   EXPECT_EQ(r.preloads_used, r.preloads);
 }
@@ -172,9 +182,11 @@ TEST(EdgeMoeReplay, PerfectPredictionReadsOnDemandInTheFirstLayerOnly) {
 TEST(EdgeMoeReplay, PathsForeseeMoreThanFrequencies) {
   const Trace profile = skewed(2000, 5, 8, 1), run = skewed(300, 5, 8, 2);
   const ExpertPaths paths(profile, 5, 1, 8);
-  const auto used = [&](const EdgeMoeSteps::Predictor& predictor) {
-    ExpertBuffer buffer(5, 8, 6, paths.frequency());
-    return replay_edgemoe(run, 5, 1, 8, predictor, buffer, 1).preloads_used;
+  const auto used = [&](const EdgeMoe::Predictor& predictor) {
+    EdgeMoePolicyConfig config;
+    config.preload = 1;
+    return replay_paths(run, 5, 1, 8, std::make_shared<EdgeMoe>(5, 8, paths.frequency(), predictor, config), 6)
+        .preloads_used;
   };
   const auto two = used([&](int64_t n, const ExpertSet& a, const ExpertSet& b) { return paths.probability(n, a, b); });
   const auto one =
@@ -185,21 +197,67 @@ TEST(EdgeMoeReplay, PathsForeseeMoreThanFrequencies) {
 }
 
 TEST(EdgeMoeReplay, PreloadsDoNotEvictEachOtherNorTheRunningLayer) {
-  // Two places: the running layer's expert takes one, the first preload the other, the second finds none.
-  ExpertBuffer buffer(2, 3, 2, {1, 1, 1, 1, 1, 1});
-  EdgeMoeSteps steps(
-      2, 3,
+  // Two places: the running layer's expert takes one, the first preload the other, the others find none.
+  EdgeMoePolicyConfig config;
+  config.preload = 3;
+  auto policy = std::make_shared<EdgeMoe>(
+      2, 3, std::vector<int64_t>(6, 1),
       [](int64_t, const ExpertSet&, const ExpertSet&) {
         return std::vector<double>{0.5, 0.3, 0.2};
       },
-      buffer, 3);
-  steps.use(0, std::vector<int64_t>{0});
-  const auto p = steps.preload(1);
-  ASSERT_EQ(p.size(), 3u);
-  EXPECT_EQ(p[0].kind, EdgeMoeSteps::Preload::load);
-  EXPECT_EQ(p[1].kind, EdgeMoeSteps::Preload::dropped);
-  EXPECT_EQ(p[2].kind, EdgeMoeSteps::Preload::dropped);
-  EXPECT_TRUE(buffer.cached(0) && buffer.cached(3));
+      config);
+  Residency residency({.layers = 2, .experts = 3, .high = 2, .low = 0}, policy);
+  Demand demand{.layer = 0, .token = 1, .rows = 1, .pairs = {{0, 0, 1.0}}};
+  auto uses = residency.look_up(demand);
+  residency.record(uses[0], demand);
+  ASSERT_TRUE(residency.place(uses[0], demand));
+  residency.guess_ahead(demand, nullptr);
+  EXPECT_EQ(residency.counts().ahead, 1);
+  EXPECT_EQ(residency.counts().ahead_dropped, 2);
+  EXPECT_TRUE(residency.has({0, 0, Precision::high}) && residency.has({1, 0, Precision::high}));
+}
+
+TEST(EdgeMoePolicy, StaysOutOfPromptsAndBatches) {
+  auto policy = by_paths(skewed(60, 3, 4, 1), 3, 1, 4, 2);
+  Residency residency({.layers = 3, .experts = 4, .high = 6, .low = 0}, policy);
+  EXPECT_TRUE(
+      policy->guess({.layer = 0, .token = 2, .rows = 2, .pairs = {{0, 1, 1.0}, {1, 2, 1.0}}}, residency, nullptr)
+          .empty());
+  EXPECT_EQ(policy->guess({.layer = 0, .token = 3, .rows = 1, .pairs = {{0, 1, 1.0}}}, residency, nullptr).size(), 2u);
+}
+
+TEST(EdgeMoePolicy, NeedsPlacesForATokenAndWhatIsReadAhead) {
+  EXPECT_EQ(by_paths(skewed(60, 3, 4, 1), 3, 1, 4, 3)->least_high({.layers = 3, .experts = 4, .top_k = 2}), 5);
+}
+
+TEST(EdgeMoePolicy, StartsWithTheMostFrequent) {
+  const auto initial = EdgeMoe(2, 2, {1, 5, 5, 0}, {}).initial();
+  ASSERT_EQ(initial.size(), 4u);
+  EXPECT_EQ(initial[0], (ExpertVersion{0, 1, Precision::high}));
+  EXPECT_EQ(initial[1], (ExpertVersion{1, 0, Precision::high}));
+}
+
+TEST(ExpertPathsFile, GivesBackTheProfileAndRefusesAnother) {
+  const TemporaryFolder folder;
+  const std::string file = (folder / "p.safetensors").string();
+  for (const int64_t experts : {8, 200, 40000}) {
+    Trace t = skewed(20, 3, 8, 4);
+    t[5] = -1;
+    t[7] = experts - 1;
+    write_expert_paths(file, t, 3, 1, experts, "abc");
+    EXPECT_EQ(SafetensorsFile::open(file)->get("profile_trace").format, experts == 8     ? Format::I8
+                                                                        : experts == 200 ? Format::I16
+                                                                                         : Format::I32);
+    const auto paths = read_expert_paths(file, "abc", 3, experts);
+    EXPECT_EQ(paths.frequency(), ExpertPaths(t, 3, 1, experts).frequency());
+    EXPECT_EQ(paths.probability(2, {t[0]}, {t[1]}), ExpertPaths(t, 3, 1, experts).probability(2, {t[0]}, {t[1]}));
+    EXPECT_NE(message_of([&] { read_expert_paths(file, "abd", 3, experts); }).find("another model"), std::string::npos);
+    EXPECT_NE(message_of([&] { read_expert_paths(file, "abc", 4, experts); }).find("3 layers"), std::string::npos);
+  }
+  SafetensorsWriter writer(file, {{"x", Format::U8, {1}}});
+  writer.write("x", std::vector<std::byte>(1));
+  writer.finish();
+  EXPECT_NE(message_of([&] { read_expert_paths(file); }).find("profile_trace"), std::string::npos);
 }
 
 }  // namespace

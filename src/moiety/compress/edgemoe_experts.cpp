@@ -28,7 +28,7 @@ class Noted : public Base {
 };
 
 std::vector<float> values_of(const LinearStack& stack, int64_t expert) {
-  const auto t = stack->dense(expert, torch::kFloat32).contiguous();
+  const auto t = stack->dense(expert, torch::kFloat32).to(torch::kCPU).contiguous();
   return {t.const_data_ptr<float>(), t.const_data_ptr<float>() + t.numel()};
 }
 
@@ -45,8 +45,9 @@ EdgeMoeExperts::EdgeMoeExperts(std::shared_ptr<CausalModel> model, Int2Scale int
   auto* decoder = dynamic_cast<Decoder*>(model_.get());
   check(decoder != nullptr, "this is no decoder with expert layers");
   const DecoderConfig& c = decoder->parsed;
-  const auto dtype =
-      decoder->norm->parameters().empty() ? torch::kFloat32 : decoder->norm->parameters().front().scalar_type();
+  const auto parameters = decoder->parameters();
+  const auto options = parameters.empty() ? torch::TensorOptions(torch::kFloat32) : parameters.front().options();
+  const auto dtype = decoder->dtype();
   layout_.bf16 = dtype == torch::kBFloat16;
   for (int64_t b = 0; b < decoder->blocks(); ++b) {
     auto* mixture = dynamic_cast<Mixture*>(decoder->layers[static_cast<size_t>(b)]->ffn.get());
@@ -71,7 +72,7 @@ EdgeMoeExperts::EdgeMoeExperts(std::shared_ptr<CausalModel> model, Int2Scale int
     layer->used = std::make_shared<std::vector<bool>>(static_cast<size_t>(layout_.experts));
     LinearStack stacks[3] = {nullptr, nullptr, nullptr};
     for (int p = 0; p < 3; ++p) {
-      layer->to[p] = torch::empty({layout_.experts, layer->from[p]->out(), layer->from[p]->in()}, dtype);
+      layer->to[p] = torch::empty({layout_.experts, layer->from[p]->out(), layer->from[p]->in()}, options.dtype(dtype));
       stacks[p] = LinearStack(layer->to[p], layer->from[p]->bias);
     }
     std::shared_ptr<Experts> own;

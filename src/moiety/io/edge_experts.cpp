@@ -1,7 +1,11 @@
 #include "moiety/io/edge_experts.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
+#include <regex>
 #include <unordered_map>
 
 #include "moiety/base/error.h"
@@ -105,6 +109,17 @@ void write_edge_keys(GgufWriter& writer, const EdgeLayout& layout) {
   writer.set_u32("edgemoe.expert_width", static_cast<uint32_t>(layout.width));
   writer.set_bool("edgemoe.bf16", layout.bf16);
   writer.set("edgemoe.router_hash", layout.router_hash);
+}
+
+WriteReport write_edge_model(const Checkpoint& source, const fs::path& file, const EdgeLayout& layout,
+                             WriteOptions options) {
+  layout.validate(file.string());
+  options.leave_out = [](const std::string& name) {
+    static const std::regex form("blk\\.[0-9]+\\.ffn_(gate|up|down|gate_up)(_exps|\\.[0-9]+)\\.weight");
+    return std::regex_match(name, form);
+  };
+  options.keys = [&](GgufWriter& writer) { write_edge_keys(writer, layout); };
+  return write_gguf(source, file, options);
 }
 
 void round_to_width(std::span<float> weights, int64_t columns, int64_t bits, Int2Scale int2) {
@@ -301,10 +316,18 @@ void EdgeExperts::decode(int64_t layer, int64_t expert, std::span<const std::byt
 
 namespace {
 
+// Addresses without memory behind them until something is read.
+std::shared_ptr<const void> reserved(size_t bytes, const std::byte*& data) {
+  void* at = ::mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  check(at != MAP_FAILED, "{} bytes of addresses cannot be reserved: {}", bytes, std::strerror(errno));
+  data = static_cast<const std::byte*>(at);
+  return {at, [bytes](const void* p) { ::munmap(const_cast<void*>(p), bytes); }};
+}
+
 class EdgeCheckpoint : public Checkpoint {
  public:
-  EdgeCheckpoint(std::shared_ptr<const Checkpoint> model, std::shared_ptr<const EdgeExperts> e)
-      : experts(std::move(e)), model_(std::move(model)), tensors_(model_->tensors()) {
+  EdgeCheckpoint(std::shared_ptr<const Checkpoint> model, std::shared_ptr<const EdgeExperts> e, bool outline = false)
+      : experts(std::move(e)), model_(std::move(model)), outline_(outline), tensors_(model_->tensors()) {
     const EdgeLayout& l = experts->layout();
     for (int64_t layer = 0; layer < l.layers(); ++layer)
       for (size_t p = 0; p < 3; ++p) {
@@ -327,21 +350,29 @@ class EdgeCheckpoint : public Checkpoint {
     if (it == stacks_.end()) return model_->get(name);
     const EdgeLayout& l = experts->layout();
     const int64_t one = experts->matrix_bytes(), layer = it->second.first;
-    auto bytes = std::make_shared<std::vector<std::byte>>(static_cast<size_t>(one * l.experts));
-    for (int64_t e = 0; e < l.experts; ++e) {
-      std::array<std::byte*, 3> to{};
-      to[it->second.second] = bytes->data() + e * one;
-      experts->decode(layer, e, experts->stored(layer, e), to);
-    }
     TensorView v;
     v.name = name;
     v.format = l.bf16 ? Format::BF16 : Format::F32;
     const Projection& p = kProjections[it->second.second];
     v.shape = {l.experts, rows_of(l, p), columns_of(l, p)};
+    const auto size = static_cast<size_t>(one * l.experts);
+    if (outline_) {
+      const std::byte* data = nullptr;
+      v.owner = reserved(size, data);
+      v.data = {data, size};
+      return v;
+    }
+    auto bytes = std::make_shared<std::vector<std::byte>>(size);
+    for (int64_t e = 0; e < l.experts; ++e) {
+      std::array<std::byte*, 3> to{};
+      to[it->second.second] = bytes->data() + e * one;
+      experts->decode(layer, e, experts->stored(layer, e), to);
+    }
     v.data = *bytes;
     v.owner = bytes;
     return v;
   }
+  std::shared_ptr<const Checkpoint> outline() const { return std::make_shared<EdgeCheckpoint>(model_, experts, true); }
   fs::path path() const override { return model_->path(); }
   std::shared_ptr<const GgufFile> gguf() const override { return model_->gguf(); }
   int64_t bytes_on_disk() const override {
@@ -352,6 +383,7 @@ class EdgeCheckpoint : public Checkpoint {
 
  private:
   std::shared_ptr<const Checkpoint> model_;
+  bool outline_;
   std::vector<TensorInfo> tensors_;
   std::unordered_map<std::string, std::pair<int64_t, size_t>> stacks_;  // layer, projection
 };
@@ -361,6 +393,11 @@ class EdgeCheckpoint : public Checkpoint {
 std::shared_ptr<const Checkpoint> with_edge_experts(std::shared_ptr<const Checkpoint> model,
                                                     std::shared_ptr<const EdgeExperts> experts) {
   return std::make_shared<EdgeCheckpoint>(std::move(model), std::move(experts));
+}
+
+std::shared_ptr<const Checkpoint> edge_outline(std::shared_ptr<const Checkpoint> checkpoint) {
+  const auto* edge = dynamic_cast<const EdgeCheckpoint*>(checkpoint.get());
+  return edge ? edge->outline() : checkpoint;
 }
 
 std::shared_ptr<const EdgeExperts> edge_experts_of(const Checkpoint& checkpoint) {

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "moiety/io/checkpoint.h"
+#include "moiety/io/checkpoint_writer.h"
 #include "moiety/io/gguf.h"
 #include "moiety/kernels/channel_quant.h"
 
@@ -43,6 +44,11 @@ struct EdgeLayout {
 std::filesystem::path edge_experts_path(const std::filesystem::path& model);
 /// Declares the keys of a layout in a model file.
 void write_edge_keys(GgufWriter& writer, const EdgeLayout& layout);
+
+/// Writes everything of `source` but the matrices of its experts, with the keys of `layout`, as a GGUF file; `options`
+/// as for write_gguf, its leave_out and keys are set here.
+WriteReport write_edge_model(const Checkpoint& source, const std::filesystem::path& file, const EdgeLayout& layout,
+                             WriteOptions options = {});
 
 struct EdgeExpert {
   std::vector<float> gate, up, down;  ///< row by row
@@ -91,6 +97,9 @@ class EdgeExperts {
 /// (`model.layers.N.mlp.experts.gate_proj`, ...).
 std::shared_ptr<const Checkpoint> with_edge_experts(std::shared_ptr<const Checkpoint> model,
                                                     std::shared_ptr<const EdgeExperts> experts);
+/// The same whose stacks are places that nothing decodes and that take no memory unless they are read: zeros. For
+/// models whose experts come from elsewhere. Other checkpoints are returned as they are.
+std::shared_ptr<const Checkpoint> edge_outline(std::shared_ptr<const Checkpoint> checkpoint);
 /// The experts behind a checkpoint of with_edge_experts; null for others.
 std::shared_ptr<const EdgeExperts> edge_experts_of(const Checkpoint& checkpoint);
 

@@ -1,9 +1,10 @@
 #pragma once
 // EdgeMoE's expert offloading (Yi et al. 2023, arXiv 2308.14352): which experts a layer will want is read off the path
-// that the token took through the two layers before, and the buffer gives up what is used seldom and far ahead. Plain
-// decisions, without torch and without reads; layers are counted over the mixtures of a model alone.
+// that the token took through the two layers before, and the buffer gives up what is used seldom and far ahead. Without
+// torch; layers are counted over the mixtures of a model alone.
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -12,17 +13,20 @@
 #include <vector>
 
 #include "moiety/base/config.h"
+#include "moiety/offload/policy.h"
 
 namespace moiety {
 
 struct EdgeMoeEviction {
   std::string distance = "ahead";  ///< or printed: the paper's formula, which keeps what was just used
+  bool online = false;             ///< uses of the run count beside those of the profile
   void fields(Fields& f);
 };
 
 struct EdgeMoePolicyConfig {
-  int64_t preload = 2;   ///< m: experts a layer that are read ahead
-  int64_t capacity = 0;  ///< experts in the buffer; 0: as many as the memory budget holds
+  int64_t preload = 2;       ///< m: experts a layer that are read ahead
+  int64_t capacity = 0;      ///< experts in the buffer; 0: as many as the memory budget holds
+  std::string expert_paths;  ///< file of write_expert_paths
   EdgeMoeEviction evict;
   void fields(Fields& f);
 };
@@ -66,6 +70,15 @@ class ExpertPaths {
   Table pairs_, singles_;  // the layer is in the key
 };
 
+/// Writes a profile: safetensors, `profile_trace` [tokens, layers, slots] in the smallest integers that hold `experts`,
+/// metadata num_experts and router_hash.
+void write_expert_paths(const std::string& file, std::span<const int64_t> trace, int64_t layers, int64_t slots,
+                        int64_t experts, const std::string& router_hash);
+/// Reads it and counts. Error: not such a file; `router_hash` (not empty) or `layers` and `experts` (not 0) are of
+/// another model.
+ExpertPaths read_expert_paths(const std::string& file, const std::string& router_hash = "", int64_t layers = 0,
+                              int64_t experts = 0);
+
 /// Indices by descending value, ties by the lower index.
 std::vector<int64_t> descending(std::span<const double> values);
 
@@ -75,93 +88,48 @@ int64_t layers_ahead(int64_t layer, int64_t running, int64_t layers, bool printe
 /// - f / D: the highest leaves.
 double eviction_score(int64_t frequency, int64_t ahead);
 
-/// What the buffer holds and gives up, over all layers together. Experts are flat indices layer * experts + expert.
-class ExpertBuffer {
- public:
-  /// `frequency` [layers * experts]: f of the score.
-  ExpertBuffer(int64_t layers, int64_t experts, int64_t capacity, std::vector<int64_t> frequency,
-               EdgeMoeEviction evict = {});
-
-  bool cached(int64_t expert) const { return cached_[static_cast<size_t>(expert)]; }
-  bool pinned(int64_t expert) const { return pinned_[static_cast<size_t>(expert)] > 0; }
-  int64_t size() const { return size_; }
-  int64_t capacity() const { return capacity_; }
-  void pin(int64_t expert) { ++pinned_[static_cast<size_t>(expert)]; }
-  void unpin(int64_t expert);
-
-  /// The cached, unpinned expert with the highest score while `running` executes; ties: the farther layer, then the
-  /// lower index. Nothing when all are pinned.
-  std::optional<int64_t> victim(int64_t running) const;
-  struct Placed {
-    bool kept = false;                ///< it has a place
-    std::optional<int64_t> replaced;  ///< whose place that was
-  };
-  /// Gives an expert that is not cached a free place or that of a victim.
-  Placed insert(int64_t expert, int64_t running);
-  void remove(int64_t expert);
-  /// Counts a use, for scores that go on counting (`online`).
-  void count(int64_t expert) { ++frequency_[static_cast<size_t>(expert)]; }
-
-  /// The `capacity` most frequent experts, ties by the lower index: what a buffer starts with.
-  std::vector<int64_t> most_frequent() const;
-
- private:
-  int64_t layers_, experts_, capacity_, size_ = 0;
-  std::vector<int64_t> frequency_;
-  bool printed_;
-  std::vector<bool> cached_;
-  std::vector<int> pinned_;
-};
-
-/// A layer's part of the method, for one token at a time: preload before its router answers, use after.
-class EdgeMoeSteps {
+class EdgeMoe : public OffloadPolicy {
  public:
   /// Predicted shares of the experts of `layer` given the sets of the two layers before.
-  using Predictor = std::function<std::vector<double>(int64_t layer, const ExpertSet&, const ExpertSet&)>;
-  /// Error: a negative `preload`.
-  EdgeMoeSteps(int64_t layers, int64_t experts, Predictor predictor, ExpertBuffer& buffer, int64_t preload);
+  using Predictor =
+      std::function<std::vector<double>(int64_t layer, const ExpertSet& before2, const ExpertSet& before1)>;
+  /// `frequency` [layers * experts]: f of the score. Error: sizes that do not fit.
+  EdgeMoe(int64_t layers, int64_t experts, std::vector<int64_t> frequency, Predictor predictor,
+          EdgeMoePolicyConfig config = {});
+  /// Predicts by the paths.
+  EdgeMoe(std::shared_ptr<const ExpertPaths> paths, EdgeMoePolicyConfig config);
 
-  struct Preload {
-    int64_t expert = 0;  ///< flat
-    enum Kind { cached, load, dropped } kind = cached;
-    std::optional<int64_t> replaced;
-  };
-  /// The most probable experts of `layer`, most probable first; those that have a place are pinned. Layer 0 follows the
-  /// last layer of the token before.
-  std::vector<Preload> preload(int64_t layer);
-
-  struct Use {
-    int64_t expert = 0;  ///< flat
-    bool hit = false;
-    bool kept = true;  ///< false: all places are pinned by this step
-    std::optional<int64_t> replaced;
-  };
-  /// The router of `layer` chose `chosen` (its order; negative slots are left out): these are pinned, predictions
-  /// unpinned; what is not cached gets a place, in this order.
-  std::vector<Use> use(int64_t layer, std::span<const int64_t> chosen);
-  /// The layer has been computed, its experts are unpinned; called by the next use() at the latest.
-  void computed();
-  /// A preload() entry that was given up before it was read: no longer cached nor pinned.
-  void cancel(int64_t expert);
-  /// Forgets the path: a new sequence begins. The buffer stays.
-  void begin_sequence();
+  /// The experts of a token and those that are read ahead.
+  int64_t least_high(const PolicySetup& setup) const override { return setup.top_k + config_.preload; }
+  int64_t capacity() const override { return config_.capacity; }
+  void begin_sequence() override;
+  void used(const ExpertVersion& version, int64_t tokens, bool hit, const Moment& now) override;
+  /// The highest score leaves; ties: the farther layer, then the lower index.
+  size_t victim(std::span<const ExpertVersion> candidates, const Moment& now) override;
+  /// The most probable experts of the next layer (layer 0 after the last), most probable first; nothing for more than
+  /// one token: prompts and batches are outside of the method.
+  std::vector<Guess> guess(const Demand& demand, const Cached& cached, LookAhead* look) override;
+  bool give_up_when_routed() const override { return true; }
+  std::vector<ExpertVersion> initial() const override;
+  nlohmann::json settings() const override;
 
  private:
-  int64_t layers_, experts_, preload_;
+  int64_t layers_, experts_;
+  std::vector<int64_t> frequency_;
   Predictor predictor_;
-  ExpertBuffer& buffer_;
-  std::vector<ExpertSet> path_;     // of this token, by layer
-  std::vector<int64_t> in_use_;     // flat, pinned
-  std::vector<int64_t> predicted_;  // flat, pinned
+  EdgeMoePolicyConfig config_;
+  std::vector<ExpertSet> path_;  // of this token, by layer
 };
 
-/// A trace run through the method as if every layer finished its preloads before its router answers.
-struct EdgeMoeReplay {
+/// A trace run through a policy as if every layer finished what is read ahead before its router answers.
+struct PathReplay {
   int64_t hits = 0, demand = 0, preloads = 0, preloads_used = 0, preloads_dropped = 0;
   std::vector<bool> cached;  ///< [layers * experts] at the end
 };
-/// `trace` [tokens, layers, slots]. The buffer starts as it is given. Error: see EdgeMoeSteps.
-EdgeMoeReplay replay_edgemoe(std::span<const int64_t> trace, int64_t layers, int64_t slots, int64_t experts,
-                             const EdgeMoeSteps::Predictor& predictor, ExpertBuffer& buffer, int64_t preload);
+/// `trace` [tokens, layers, slots]; -1 in an unused slot. The buffer is empty at first and shared by all layers; layer
+/// 0 of the first token is read ahead too. Error: sizes that do not fit, an expert outside of [-1, experts), a capacity
+/// that is less than `slots`.
+PathReplay replay_paths(std::span<const int64_t> trace, int64_t layers, int64_t slots, int64_t experts,
+                        std::shared_ptr<OffloadPolicy> policy, int64_t capacity);
 
 }  // namespace moiety

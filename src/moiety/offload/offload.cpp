@@ -27,6 +27,7 @@
 #include "moiety/nn/shortcut.h"
 #include "moiety/nn/weights.h"
 #include "moiety/offload/checkpoint_experts.h"
+#include "moiety/offload/edge_source.h"
 
 namespace moiety {
 namespace {
@@ -209,7 +210,8 @@ std::string router_hash(CausalModel& model) {
     for (const auto& inner : mixture->router->modules()) {
       const auto* linear = dynamic_cast<LinearImpl*>(inner.get());
       if (linear == nullptr) continue;
-      const auto weight = linear->dense(torch::kFloat32).to(torch::kCPU).contiguous();
+      // Rounded, so that it is the same whatever dtype the model was loaded in.
+      const auto weight = linear->dense(torch::kFloat32).to(torch::kBFloat16).to(torch::kCPU).contiguous();
       hash.update({static_cast<const std::byte*>(weight.const_data_ptr()), weight.nbytes()});
       any = true;
     }
@@ -413,6 +415,13 @@ std::shared_ptr<Offload> Offload::attach(CausalModel& causal, const Checkpoint& 
         checkpoint.path().string());
   std::shared_ptr<Offload> out(new Offload);
   out->options_ = options;
+  const auto edge = edge_experts_of(checkpoint);
+  if (!source && edge) {
+    check((model->dtype() == torch::kBFloat16) == edge->layout().bf16,
+          "{}: its experts are decoded to {}, which the model has to compute in: leave --dtype out",
+          checkpoint.path().string(), edge->layout().bf16 ? "bf16" : "f32");
+    source = std::make_shared<EdgeExpertSource>(edge);
+  }
   out->source_ = source ? std::move(source) : checkpoint_source(sites, checkpoint, model->dtype());
   PolicySetup& setup = out->setup_;
   setup.layers = static_cast<int64_t>(sites.size());
@@ -531,9 +540,11 @@ void Offload::start(const OffloadWork& work) {
   const int64_t other = plan.base + plan.cache + plan.work + plan.buffers + rounding;
   const double share = low ? 0.8 : 1.0;
   plan.least = other + static_cast<int64_t>(std::ceil(static_cast<double>(least * plan.slot_high) / share));
-  if (options_.capacity_high > 0 || options_.memory == 0) {
-    plan.capacity_high = options_.capacity_high > 0 ? options_.capacity_high : all;
-    plan.capacity_low = low ? (options_.capacity_high > 0 ? options_.capacity_low : all) : 0;
+  const int64_t asked = options_.capacity_high > 0 ? options_.capacity_high : policy_->capacity();
+  if (asked > 0 || options_.memory == 0) {
+    check(asked == 0 || asked >= least, "a pool of {} experts is too small: {} are needed at least", asked, least);
+    plan.capacity_high = asked > 0 ? asked : all;
+    plan.capacity_low = low ? (asked > 0 ? options_.capacity_low : all) : 0;
   } else {
     const int64_t left = options_.memory - other;
     plan.capacity_high = left <= 0 ? 0 : static_cast<int64_t>(share * static_cast<double>(left)) / plan.slot_high;

@@ -61,8 +61,8 @@ class Offload {
  public:
   /// Takes the experts of every mixture out of a model that was loaded with LoadOptions::leave_experts; packs what
   /// stays, and lets go of file pages that are not needed any more. The model cannot run before start(). `source`: null
-  /// for the checkpoint's own experts. Error: no expert layers; unknown policy or settings; experts that are not gated
-  /// ones of the family; a device other than the CPU.
+  /// for the checkpoint's own experts, those of an edgemoe model included. Error: no expert layers; unknown policy or
+  /// settings; experts that are not gated ones of the family; a device other than the CPU.
   static std::shared_ptr<Offload> attach(CausalModel& model, const Checkpoint& checkpoint, OffloadOptions options,
                                          std::shared_ptr<const ExpertSource> source = nullptr);
   /// The same for expert sets outside of a model, one a layer, that takes their places at once; `options` says the
@@ -168,7 +168,7 @@ int64_t peak_resident_bytes();
 int64_t parse_memory(const std::string& text);
 /// "200MB/s", "1.5GB/s", "2e8": bytes a second. Error otherwise.
 double parse_rate(const std::string& text);
-/// SHA-256 of the routers of a model's mixtures, "" where there are none.
+/// SHA-256 of the routers of a model's mixtures, rounded to bf16; "" where there are none.
 std::string router_hash(CausalModel& model);
 
 }  // namespace moiety

@@ -92,6 +92,8 @@ class OffloadPolicy {
   virtual bool uses_low() const { return false; }
   /// Experts that the high-precision pool must hold at least. Default: those of one token.
   virtual int64_t least_high(const PolicySetup& setup) const { return setup.top_k; }
+  /// Experts that the high-precision pool shall hold, whatever the budget would give; 0: what the budget gives.
+  virtual int64_t capacity() const { return 0; }
   /// Told once, before the first step. Error: what the settings ask for does not fit.
   virtual void begin(const PolicySetup&) {}
   /// All rows of the coming step are new.
