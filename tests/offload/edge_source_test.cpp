@@ -54,7 +54,9 @@ std::string edge_file(const TemporaryFolder& folder, const std::string& source, 
   layout.router_hash = hash;
   write_edge_experts(edge_experts_path(file), layout, Int2Scale::max,
                      [&](int64_t l, int64_t e) { return experts.original(l, e); });
-  write_edge_model(*checkpoint, file, layout);
+  WriteOptions again;
+  again.overwrite = true;
+  write_edge_model(*checkpoint, file, layout, again);
   return file.string();
 }
 

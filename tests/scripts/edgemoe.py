@@ -65,13 +65,15 @@ def main():
             first = first or r
             assert r["sensitivity"] == first["sensitivity"] and r["uniform_loss"]["32"] == 0
             if i > 0:
-                assert r["evaluations"] <= 12 < first["evaluations"] + 4, (r["evaluations"], first["evaluations"])
+                assert r["evaluations"] <= 12, r["evaluations"]
+            else:
+                assert r["evaluations"] >= 8, r["evaluations"]
         assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1], sizes
 
         # The written model has the loss that was said: 1 / perplexity against the whole one's.
         def perplexity(model):
             out = json.loads(moiety("eval", model, "--text", "text.txt", "--limit-tokens", 1500, "--context", 64, "--stride", 64, "--json").stdout)
-            return next(v["perplexity"] for v in [out, *out.get("texts", []), *out.get("results", [])] if "perplexity" in v)
+            return out["perplexity"]["perplexity"]
 
         r = compress(0.01, "e.gguf")
         assert abs((1 - perplexity("m.gguf") / perplexity("e.gguf")) - r["loss"]) < 1e-6, r["loss"]
