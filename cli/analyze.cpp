@@ -14,6 +14,8 @@
 #include "moiety/offload/checkpoint_experts.h"
 #include "moiety/offload/edgemoe.h"
 #include "moiety/offload/record.h"
+#include "moiety/models/vision.h"
+#include "moiety/tasks/image_classification.h"
 #include "moiety/tasks/scoring.h"
 #include "open_model.h"
 #include "verb.h"
@@ -25,7 +27,8 @@ using nlohmann::json;
 
 struct Options {
   Common common;
-  std::vector<std::string> texts;
+  std::vector<std::string> texts, images;
+  int64_t limit = 1000;
   std::string out, html;
   int64_t context = 0, batch_size = 8, limit_tokens = 0, top_tokens = 8;
 };
@@ -67,7 +70,60 @@ void print_table(const json& report) {
       s["experts"].get<int64_t>(), s["worst_imbalance"].get<double>(), s["mean_mutual_information"].get<double>());
 }
 
+// Writes and prints a report.
+int finish(const Options& o, json report, std::chrono::steady_clock::time_point start) {
+  report["model"] = o.common.model;
+  report["seconds"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const auto dumped = [&] { return report.dump(2, ' ', false, json::error_handler_t::replace) + "\n"; };
+  if (!o.out.empty()) write_file(o.out, dumped());
+  if (!o.html.empty()) write_file(o.html, routing_page(report));
+  if (o.common.json)
+    std::cout << dumped();
+  else
+    print_table(report);
+  return 0;
+}
+
+// The positions of images in place of the tokens of texts.
+int run_image_routing(const Options& o) {
+  const auto start = std::chrono::steady_clock::now();
+  const auto checkpoint = Checkpoint::open(o.common.model);
+  check(is_vision(checkpoint->config()), "{} is no vision model that moiety has saved: it reads --text",
+        o.common.model);
+  const auto model = load_vision(*checkpoint, {o.common.dtype, torch::Device(o.common.device)});
+  const int64_t side = model->config().image / model->config().patch, positions = side * side + 1;
+  RoutingStatistics statistics(static_cast<int64_t>(o.images.size()));
+  json files = json::array();
+  int64_t seen = 0;
+  for (size_t i = 0; i < o.images.size(); ++i) {
+    DataOptions options;
+    options.channels = static_cast<int>(model->config().channels);
+    Trace trace;
+    trace.on_record = [&](const Trace::Record& record) {
+      const int64_t rows = record.routing.experts.size(0) / positions;
+      statistics.add(record, torch::zeros({rows, positions}, torch::kInt64),
+                     torch::ones({rows, positions}, torch::kBool), static_cast<int64_t>(i));
+    };
+    ImageScoring scoring;
+    scoring.limit = o.limit;
+    scoring.device = torch::Device(o.common.device);
+    scoring.trace = &trace;
+    const auto score = score_images(*model, *Dataset::open(o.images[i], options), scoring);
+    files.push_back({{"file", o.images[i]}, {"tokens", score.images * positions}, {"images", score.images}});
+    seen += score.images;
+  }
+  check(!statistics.sites().empty(), "no block of the model has routed anything: it has no mixture of experts");
+  json report = to_json(statistics, o.images);
+  report["family"] = checkpoint->config().value("model_type", "");
+  report["texts"] = std::move(files);
+  report["tokens"] = seen * positions;
+  report["settings"] = {{"limit", o.limit}, {"dtype", o.common.dtype}};
+  return finish(o, std::move(report), start);
+}
+
 int run_routing(const Options& o) {
+  check(o.texts.empty() != o.images.empty(), "give either --text FILE or, for a vision model, --images DATA");
+  if (!o.images.empty()) return run_image_routing(o);
   OpenModel open = open_causal(o.common);
   RoutingOptions options;
   options.context = o.context > 0 ? o.context : std::min<int64_t>(512, open.model->context_length());
@@ -95,7 +151,6 @@ int run_routing(const Options& o) {
   });
   progress.reset();
   json report = to_json(statistics, o.texts, open.tokenizer.get(), o.top_tokens);
-  report["model"] = o.common.model;
   report["family"] = open.checkpoint->config().value("model_type", "");
   report["texts"] = std::move(files);
   report["tokens"] = tokens;
@@ -104,15 +159,7 @@ int run_routing(const Options& o) {
                         {"limit_tokens", o.limit_tokens},
                         {"bos", options.bos >= 0},
                         {"dtype", o.common.dtype}};
-  report["seconds"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  const auto dumped = [&] { return report.dump(2, ' ', false, json::error_handler_t::replace) + "\n"; };
-  if (!o.out.empty()) write_file(o.out, dumped());
-  if (!o.html.empty()) write_file(o.html, routing_page(report));
-  if (o.common.json)
-    std::cout << dumped();
-  else
-    print_table(report);
-  return 0;
+  return finish(o, std::move(report), start);
 }
 
 // The ids of all texts, and what every router chose on them.
@@ -226,7 +273,8 @@ const Register analyze({
     "moiety analyze routing olmoe/ --text prose.txt code.py --html routing.html\n"
     "moiety analyze routing olmoe/ --text book.txt --limit-tokens 20000 -o routing.json\n"
     "moiety analyze expert-traces m.gguf --text book.txt -o traces.safetensors --calibrate\n"
-    "moiety analyze expert-paths m.gguf --text book.txt -o paths.safetensors",
+    "moiety analyze expert-paths m.gguf --text book.txt -o paths.safetensors\n"
+    "moiety analyze routing VISION-MODEL --images t10k-images-idx3-ubyte.gz",
     [](CLI::App& app) {
       auto o = std::make_shared<Options>();
       app.require_subcommand(1);
@@ -234,8 +282,12 @@ const Register analyze({
           "routing",
           "Expert load, co-activation and entropy of every router, as a table, JSON and a page with heatmaps");
       add_common(routing, o->common);
-      routing.add_option("--text", o->texts, "Text files to read; the load of each is also reported on its own")
-          ->required();
+      routing.add_option("--text", o->texts, "Text files to read; the load of each is also reported on its own");
+      routing.add_option("--images", o->images,
+                         "Vision models: labelled images, an IDX file or a folder with a folder for each class");
+      routing.add_option("--limit", o->limit, "Use only the first images; 0: all")
+          ->check(CLI::NonNegativeNumber)
+          ->capture_default_str();
       routing
           .add_option("--context", o->context,
                       "Tokens that the model sees at a time, in windows that do not overlap (default: 512, or the "

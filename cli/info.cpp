@@ -10,6 +10,7 @@
 #include "moiety/io/checkpoint.h"
 #include "moiety/io/gguf_names.h"
 #include "moiety/io/tokenizer.h"
+#include "moiety/models/vision.h"
 #include "verb.h"
 
 using nlohmann::json;
@@ -97,8 +98,12 @@ json facts(const Checkpoint& checkpoint, const Options& options) {
                             : json();
   out["family"] = config.contains("model_type") ? config["model_type"] : json();
 
-  const int64_t experts = entry(c, {"num_local_experts", "num_experts", "n_routed_experts"});
-  const int64_t used = entry(c, {"num_experts_per_tok"});
+  int64_t experts = entry(c, {"num_local_experts", "num_experts", "n_routed_experts"});
+  int64_t used = entry(c, {"num_experts_per_tok"});
+  if (is_vision(config) && config.value("mixture", true) && config.contains("moe") && config["moe"].is_object()) {
+    experts = entry(config["moe"], {"experts"});
+    used = entry(config["moe"], {"top_k"});
+  }
   int64_t total = 0, routed = 0, bytes = 0;
   std::map<std::string, std::array<int64_t, 3>> formats;
   for (const auto& t : checkpoint.tensors()) {
@@ -112,12 +117,13 @@ json facts(const Checkpoint& checkpoint, const Options& options) {
   out["parameters"] = total;
   out["active_parameters"] =
       experts > 0 && used > 0 && used < experts ? total - routed / experts * (experts - used) : total;
-  out["layers"] = entry(c, {"num_hidden_layers", "n_layers"});
-  out["hidden_size"] = entry(c, {"hidden_size", "dim"});
-  out["heads"] = entry(c, {"num_attention_heads", "n_heads"});
+  const bool vision = is_vision(config);
+  out["layers"] = entry(c, {"num_hidden_layers", "n_layers", vision ? "blocks" : ""});
+  out["hidden_size"] = entry(c, {"hidden_size", "dim", vision ? "hidden" : ""});
+  out["heads"] = entry(c, {"num_attention_heads", "n_heads", vision ? "heads" : ""});
   const int64_t kv = entry(c, {"num_key_value_heads"});
   out["key_value_heads"] = kv > 0 ? json(kv) : out["heads"];
-  out["feed_forward_size"] = entry(c, {"intermediate_size", "hidden_dim"});
+  out["feed_forward_size"] = entry(c, {"intermediate_size", "hidden_dim", vision ? "width" : ""});
   out["vocabulary"] = entry(c, {"vocab_size"});
   out["context_length"] = entry(c, {"max_position_embeddings"});
   if (experts > 0) {
@@ -134,7 +140,7 @@ json facts(const Checkpoint& checkpoint, const Options& options) {
   out["bytes"] = bytes;
   out["bytes_on_disk"] = checkpoint.bytes_on_disk();
   out["bits_per_weight"] = total > 0 ? static_cast<double>(bytes) * 8 / static_cast<double>(total) : 0.0;
-  out["tokenizer"] = tokenizer_facts(checkpoint);
+  if (!vision) out["tokenizer"] = tokenizer_facts(checkpoint);
   if (options.tensors) {
     out["tensor_list"] = json::array();
     for (const auto& t : checkpoint.tensors())
@@ -172,10 +178,14 @@ void print(const json& f) {
       value += fmt::format(", and a shared one of size {}", grouped(e["shared_feed_forward_size"]));
     line("experts", value);
   }
-  line("vocabulary", number("vocabulary"));
-  line("context", number("context_length"));
-  const json& t = f["tokenizer"];
-  if (t.contains("error")) {
+  const json t = f.value("tokenizer", json());
+  if (!t.is_null()) {
+    line("vocabulary", number("vocabulary"));
+    line("context", number("context_length"));
+  }
+  if (t.is_null()) {
+    // An image has none.
+  } else if (t.contains("error")) {
     line("tokenizer", shown(t["error"].get<std::string>(), 200));
   } else {
     line("tokenizer", fmt::format("{}, {} tokens, {}", t["kind"].get<std::string>(), grouped(t["size"]),

@@ -7,6 +7,7 @@
 #include "moiety/base/log.h"
 #include "moiety/base/memory.h"
 #include "moiety/io/edge_experts.h"
+#include "moiety/models/vision.h"
 #include "moiety/moe/router.h"
 
 namespace moiety::cli {
@@ -27,6 +28,7 @@ OpenModel open_causal(const Common& common, bool tokenizer, const OffloadArgumen
   check(!is_encoder(open.checkpoint->config()),
         "{} is an encoder ({}), which predicts no next token: use `moiety embed`", common.model,
         open.checkpoint->config().value("model_type", "unknown type"));
+  check(!is_vision(open.checkpoint->config()), "{} classifies images: use `moiety eval --images`", common.model);
   if (tokenizer) open.tokenizer = Tokenizer::load(*open.checkpoint);
   // Experts that stay on disk are not decoded.
   const auto loaded = offload.on() ? edge_outline(open.checkpoint) : open.checkpoint;

@@ -48,7 +48,7 @@ int dry_run(const TrainArguments& a, const TrainConfig& config) {
     json out = {{"parameters", plan.parameters},
                 {"trained", plan.trained},
                 {"steps", plan.steps},
-                {"tokens_per_step", plan.tokens_per_step},
+                {plan.unit + "s_per_step", plan.tokens_per_step},
                 {"documents", plan.documents},
                 {"rows_of_an_epoch", plan.rows_of_an_epoch ? json(*plan.rows_of_an_epoch) : json()},
                 {"bytes",
@@ -66,11 +66,12 @@ int dry_run(const TrainArguments& a, const TrainConfig& config) {
     return 0;
   }
   std::cout << fmt::format(
-      "parameters   {} ({} learn)\nsteps        {} of {} tokens: {} tokens\ndocuments    {}{}\n"
+      "parameters   {} ({} learn)\nsteps        {} of {} {}s: {} {}s\n{:<12} {}{}\n"
       "memory       {}: weights {}, gradients {}, optimizer {}, {}activations about {}\n",
-      plan.parameters, plan.trained, plan.steps, plan.tokens_per_step, plan.steps * plan.tokens_per_step,
-      plan.documents, plan.rows_of_an_epoch ? fmt::format(" ({} rows an epoch)", *plan.rows_of_an_epoch) : "",
-      megabytes(sum), megabytes(plan.weights_bytes), megabytes(plan.gradient_bytes), megabytes(plan.optimizer_bytes),
+      plan.parameters, plan.trained, plan.steps, plan.tokens_per_step, plan.unit, plan.steps * plan.tokens_per_step,
+      plan.unit, plan.unit == "image" ? "images" : "documents", plan.documents,
+      plan.rows_of_an_epoch ? fmt::format(" ({} rows an epoch)", *plan.rows_of_an_epoch) : "", megabytes(sum),
+      megabytes(plan.weights_bytes), megabytes(plan.gradient_bytes), megabytes(plan.optimizer_bytes),
       plan.ema_bytes > 0 ? fmt::format("average {}, ", megabytes(plan.ema_bytes)) : "",
       megabytes(plan.activation_bytes));
   if (a.list) {
@@ -103,14 +104,16 @@ int run_train(const TrainArguments& a) {
   std::optional<Progress> progress;
   const auto start = std::chrono::steady_clock::now();
   int64_t tokens = 0;
+  std::string unit;
   options.on_step = [&](int64_t step, int64_t, double loss, int64_t count) {
     tokens += count;
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     progress->note(
-        fmt::format("loss {:.4f}, {:.0f} tokens/s", loss, static_cast<double>(tokens) / std::max(seconds, 1e-9)));
+        fmt::format("loss {:.4f}, {:.0f} {}s/s", loss, static_cast<double>(tokens) / std::max(seconds, 1e-9), unit));
     progress->set(step);
   };
   Trainer trainer(config, options);
+  unit = trainer.unit();
   if (trainer.step() > 0) log::info("{} goes on behind step {}", config.output.folder, trainer.step());
   progress.emplace("train", trainer.steps(), "step");
   if (trainer.step() > 0) progress->set(trainer.step());
@@ -119,13 +122,9 @@ int run_train(const TrainArguments& a) {
   if (ranks) ranks->barrier();  // none leaves while another still sends
   if (!leader) return 0;
   if (a.json) {
-    json out = {{"ended", r.ended},   {"step", r.step},       {"steps", r.steps},         {"loss", r.loss},
-                {"tokens", r.tokens}, {"seconds", r.seconds}, {"model", r.model.string()}};
-    if (r.evaluation)
-      out["evaluation"] = {{"loss", r.evaluation->loss},
-                           {"perplexity", std::exp(r.evaluation->loss)},
-                           {"bits_per_byte", r.evaluation->bits_per_byte},
-                           {"tokens", r.evaluation->tokens}};
+    json out = {{"ended", r.ended},       {"step", r.step},       {"steps", r.steps},         {"loss", r.loss},
+                {r.unit + "s", r.tokens}, {"seconds", r.seconds}, {"model", r.model.string()}};
+    if (r.evaluation) out["evaluation"] = to_json(*r.evaluation);
     if (r.best_step > 0) out["best"] = {{"loss", r.best}, {"step", r.best_step}};
     std::cout << out.dump(2) << "\n";
     return 0;
@@ -140,20 +139,24 @@ int run_train(const TrainArguments& a) {
   if (r.ended == "early stop")
     std::cout << fmt::format("ended at step {} of {}: the held-out loss did not get better\n", r.step, r.steps);
   std::cout << fmt::format("training loss  {:.4f}\n", r.loss);
-  if (r.evaluation)
+  if (r.evaluation && r.evaluation->accuracy)
+    std::cout << fmt::format("held out       loss {:.4f}, {:.2f} % right ({} images); best loss {:.4f} at step {}\n",
+                             r.evaluation->loss, 100.0 * *r.evaluation->accuracy, r.evaluation->tokens, r.best,
+                             r.best_step);
+  else if (r.evaluation)
     std::cout << fmt::format(
         "held out       loss {:.4f}, perplexity {:.3f}, {:.4f} bits a byte ({} tokens); best {:.4f} at step {}\n",
         r.evaluation->loss, std::exp(r.evaluation->loss), r.evaluation->bits_per_byte, r.evaluation->tokens, r.best,
         r.best_step);
-  std::cout << fmt::format("time           {:.1f} s, {:.0f} tokens/s\nmodel          {}\nreport         {}\n",
-                           r.seconds, static_cast<double>(r.tokens) / std::max(r.seconds, 1e-9), r.model.string(),
+  std::cout << fmt::format("time           {:.1f} s, {:.0f} {}s/s\nmodel          {}\nreport         {}\n", r.seconds,
+                           static_cast<double>(r.tokens) / std::max(r.seconds, 1e-9), r.unit, r.model.string(),
                            (std::filesystem::path(config.output.folder) / "report.html").string());
   return 0;
 }
 
 const Register train({
     "train",
-    "Train a language model, from scratch or from a checkpoint, as a YAML file says",
+    "Train a model, from scratch or from a checkpoint, as a YAML file says",
     "moiety train run.yaml\n"
     "moiety train run.yaml --dry-run\n"
     "moiety train run.yaml --set optimizer.lr=1e-3 --set train.steps=2000 --set output=runs/other\n"

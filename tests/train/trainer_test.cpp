@@ -356,7 +356,7 @@ TEST(Trainer, CallsScheduledModulesOncePerStep) {
   config.evaluation.every = 1;
   const auto clock = std::make_shared<Clock>();
   TrainOptions options;
-  options.prepare = [&](CausalModel& model) { model.register_module("clock", clock); };
+  options.prepare = [&](torch::nn::Module& model) { model.register_module("clock", clock); };
   Trainer(config, options).run();
   EXPECT_EQ(clock->seen, (std::vector<std::pair<int64_t, int64_t>>{{0, 3}, {1, 3}, {2, 3}}));
   EXPECT_EQ(clock->after, 3);

@@ -3,9 +3,12 @@
 #include <torch/torch.h>
 
 #include <cmath>
+#include <set>
 #include <vector>
 
 #include "moiety/base/error.h"
+#include "moiety/models/weights_source.h"
+#include "moiety/nn/part.h"
 
 namespace moiety {
 
@@ -39,25 +42,52 @@ std::string VisionConfig::problem() const {
 
 namespace {
 
-Tensor normal(std::vector<int64_t> shape, double std) {
-  return (torch::randn(shape) * std).requires_grad_();
-}
-Tensor glorot(std::vector<int64_t> shape, int64_t in, int64_t out) {
-  const double bound = std::sqrt(6.0 / static_cast<double>(in + out));
-  return torch::empty(shape).uniform_(-bound, bound).requires_grad_();
+constexpr const char* kModelType = "moiety_vision";
+
+Init glorot(int64_t in, int64_t out) {
+  return [bound = std::sqrt(6.0 / static_cast<double>(in + out))](Tensor t) { t.uniform_(-bound, bound); };
 }
 
-Linear dense(int64_t in, int64_t out, bool bias = true) {
-  return Linear(glorot({out, in}, in, out), bias ? torch::zeros({out}).requires_grad_() : Tensor());
-}
-LinearStack stack(int64_t count, int64_t in, int64_t out) {
-  return LinearStack(glorot({count, out, in}, in, out), normal({count, out}, 1e-6));
-}
+// Tensors by name, in the order in which they are asked for.
+class Pieces {
+ public:
+  Pieces(WeightsSource& weights, const VisionConfig& config) : w_(weights), c_(config) {}
+
+  Linear dense(const std::string& name, int64_t in, int64_t out, bool bias = true) {
+    const auto weight = w_.tensor(name + ".weight", {out, in}, glorot(in, out));
+    return Linear(weight, bias ? w_.tensor(name + ".bias", {out}, 0.0) : Tensor());
+  }
+  std::shared_ptr<Norm> norm(const std::string& name) {
+    const auto weight = w_.tensor(name + ".weight", {c_.hidden}, 1.0);
+    return std::make_shared<LayerNorm>(weight, w_.tensor(name + ".bias", {c_.hidden}, 0.0), c_.norm_eps);
+  }
+  std::shared_ptr<BidirectionalAttention> attention(const std::string& at) {
+    const auto q = dense(at + "q", c_.hidden, c_.hidden), k = dense(at + "k", c_.hidden, c_.hidden),
+               v = dense(at + "v", c_.hidden, c_.hidden), o = dense(at + "o", c_.hidden, c_.hidden);
+    return std::make_shared<BidirectionalAttention>(q, k, v, o, c_.heads);
+  }
+  // The dense layer is a set of one expert.
+  std::shared_ptr<MlpExperts> experts(const std::string& at, bool mixture) {
+    const int64_t count = mixture ? c_.moe.experts : 1;
+    const auto stack = [&](const std::string& n, int64_t in, int64_t out) {
+      const auto weight = w_.tensor(at + "w" + n, {count, out, in}, glorot(in, out));
+      return LinearStack(weight, w_.tensor(at + "b" + n, {count, out}, normal_init(1e-6)));
+    };
+    const auto first = stack("1", c_.hidden, c_.width), second = stack("2", c_.width, c_.hidden);
+    return std::make_shared<MlpExperts>(first, second, activation("gelu_new"),
+                                        c_.moe.output_activation == "gelu" ? activation("gelu_new") : nullptr,
+                                        mixture ? c_.moe.dropout : c_.dropout);
+  }
+
+ private:
+  WeightsSource& w_;
+  const VisionConfig& c_;
+};
 
 // One expert for every token, and no router.
 class DenseLayer : public FeedForwardBase {
  public:
-  explicit DenseLayer(std::shared_ptr<MlpExperts> layer) : layer_(register_module("layer", std::move(layer))) {}
+  explicit DenseLayer(std::shared_ptr<MlpExperts> layer) : layer_(register_module("experts", std::move(layer))) {}
   Tensor forward(const Tensor& x, Pass&) override {
     const auto flat = x.reshape({-1, x.size(-1)});
     return layer_->forward(flat, {flat.size(0)}).view(x.sizes());
@@ -67,67 +97,144 @@ class DenseLayer : public FeedForwardBase {
   std::shared_ptr<MlpExperts> layer_;
 };
 
-std::shared_ptr<MlpExperts> experts(const VisionConfig& c, bool mixture) {
-  const int64_t count = mixture ? c.moe.experts : 1;
-  return std::make_shared<MlpExperts>(
-      stack(count, c.hidden, c.width), stack(count, c.width, c.hidden), activation("gelu_new"),
-      c.moe.output_activation == "gelu" ? activation("gelu_new") : nullptr, mixture ? c.moe.dropout : c.dropout);
+// Where the tensors of what blocks share stand: "shared." when there is one group of blocks, else one place a group.
+std::string place(const VisionConfig& c, int64_t block, bool shared) {
+  if (!shared) return fmt::format("blocks.{}.", block);
+  return c.group >= c.blocks ? "shared." : fmt::format("groups.{}.", block / c.group);
 }
 
-std::vector<WideNetBlock> blocks_of(const VisionConfig& c) {
+std::vector<WideNetBlock> blocks_of(const VisionConfig& c, Pieces& pieces) {
   std::vector<WideNetBlock> blocks(static_cast<size_t>(c.blocks));
-  const auto fresh_norm = [&] {
-    return std::make_shared<LayerNorm>(torch::ones({c.hidden}).requires_grad_(),
-                                       torch::zeros({c.hidden}).requires_grad_(), c.norm_eps);
-  };
   std::shared_ptr<MlpExperts> shared_experts;
   for (int64_t i = 0; i < c.blocks; ++i) {
     auto& b = blocks[static_cast<size_t>(i)];
     const bool first = i % c.group == 0, mixture = c.mixture && i / c.group == (c.blocks - 1) / c.group;
     const WideNetBlock* before = i == 0 ? nullptr : &blocks[static_cast<size_t>(i - 1)];
-    b.before_attention = before && c.share_norms ? before->before_attention : fresh_norm();
-    b.before_ffn = before && c.share_norms ? before->before_ffn : fresh_norm();
-    const int64_t d = c.hidden;
-    b.attention = first || !c.share_attention ? std::make_shared<BidirectionalAttention>(
-                                                    dense(d, d), dense(d, d), dense(d, d), dense(d, d), c.heads)
+    const std::string own = fmt::format("blocks.{}.", i), norms = c.share_norms ? "shared." : own;
+    b.before_attention = before && c.share_norms ? before->before_attention : pieces.norm(norms + "ln1");
+    b.before_ffn = before && c.share_norms ? before->before_ffn : pieces.norm(norms + "ln2");
+    b.attention = first || !c.share_attention ? pieces.attention(place(c, i, c.share_attention) + "attention.")
                                               : before->attention;
-    if (first || !c.share_ffn) shared_experts = experts(c, mixture);
+    if (first || !c.share_ffn) shared_experts = pieces.experts(place(c, i, c.share_ffn) + "ffn.experts.", mixture);
     if (!first && c.share_ffn && (!mixture || c.share_router))
       b.ffn = before->ffn;
     else if (mixture)
-      b.ffn = std::make_shared<Mixture>(std::make_shared<CapacityRouter>(dense(d, c.moe.experts, false), c.moe),
-                                        shared_experts);
+      b.ffn = std::make_shared<Mixture>(
+          std::make_shared<CapacityRouter>(
+              pieces.dense(place(c, i, c.share_ffn && c.share_router) + "ffn.router", c.hidden, c.moe.experts, false),
+              c.moe),
+          shared_experts);
     else
       b.ffn = std::make_shared<DenseLayer>(shared_experts);
   }
   return blocks;
 }
 
+// Says in words what would else come out as a list of tensors.
+void check_sharing(const Checkpoint& checkpoint, const VisionConfig& c) {
+  std::set<int64_t> norms;
+  bool own_attention = false, own_experts = false;
+  for (const auto& t : checkpoint.tensors()) {
+    if (t.name.rfind("blocks.", 0) != 0) continue;
+    const size_t dot = t.name.find('.', 7);
+    if (dot == std::string::npos) continue;
+    const std::string rest = t.name.substr(dot + 1), number = t.name.substr(7, dot - 7);
+    const bool digits =
+        !number.empty() && number.size() < 6 && number.find_first_not_of("0123456789") == std::string::npos;
+    if (digits && rest == "ln1.weight") norms.insert(std::stoll(number));
+    own_attention |= rest.rfind("attention.", 0) == 0;
+    own_experts |= rest.rfind("ffn.experts.", 0) == 0;
+  }
+  const std::string where = checkpoint.path().string();
+  check(!(own_attention && c.share_attention),
+        "{} has an attention for every block, and its config shares one: set `share_attention: false` to give each "
+        "block its own",
+        where);
+  check(!(own_experts && c.share_ffn),
+        "{} has a feed-forward layer for every block, and its config shares one: set `share_ffn: false` to give each "
+        "block its own",
+        where);
+  check(c.share_norms || norms.empty() || static_cast<int64_t>(norms.size()) == c.blocks,
+        "{} has norms for {} blocks, and its config has {} blocks", where, norms.size(), c.blocks);
+}
+
+std::unique_ptr<WeightsSource> trainable() {
+  LoadOptions o;
+  o.trainable = true;
+  return std::make_unique<WeightsSource>(0.02, o);
+}
+
 }  // namespace
 
-VisionModel::VisionModel(VisionConfig c) : config_(std::move(c)) {
+VisionModel::VisionModel(VisionConfig c) : VisionModel(std::move(c), *trainable()) {}
+
+VisionModel::VisionModel(VisionConfig c, WeightsSource& w) : config_(std::move(c)), dtype_(w.dtype()) {
   const std::string problem = config_.problem();
   check(problem.empty(), "{}", problem);
+  w.inner.clear();
   const int64_t p = config_.patch, d = config_.hidden, side = config_.image / p;
-  patches_ = register_parameter("patches", glorot({d, config_.channels, p, p}, config_.channels * p * p, d * p * p));
-  patches_bias_ = register_parameter("patches_bias", torch::zeros({d}).requires_grad_());
-  positions_ = register_parameter("positions_embedding", normal({side * side + 1, d}, 0.02));
-  body_ = register_module("body", std::make_shared<WideNet>(blocks_of(config_), config_.dropout));
-  norm_ = register_module("norm", std::make_shared<LayerNorm>(torch::ones({d}).requires_grad_(),
-                                                              torch::zeros({d}).requires_grad_(), config_.norm_eps));
-  representation_ = register_module("representation", dense(d, d));
-  head_ = register_module("head", dense(d, config_.classes));
+  Pieces pieces(w, config_);
+  patches_ = w.tensor("patches.weight", {d, config_.channels, p, p}, glorot(config_.channels * p * p, d * p * p));
+  patches_bias_ = w.tensor("patches.bias", {d}, 0.0);
+  positions_ = w.tensor("positions", {side * side + 1, d}, normal_init(0.02));
+  register_parameter("patches", patches_, patches_.requires_grad());
+  register_parameter("patches_bias", patches_bias_, patches_bias_.requires_grad());
+  register_parameter("positions_embedding", positions_, positions_.requires_grad());
+  body_ = register_module("body", std::make_shared<WideNet>(blocks_of(config_, pieces), config_.dropout));
+  norm_ = register_module("norm", pieces.norm("ln_f"));
+  representation_ = register_module("representation", pieces.dense("representation", d, d));
+  head_ = register_module("head", pieces.dense("head", d, config_.classes));
+  stored_ = w.stored();
 }
 
 Tensor VisionModel::forward(const Tensor& images, Pass& pass) {
   check(images.dim() == 4 && images.size(1) == config_.channels && images.size(2) == config_.image &&
             images.size(3) == config_.image,
         "the model takes images of {} channel(s) and {} x {} pixels", config_.channels, config_.image, config_.image);
-  auto x = torch::conv2d(images, patches_, patches_bias_, config_.patch).flatten(2).transpose(1, 2);
-  x = torch::constant_pad_nd(x, {0, 0, 1, 0}) + positions_;
+  auto x = torch::conv2d(images.to(dtype_), patches_.to(dtype_), patches_bias_.to(dtype_), config_.patch)
+               .flatten(2)
+               .transpose(1, 2);
+  x = torch::constant_pad_nd(x, {0, 0, 1, 0}) + positions_.to(dtype_);
   if (config_.dropout > 0.0) x = torch::dropout(x, config_.dropout, is_training());
   x = norm_->forward(body_->forward(x, pass)).mean(1);
-  return head_(torch::tanh(representation_(x)));
+  return head_(torch::tanh(representation_(x))).to(torch::kFloat32);
+}
+
+nlohmann::json VisionModel::json() const {
+  nlohmann::json out = dump(config_);
+  out["model_type"] = kModelType;
+  if (std::isinf(config_.moe.capacity_factor)) {  // JSON has no infinity
+    out["moe"]["unlimited"] = true;
+    out["moe"]["capacity_factor"] = WideNetConfig().capacity_factor;
+  }
+  return out;
+}
+
+bool is_vision(const nlohmann::json& config) {
+  return config.is_object() && config.value("model_type", nlohmann::json()) == kModelType;
+}
+
+VisionConfig parse_vision_config(const nlohmann::json& config, const std::string& where) {
+  check(config.is_object(), "{}: a vision model's settings are a section", where);
+  check(!config.contains("model_type") || is_vision(config), "{}: the model_type of a vision model is {}, not {}",
+        where, kModelType, config.value("model_type", nlohmann::json()).dump());
+  nlohmann::json own = config;
+  for (const char* key : {"model_type", "dtype", "class_names"}) own.erase(key);
+  return parse<VisionConfig>(own, where);
+}
+
+std::shared_ptr<VisionModel> load_vision(const Checkpoint& checkpoint, const LoadOptions& options) {
+  const VisionConfig config = parse_vision_config(checkpoint.config(), checkpoint.path().string());
+  check_sharing(checkpoint, config);
+  WeightsSource weights(checkpoint, options, "");
+  auto model = std::make_shared<VisionModel>(config, weights);
+  weights.check_all_used([](const std::string&) { return false; });
+  return model;
+}
+
+std::shared_ptr<VisionModel> make_vision(VisionConfig config, const LoadOptions& options) {
+  WeightsSource weights(0.02, options);
+  return std::make_shared<VisionModel>(std::move(config), weights);
 }
 
 }  // namespace moiety

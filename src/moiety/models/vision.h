@@ -5,12 +5,17 @@
 #include <torch/types.h>
 
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <string>
+#include <vector>
 
 #include "moiety/base/config.h"
+#include "moiety/models/model.h"
 #include "moiety/moe/widenet.h"
 
 namespace moiety {
+
+class WeightsSource;
 
 struct VisionConfig {
   int64_t image = 28, channels = 1, patch = 7;
@@ -35,19 +40,36 @@ struct VisionConfig {
 /// N(0, 1e-6); positions N(0, 0.02).
 class VisionModel : public torch::nn::Module {
  public:
-  /// New, from torch's random state. Throws Error for a config that does not fit together.
+  /// New and trainable, from torch's random state. Throws Error for a config that does not fit together.
   explicit VisionModel(VisionConfig config);
-  /// images [B, channels, image, image] f32, about -1 to 1 -> logits [B, classes]. Capacity couples the images of a
+  VisionModel(VisionConfig config, WeightsSource& weights);
+  /// images [B, channels, image, image] f32, about -1 to 1 -> logits [B, classes] f32. Capacity couples the images of a
   /// batch; a capacity factor of infinity does not. Error for images of another shape.
   torch::Tensor forward(const torch::Tensor& images, Pass& pass);
   const VisionConfig& config() const { return config_; }
+  /// What its config.json holds: `model_type` and the keys of VisionConfig.
+  nlohmann::json json() const;
+  /// All tensors by their names in a checkpoint; what blocks share is there once.
+  const std::vector<StoredTensor>& stored() const { return stored_; }
 
  private:
   VisionConfig config_;
+  torch::Dtype dtype_ = torch::kFloat32;  // what is computed in
   torch::Tensor patches_, patches_bias_, positions_;
   std::shared_ptr<WideNet> body_;
   std::shared_ptr<Norm> norm_;
   Linear representation_{nullptr}, head_{nullptr};
+  std::vector<StoredTensor> stored_;
 };
+
+/// True for the config.json of such a model: `model_type` is moiety_vision.
+bool is_vision(const nlohmann::json& config);
+/// Its settings. `where` names the source. Error naming unknown keys and what does not fit.
+VisionConfig parse_vision_config(const nlohmann::json& config, const std::string& where);
+/// Throws Error: missing, misshapen and left-over tensors (naming them); a checkpoint that shares otherwise than the
+/// config, or has norms for another number of blocks.
+std::shared_ptr<VisionModel> load_vision(const Checkpoint& checkpoint, const LoadOptions& options = {});
+/// New, from torch's random state.
+std::shared_ptr<VisionModel> make_vision(VisionConfig config, const LoadOptions& options = {});
 
 }  // namespace moiety

@@ -134,7 +134,7 @@ torch::Tensor WeightsSource::tensor(const std::string& name, std::vector<int64_t
 
 void WeightsSource::store(const std::string& name, Value value, int64_t dim, int64_t begin) {
   const bool head = name.rfind("lm_head", 0) == 0;
-  auto& parts = stored_[!random() ? full(name) : (head ? "" : "model.") + (rename ? rename(name) : name)];
+  auto& parts = stored_[!random() ? full(name) : (head ? "" : inner) + (rename ? rename(name) : name)];
   parts.dim = dim;
   parts.values[begin] = std::move(value);
 }

@@ -63,6 +63,8 @@ class WeightsSource {
   std::vector<StoredTensor> stored() const;
   /// Random: what the family calls a tensor; unset: names stay.
   std::function<std::string(std::string)> rename;
+  /// Random: what stands before all names but the head's.
+  std::string inner = "model.";
   bool trainable() const { return options_.trainable; }
   bool leave_experts() const { return options_.leave_experts; }
   /// A matrix of an expert: where experts are left in their file a view of it, whatever its format.

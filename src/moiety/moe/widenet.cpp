@@ -10,16 +10,19 @@
 #include "moiety/base/registry.h"
 #include "moiety/moe/topk.h"
 #include "moiety/nn/part.h"
+#include "moiety/nn/recompute.h"
 
 namespace moiety {
 
 void WideNetConfig::fields(Fields& f) {
   f("experts", experts, "experts that all blocks share").min(1);
   f("top_k", top_k, "experts a token").min(1);
-  f("capacity_factor", capacity_factor, "places of an expert over its even share; .inf: no limit").min(1e-9);
+  f("capacity_factor", capacity_factor, "places of an expert over its even share").min(1e-9);
   f("balance_coef", balance_coef, "weight of the balance loss").min(0);
   f("noise", noise, "noise on the router's logits while training");
   f("output_activation", output_activation, "activation behind an expert's second layer").choices({"none", "gelu"});
+  f("unlimited", unlimited,
+    "every token has its experts, whatever capacity_factor says: nothing depends on what else is in the batch");
   f("official_capacity", official_capacity, "one place less an expert, as the official code counts");
   f("dropout", dropout, "dropout behind attention and both layers of an expert").min(0).max(0.99);
 }
@@ -37,6 +40,7 @@ CapacityRouter::CapacityRouter(Linear p, WideNetConfig c) : config(std::move(c))
 }
 
 int64_t CapacityRouter::capacity(int64_t tokens) const {
+  if (config.unlimited) return tokens;
   return expert_capacity(tokens, config.top_k, experts(), config.capacity_factor);
 }
 
@@ -56,6 +60,7 @@ Routing CapacityRouter::route(const torch::Tensor& x, const Site& site, Pass& pa
   // The loss counts what was wanted, so it comes before the places run out.
   r = finish(std::move(r), site, pass);
   const int64_t places = capacity(x.size(0));
+  if (config.unlimited) return r;
   return limit_capacity(r, experts(), std::max<int64_t>(0, config.official_capacity ? places - 1 : places));
 }
 
@@ -108,12 +113,16 @@ WideNet::WideNet(std::vector<WideNetBlock> b, double dropout) : blocks_(std::mov
 
 torch::Tensor WideNet::forward(const torch::Tensor& x, Pass& pass) {
   auto h = x;
+  const bool recomputed = pass.recompute_blocks && torch::GradMode::is_enabled();
   for (size_t i = 0; i < blocks_.size(); ++i) {
     pass.block = static_cast<int64_t>(i);
-    const auto& b = blocks_[i];
-    const auto y = b.attention->forward(b.before_attention->forward(h), pass.mask);
-    h = h + (dropout_ > 0.0 ? torch::dropout(y, dropout_, is_training()) : y);
-    h = h + b.ffn->forward(b.before_ffn->forward(h), pass);
+    const auto block = [b = blocks_[i], dropout = dropout_, training = is_training()](const torch::Tensor& input,
+                                                                                      Pass& now) {
+      const auto y = b.attention->forward(b.before_attention->forward(input), now.mask);
+      const auto u = input + (dropout > 0.0 ? torch::dropout(y, dropout, training) : y);
+      return u + b.ffn->forward(b.before_ffn->forward(u), now);
+    };
+    h = recomputed ? recompute(h, pass, block) : block(h, pass);
   }
   pass.finish();
   return h;

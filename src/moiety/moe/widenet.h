@@ -18,6 +18,7 @@ struct WideNetConfig {
   double balance_coef = 0.01;
   bool noise = true;  ///< while training, N(0, 1/E^2) on the logits
   std::string output_activation = "none";
+  bool unlimited = false;          ///< an expert has a place for every token
   bool official_capacity = false;  ///< one place less an expert, as the official code counts
   double dropout = 0.1;
   void fields(Fields& f);

@@ -23,6 +23,7 @@ void expand(json& run) {
   const auto section = [&](const char* key, const char* inner) {
     if (run.contains(key) && run[key].is_string()) run[key] = json{{inner, run[key]}};
   };
+  section("task", "slug");
   section("model", "checkpoint");
   section("output", "folder");
   if (!run.contains("data")) return;
@@ -81,7 +82,6 @@ std::string ModelConfig::problem() const {
   if (checkpoint.empty() == config.is_null()) return "either checkpoint or config is needed, and not both";
   if (!config.is_null() && !config.is_object() && !config.is_string())
     return "config has to be a section of a Hugging Face config's keys, or the path of a config.json";
-  if (checkpoint.empty() && tokenizer.empty()) return "a model from scratch needs a tokenizer; `bytes` needs no files";
   return "";
 }
 
@@ -97,6 +97,10 @@ std::string RoutingConfig::problem() const {
 }
 
 std::string TrainConfig::problem() const {
+  if (!task.is_object() || !task.contains("slug") || !task["slug"].is_string())
+    return "task has to be a name, or a section with a `slug` and the task's settings";
+  if (task_slug() == "language" && model.checkpoint.empty() && model.tokenizer.empty())
+    return "a model from scratch needs a tokenizer; `model: {tokenizer: bytes}` needs no files";
   if (evaluation.every > 0 && data.held_out == 0 && data.held_out_sources.empty())
     return "evaluation.every is set, but no data is held out: set data.held_out (e.g. 0.05) or data.held_out_sources";
   if (evaluation.patience > 0 && evaluation.every == 0) return "evaluation.patience needs evaluation.every";

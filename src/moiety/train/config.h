@@ -135,7 +135,7 @@ struct EvaluationConfig {
 
   void fields(Fields& f) {
     f("every", every, "steps between evaluations on held-out data; 0: at the end only").min(0);
-    f("tokens", tokens, "evaluate on about so many held-out tokens").min(2);
+    f("tokens", tokens, "evaluate on about so many held-out tokens; of an image task: images").min(2);
     f("batch", batch, "rows of one forward pass; 0: as in training").min(0);
     f("patience", patience, "stop after so many evaluations in a row without a better loss; 0: never").min(0);
     f("min_delta", min_delta, "how much lower a loss has to be to count as better").min(0);
@@ -160,6 +160,7 @@ struct SaveConfig {
 };
 
 struct TrainConfig {
+  nlohmann::json task = {{"slug", "language"}};
   ModelConfig model;
   nlohmann::json parts;
   RoutingConfig routing;
@@ -173,6 +174,9 @@ struct TrainConfig {
   SaveConfig output;
 
   void fields(Fields& f) {
+    f("task", task,
+      "what is learned: language, or another method of kind task (see `moiety methods`) with its settings; a text is "
+      "short for {slug: TEXT}");
     f("model", model, "what learns; a text is short for {checkpoint: TEXT}").required();
     f("parts", parts, "modules that take sites of the model (see `moiety methods`)");
     f("routing", routing, "how mixtures of experts are kept in balance");
@@ -186,6 +190,7 @@ struct TrainConfig {
     f("output", output, "what is written where; a text is short for {folder: TEXT}").required();
   }
   std::string problem() const;
+  std::string task_slug() const { return task.at("slug").get<std::string>(); }
 };
 
 /// Reads a run. `overrides`: KEY=VALUE with dotted keys ("optimizer.lr=1e-3", "data.sources.0.path=a.txt"), the value

@@ -49,6 +49,7 @@ DataOptions SourceConfig::options() const {
   o.kind = kind;
   o.columns = columns;
   o.header = header;
+  o.labels = labels;
   return o;
 }
 
@@ -86,7 +87,7 @@ std::string DataConfig::problem() const {
 
 MicroBatch MicroBatch::to(torch::Device device) const {
   MicroBatch m = *this;
-  for (torch::Tensor* t : {&m.ids, &m.targets, &m.mask, &m.segments, &m.positions})
+  for (torch::Tensor* t : {&m.ids, &m.images, &m.targets, &m.mask, &m.segments, &m.positions})
     if (t->defined()) *t = t->to(device);
   return m;
 }
@@ -339,7 +340,9 @@ TrainingData open_data(const DataConfig& config, const Encoder& encoder, uint64_
   for (size_t i = 0; i < config.sources.size(); ++i) {
     const auto& source = config.sources[i];
     auto data = Dataset::open(source.path, source.options());
-    check(data->kind() != SampleKind::image, "{} holds images: a language model learns from text", source.path);
+    check(data->kind() != SampleKind::image,
+          "{} holds images: a language model learns from text, and `task: image-classification` from images",
+          source.path);
     if (config.held_out > 0) {
       auto [train, test] = split(data, config.held_out, seed);
       check(test->size() > 0,

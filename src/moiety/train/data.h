@@ -20,18 +20,19 @@ namespace moiety {
 struct SourceConfig {
   std::string path;
   std::optional<double> weight;
-  std::string format = "auto", document = "file", kind = "auto";
+  std::string format = "auto", document = "file", kind = "auto", labels;
   std::map<std::string, std::string> columns;
   bool header = true;
 
   void fields(Fields& f) {
     f("path", path, "a file, a folder or a pattern (see docs/data.md)").required();
     f("weight", weight, "share of the rows that come from this source; give it to all sources or to none").min(0);
-    f("format", format, "what the files are").choices({"auto", "text", "jsonl", "json", "csv", "tsv"});
+    f("format", format, "what the files are").choices({"auto", "text", "jsonl", "json", "csv", "tsv", "idx", "images"});
     f("document", document, "what is one document in text: file, line, paragraph, or the text that separates them");
     f("kind", kind, "what a record is").choices({"auto", "text", "completion", "chat", "choice"});
     f("columns", columns, "which key or column holds what, e.g. {text: body}");
     f("header", header, "csv, tsv: the first row names the columns");
+    f("labels", labels, "idx: the file of labels, when it does not stand beside the images under the usual name");
   }
   DataOptions options() const;
 };
@@ -57,12 +58,13 @@ struct DataConfig {
 /// Rows [B, T] ready for the model. Optional tensors are undefined where they would say nothing.
 struct MicroBatch {
   torch::Tensor ids;        ///< [B, T] int64
-  torch::Tensor targets;    ///< [B, T] int64: the token that follows, -100 where it is not learned
+  torch::Tensor images;     ///< [B, C, H, W] u8, in place of `ids`
+  torch::Tensor targets;    ///< [B, T] int64: the token that follows, -100 where it is not learned; of images [B]
   torch::Tensor mask;       ///< [B, T] bool, false for padding
   torch::Tensor segments;   ///< [B, T] int64
   torch::Tensor positions;  ///< [B, T] int64
   int64_t learned = 0;      ///< targets that count
-  int64_t tokens = 0;       ///< real tokens
+  int64_t tokens = 0;       ///< real tokens; of images: images
 
   /// A copy on `device`.
   MicroBatch to(torch::Device device) const;
@@ -113,17 +115,30 @@ class RowStream {
   std::vector<Example> whole_;  // all documents by index, when they fit a window
 };
 
+/// What a run learns from, as endless micro-batches whose position can be saved.
+class RowSource {
+ public:
+  virtual ~RowSource() = default;
+  virtual MicroBatch next(int64_t rows) = 0;
+  virtual int64_t epoch() const = 0;
+  virtual int64_t documents() const = 0;  ///< or images
+  virtual int64_t rows_of_an_epoch() = 0;
+  virtual nlohmann::json state() const = 0;
+  /// Error when the data is not what the position was saved over.
+  virtual void restore(const nlohmann::json& state) = 0;
+};
+
 /// Several sources by weight: the next row comes from the source that lags most behind its share.
-class TrainingRows {
+class TrainingRows : public RowSource {
  public:
   TrainingRows(std::vector<std::unique_ptr<RowStream>> streams, std::vector<double> weights, const DataConfig& config);
-  MicroBatch next(int64_t rows);
-  int64_t epoch() const { return streams_[0]->epoch(); }  ///< of the first source
-  int64_t documents() const;
+  MicroBatch next(int64_t rows) override;
+  int64_t epoch() const override { return streams_[0]->epoch(); }  ///< of the first source
+  int64_t documents() const override;
   /// Error when there are several sources with weights: they have no common epoch.
-  int64_t rows_of_an_epoch();
-  nlohmann::json state() const;
-  void restore(const nlohmann::json& state);
+  int64_t rows_of_an_epoch() override;
+  nlohmann::json state() const override;
+  void restore(const nlohmann::json& state) override;
 
  private:
   std::vector<std::unique_ptr<RowStream>> streams_;

@@ -58,7 +58,7 @@ std::shared_ptr<Experts> spread(const std::shared_ptr<Experts>& experts, Exchang
 
 }  // namespace
 
-std::vector<Tensor> split_experts(CausalModel& model, Exchange& exchange) {
+std::vector<Tensor> split_experts(torch::nn::Module& model, Exchange& exchange) {
   std::vector<Tensor> out;
   std::set<const void*> seen;
   for (const auto& module : model.modules()) {

@@ -1,10 +1,10 @@
 #pragma once
 // A run whose experts are spread over its processes.
+#include <torch/nn/module.h>
 #include <torch/types.h>
 
 #include <vector>
 
-#include "moiety/models/model.h"
 #include "moiety/moe/exchange.h"
 
 namespace moiety {
@@ -13,7 +13,7 @@ namespace moiety {
 /// the mixtures exchange their rows through `exchange`, which has to outlive the model's use. Returns the parameters
 /// that are a share now; they are the objects that they were. Error: no mixture, experts that cannot be shared evenly
 /// or that hold other parameters than stacked matrices.
-std::vector<torch::Tensor> split_experts(CausalModel& model, Exchange& exchange);
+std::vector<torch::Tensor> split_experts(torch::nn::Module& model, Exchange& exchange);
 
 /// The share [E / size, ...] of every process as one tensor [E, ...] on the first process, undefined on the others.
 torch::Tensor gather_share(const torch::Tensor& share, Exchange& exchange);

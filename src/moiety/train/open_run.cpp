@@ -9,6 +9,7 @@
 #include "moiety/base/files.h"
 #include "moiety/base/text.h"
 #include "moiety/io/checkpoint_writer.h"
+#include "moiety/models/vision.h"
 #include "moiety/nn/weights.h"
 #include "moiety/train/byte_tokenizer.h"
 #include "moiety/train/routing.h"
@@ -126,8 +127,8 @@ std::set<std::string> matched(const std::vector<std::string>& patterns, const st
 }  // namespace
 
 std::string parameter_name(const std::string& name) {
-  static const std::regex layer("^layer([0-9]+)\\.");
-  return std::regex_replace(name, layer, "layers.$1.");
+  static const std::regex layer("^layer([0-9]+)\\."), block("^body\\.block([0-9]+)_");
+  return std::regex_replace(std::regex_replace(name, layer, "layers.$1."), block, "blocks.$1.");
 }
 
 OpenRun open_run(const TrainConfig& config, torch::Device device, const fs::path& scratch, bool weights) {
@@ -137,6 +138,8 @@ OpenRun open_run(const TrainConfig& config, torch::Device device, const fs::path
     checkpoint = open_base(config.model.checkpoint, scratch, weights);
     check(!is_encoder(checkpoint->config()),
           "{} is an encoder: `moiety train` trains models that predict the next token", config.model.checkpoint);
+    check(!is_vision(checkpoint->config()), "{} classifies images: the run needs `task: image-classification`",
+          config.model.checkpoint);
     run.config = checkpoint->config();
     run.generation_config = checkpoint->generation_config();
   } else if (config.model.config.is_string()) {
@@ -179,7 +182,7 @@ OpenRun open_run(const TrainConfig& config, torch::Device device, const fs::path
   return run;
 }
 
-std::vector<Slot> trained_slots(CausalModel& model, const TrainConfig& config) {
+std::vector<Slot> trained_slots(torch::nn::Module& model, const TrainConfig& config) {
   std::vector<std::string> names;
   std::map<std::string, torch::Tensor> parameters;
   std::set<const void*> seen;  // shared modules are listed once for every place
@@ -223,19 +226,15 @@ std::vector<Slot> trained_slots(CausalModel& model, const TrainConfig& config) {
   return slots;
 }
 
-void write_model(const fs::path& folder, const OpenRun& run, const std::string& dtype) {
+std::string dtype_name(const std::string& dtype) {
+  return dtype == "bf16" ? "bfloat16" : dtype == "f16" ? "float16" : "float32";
+}
+
+void write_stored(const fs::path& folder, const std::vector<StoredTensor>& tensors, const std::string& dtype) {
   const auto type = dtype == "bf16" ? torch::kBFloat16 : dtype == "f16" ? torch::kFloat16 : torch::kFloat32;
-  json config = run.config;
-  config.erase("torch_dtype");
-  config.erase("quantization_config");
-  config["dtype"] = dtype == "bf16" ? "bfloat16" : dtype == "f16" ? "float16" : "float32";
-  write_file(folder / "config.json", config.dump(2) + "\n");
-  if (!run.generation_config.empty())
-    write_file(folder / "generation_config.json", run.generation_config.dump(2) + "\n");
-  for (const auto& [name, content] : run.files) write_file(folder / name, content);
   const torch::NoGradGuard frozen;
   ShardedWriter writer(folder);
-  for (const StoredTensor& stored : run.model->stored()) {
+  for (const StoredTensor& stored : tensors) {
     auto t = stored.value().detach().to(torch::kCPU);
     if (t.is_floating_point()) t = t.to(type);
     t = t.contiguous();
@@ -246,6 +245,18 @@ void write_model(const fs::path& folder, const OpenRun& run, const std::string& 
     writer.add(info, {static_cast<const std::byte*>(t.const_data_ptr()), static_cast<size_t>(t.nbytes())});
   }
   writer.finish();
+}
+
+void write_model(const fs::path& folder, const OpenRun& run, const std::string& dtype) {
+  json config = run.config;
+  config.erase("torch_dtype");
+  config.erase("quantization_config");
+  config["dtype"] = dtype_name(dtype);
+  write_file(folder / "config.json", config.dump(2) + "\n");
+  if (!run.generation_config.empty())
+    write_file(folder / "generation_config.json", run.generation_config.dump(2) + "\n");
+  for (const auto& [name, content] : run.files) write_file(folder / name, content);
+  write_stored(folder, run.model->stored(), dtype);
 }
 
 }  // namespace moiety

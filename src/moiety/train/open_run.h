@@ -33,12 +33,19 @@ struct OpenRun {
 OpenRun open_run(const TrainConfig& config, torch::Device device, const std::filesystem::path& scratch,
                  bool weights = true);
 
-/// Name of a parameter or buffer as patterns see it: that of the module tree, with "layers.3." for block 3.
+/// Name of a parameter or buffer as patterns see it: that of the module tree, with "layers.3." for block 3 of a
+/// decoder and "blocks.3." for what block 3 of a vision model was the first to have.
 std::string parameter_name(const std::string& name);
 
 /// The parameters that learn, with their rates and decays; gradients of all others are switched off. Throws Error for
 /// patterns that do not compile or match nothing.
-std::vector<Slot> trained_slots(CausalModel& model, const TrainConfig& config);
+std::vector<Slot> trained_slots(torch::nn::Module& model, const TrainConfig& config);
+
+/// Writes tensors as model.safetensors (in shards when large) in `dtype`: f32, bf16, f16.
+void write_stored(const std::filesystem::path& folder, const std::vector<StoredTensor>& tensors,
+                  const std::string& dtype);
+/// `dtype` as config.json spells it: "float32", "bfloat16", "float16".
+std::string dtype_name(const std::string& dtype);
 
 /// Writes the model into `folder` as transformers reads it. `dtype`: f32, bf16, f16.
 void write_model(const std::filesystem::path& folder, const OpenRun& run, const std::string& dtype);

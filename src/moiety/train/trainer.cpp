@@ -36,15 +36,7 @@ double unix_time() {
   return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
 }
 
-Pass pass_over(const MicroBatch& m) {
-  Pass pass;
-  pass.mask = m.mask;
-  pass.segments = m.segments;
-  pass.positions = m.positions;
-  return pass;
-}
-
-int64_t total_steps(const TrainConfig& config, TrainingRows& rows, std::optional<int64_t>* epoch_rows = nullptr) {
+int64_t total_steps(const TrainConfig& config, RowSource& rows, std::optional<int64_t>* epoch_rows = nullptr) {
   if (config.train.steps > 0) return config.train.steps;
   const int64_t of_an_epoch = rows.rows_of_an_epoch();
   if (epoch_rows) *epoch_rows = of_an_epoch;
@@ -53,78 +45,20 @@ int64_t total_steps(const TrainConfig& config, TrainingRows& rows, std::optional
       1, static_cast<int64_t>(std::ceil(all / static_cast<double>(config.train.batch * config.train.accumulate))));
 }
 
-Encoder encoder_of(const TrainConfig& config, const OpenRun& run) {
-  Encoder e;
-  e.tokenizer = run.tokenizer;
-  e.chat_template = run.chat_template;
-  e.options.max_length = config.data.cut ? config.data.length : 0;
-  e.options.add_eos = config.data.add_end;
-  e.options.loss_on_prompt = config.data.learn_prompts;
-  e.options.last_answer_only = config.data.last_answer_only;
-  return e;
-}
-
-void check_length(const TrainConfig& config, const CausalModel& model) {
-  check(config.data.length <= model.context_length(), "data.length is {}, but the model's context is {} tokens",
-        config.data.length, model.context_length());
-}
-
-json to_json(const EvaluationResult& e) {
-  return {{"loss", e.loss}, {"perplexity", std::exp(e.loss)}, {"bits_per_byte", e.bits_per_byte}, {"tokens", e.tokens}};
-}
-
 }  // namespace
-
-Tensor token_loss(const Tensor& logits, const Tensor& targets) {
-  return at::cross_entropy_loss(logits.reshape({-1, logits.size(-1)}), targets.reshape({-1}), {}, at::Reduction::Sum,
-                                /*ignore_index=*/-100);
-}
-
-EvaluationResult evaluate(CausalModel& model, const HeldOut& data, torch::Device device, Ranks* ranks,
-                          const Edits& edits, Trace* trace) {
-  const torch::NoGradGuard frozen;
-  const Tensor random = random_state(device);
-  const bool training = model.is_training();
-  model.eval();
-  double nll = 0;
-  const size_t processes = ranks ? static_cast<size_t>(ranks->size()) : 1;
-  const size_t rounds = (data.batches.size() + processes - 1) / processes * processes;
-  for (size_t i = 0; i < rounds; ++i) {
-    if (ranks && static_cast<int64_t>(i) % ranks->size() != ranks->rank()) continue;
-    // Processes that exchange rows run equally often: some once more for nothing.
-    const MicroBatch m = data.batches[std::min(i, data.batches.size() - 1)].to(device);
-    Pass pass = pass_over(m);
-    pass.edits = edits;
-    if (i < data.batches.size()) pass.trace = trace;
-    const double loss = token_loss(model.forward(m.ids, pass), m.targets).item<double>();
-    if (i < data.batches.size()) nll += loss;
-  }
-  if (ranks) {
-    auto sum = torch::tensor(nll, torch::kFloat64);
-    ranks->sum({sum});
-    nll = sum.item<double>();
-  }
-  model.train(training);
-  set_random_state(device, random);
-  EvaluationResult result;
-  result.tokens = data.learned;
-  result.loss = nll / static_cast<double>(data.learned);
-  result.bits_per_byte = data.bytes > 0 ? nll / std::numbers::ln2 / static_cast<double>(data.bytes) : 0.0;
-  return result;
-}
 
 TrainPlan plan_training(const TrainConfig& config) {
   const TemporaryFolder scratch("moiety-plan");
-  const OpenRun run = open_run(config, torch::kCPU, scratch.path(), /*weights=*/false);
-  check_length(config, *run.model);
+  const auto task = open_task(config, {torch::kCPU, scratch.path(), /*weights=*/false});
   TrainPlan plan;
-  plan.parameters = parameter_count(*run.model);
-  plan.slots = trained_slots(*run.model, config);
+  plan.unit = task->unit();
+  plan.parameters = parameter_count(task->model());
+  plan.slots = trained_slots(task->model(), config);
   for (const Slot& s : plan.slots) plan.trained += s.parameter.numel();
-  const auto data = open_data(config.data, encoder_of(config, run), static_cast<uint64_t>(config.train.seed));
-  plan.documents = data.rows->documents();
-  plan.steps = total_steps(config, *data.rows, &plan.rows_of_an_epoch);
-  plan.tokens_per_step = config.train.batch * config.train.accumulate * config.data.length;
+  task->open_data();
+  plan.documents = task->rows().documents();
+  plan.steps = total_steps(config, task->rows(), &plan.rows_of_an_epoch);
+  plan.tokens_per_step = config.train.batch * config.train.accumulate * task->row_units();
   plan.weights_bytes = 4 * plan.parameters;
   plan.gradient_bytes = 4 * plan.trained;
   const int64_t moments = config.optimizer.name == "adamw"                                   ? 2
@@ -132,19 +66,7 @@ TrainPlan plan_training(const TrainConfig& config) {
                                                                                              : 0;
   plan.optimizer_bytes = 4 * moments * plan.trained;
   plan.ema_bytes = config.train.ema.decay > 0 ? 4 * plan.trained : 0;
-  // What the backward pass keeps, counted for a block with a gated feed-forward layer: about 14 values of the hidden
-  // size and 4 of the inner size a token; logits and their gradient besides.
-  const json& c = run.config;
-  const auto number = [&](const char* key, int64_t otherwise) {
-    return c.contains(key) && c[key].is_number_integer() ? c[key].get<int64_t>() : otherwise;
-  };
-  const int64_t hidden = number("hidden_size", 0), inner = number("intermediate_size", 4 * hidden);
-  const int64_t active = std::max<int64_t>(1, number("num_experts_per_tok", 1));
-  const int64_t width = config.train.dtype == "bf16" ? 2 : 4, tokens = config.train.batch * config.data.length;
-  const int64_t block = 14 * hidden + 4 * inner * active;
-  plan.activation_bytes = tokens * (width * (config.train.checkpoint_activations ? hidden * run.model->blocks() + block
-                                                                                 : block * run.model->blocks()) +
-                                    12 * run.model->vocab_size());
+  plan.activation_bytes = task->activation_bytes();
   return plan;
 }
 
@@ -208,29 +130,22 @@ Trainer::Trainer(TrainConfig config, TrainOptions options)
   const auto saved = options_.resume == TrainOptions::restart ? std::vector<int64_t>() : folder_->steps();
   check(options_.resume != TrainOptions::required || !saved.empty(), "{} has no checkpoint to go on from",
         folder_->path().string());
-  in_turn([&] { run_ = open_run(config_, options_.device, folder_->path()); });
-  if (options_.prepare) options_.prepare(*run_.model);
+  in_turn([&] { task_ = open_task(config_, {options_.device, folder_->path()}); });
+  if (options_.prepare) options_.prepare(task_->model());
   if (config_.parallel.experts > 1) {
     const int64_t wanted = config_.parallel.experts;
     check(processes() == wanted,
           "parallel.experts is {}, but the run has {}: start it with torchrun --no-python --nproc-per-node {} moiety "
           "train ...",
           wanted, processes() == 1 ? std::string("one process") : fmt::format("{} processes", processes()), wanted);
-    shares_ = split_experts(*run_.model, *options_.ranks);
+    shares_ = split_experts(task_->model(), *options_.ranks);
   }
-  check_length(config_, *run_.model);
-  const Encoder encoder = encoder_of(config_, run_);
-  data_ = open_data(config_.data, encoder, static_cast<uint64_t>(config_.train.seed));
-  if (data_.held_out) {
-    held_out_ = held_out_rows(data_.held_out, encoder, config_.data,
-                              config_.evaluation.batch > 0 ? config_.evaluation.batch : config_.train.batch,
-                              config_.evaluation.tokens, static_cast<uint64_t>(config_.train.seed));
-  }
-  auto slots = trained_slots(*run_.model, config_);
+  task_->open_data();
+  auto slots = trained_slots(task_->model(), config_);
   for (Slot& s : slots)
     s.share = std::any_of(shares_.begin(), shares_.end(), [&](const Tensor& t) { return t.is_same(s.parameter); });
   optimizer_ = make_optimizer(config_.optimizer, std::move(slots));
-  for (const auto& module : run_.model->modules(/*include_self=*/true)) {
+  for (const auto& module : task_->model().modules(/*include_self=*/true)) {
     auto* scheduled = dynamic_cast<Scheduled*>(module.get());
     if (scheduled && std::find(scheduled_.begin(), scheduled_.end(), scheduled) == scheduled_.end())
       scheduled_.push_back(scheduled);
@@ -240,11 +155,17 @@ Trainer::Trainer(TrainConfig config, TrainOptions options)
   // Only now that everything could be opened.
   if (options_.resume == TrainOptions::restart && leader()) folder_->clear();
   if (!saved.empty()) restore(saved.back());
-  if (steps_ == 0) steps_ = total_steps(config_, *data_.rows);
+  if (steps_ == 0) steps_ = total_steps(config_, task_->rows());
   if (leader()) write_file(folder_->path() / "run.json", dump(config_).dump(2) + "\n");
 }
 
 Trainer::~Trainer() = default;
+
+CausalModel& Trainer::model() {
+  auto* model = dynamic_cast<CausalModel*>(&task_->model());
+  check(model != nullptr, "the run's task is {}, which trains no language model", config_.task_slug());
+  return *model;
+}
 
 void Trainer::restore(int64_t step) {
   const fs::path folder = folder_->checkpoint(step) / "training", file = folder / "state.json";
@@ -275,11 +196,11 @@ void Trainer::restore(int64_t step) {
           s.state[name] = get("optimizer." + name + "." + s.name, s.parameter, s.share).clone();
       if (!average_.empty()) average_[i].copy_(get("average." + s.name, s.parameter, s.share));
     }
-    for (auto& buffer : run_.model->named_buffers()) {
+    for (auto& buffer : task_->model().named_buffers()) {
       auto& value = buffer.value();
       if (value.defined()) value.copy_(get("buffer." + parameter_name(buffer.key()), value));
     }
-    data_.rows->restore(state.at("data"));
+    task_->rows().restore(state.at("data"));
     window_->restore(state.at("window"));
     step_ = state.at("step").get<int64_t>();
     tokens_ = state.at("tokens").get<int64_t>();
@@ -294,8 +215,7 @@ void Trainer::restore(int64_t step) {
     const json before = state.at("config").at("train");
     if (config_.train.steps == 0 && before.at("epochs") == config_.train.epochs)
       steps_ = state.at("steps").get<int64_t>();
-    if (const auto& e = state.at("evaluation"); !e.is_null())
-      last_evaluation_ = EvaluationResult{e.at("loss"), e.at("bits_per_byte"), e.at("tokens")};
+    if (const auto& e = state.at("evaluation"); !e.is_null()) last_evaluation_ = evaluation_from_json(e);
     if (const int64_t threads = state.at("threads"); threads != at::get_num_threads())
       log::warn("the run used {} threads so far and uses {} now: sums are rounded differently", threads,
                 at::get_num_threads());
@@ -313,14 +233,13 @@ void Trainer::restore(int64_t step) {
 }
 
 void Trainer::train_step(bool record) {
-  CausalModel& model = *run_.model;
   for (Scheduled* s : scheduled_) s->before_step(step_, steps_);
   std::vector<MicroBatch> batches;
   int64_t learned = 0;
   step_tokens_ = 0;
   for (int64_t i = 0; i < config_.train.accumulate; ++i) {
     // Every process walks over all rows, so that all are at one position; each keeps its share.
-    const MicroBatch m = data_.rows->next(config_.train.batch);
+    const MicroBatch m = task_->rows().next(config_.train.batch);
     learned += m.learned;
     step_tokens_ += m.tokens;
     if (!options_.ranks || i % processes() == options_.ranks->rank()) batches.push_back(m.to(options_.device));
@@ -333,11 +252,11 @@ void Trainer::train_step(bool record) {
   const auto portion = static_cast<double>(config_.train.accumulate);
   std::map<std::string, double> auxiliary;
   for (const MicroBatch& m : batches) {
-    Pass pass = pass_over(m);
+    Pass pass;
     pass.training = true;
     pass.recompute_blocks = config_.train.checkpoint_activations;
     if (record) pass.trace = &trace;
-    const Tensor loss = token_loss(model.forward(m.ids, pass), m.targets);
+    const Tensor loss = task_->loss(m, pass);
     nll += loss.item<double>();
     // Every learned token of the step weighs the same, whatever micro-batch it is in.
     Tensor total = loss / static_cast<double>(std::max<int64_t>(1, learned));
@@ -399,15 +318,16 @@ void Trainer::train_step(bool record) {
 
 json Trainer::log_record() {
   const Window& w = *window_;
+  const std::string unit = task_->unit();
   last_loss_ = w.nll / static_cast<double>(std::max<int64_t>(1, w.learned));
   json record = {{"step", step_},
                  {"time", unix_time()},
                  {"loss", last_loss_},
                  {"lr", config_.optimizer.lr * schedule_factor(config_.schedule, step_ - 1, steps_)},
                  {"grad_norm", grad_norm_},
-                 {"tokens", tokens_},
-                 {"epoch", data_.rows->epoch()},
-                 {"tokens_per_second", w.seconds > 0 ? std::round(static_cast<double>(w.tokens) / w.seconds) : 0.0}};
+                 {unit + "s", tokens_},
+                 {"epoch", task_->rows().epoch()},
+                 {unit + "s_per_second", w.seconds > 0 ? std::round(static_cast<double>(w.tokens) / w.seconds) : 0.0}};
   for (const auto& [name, value] : w.auxiliary) record["auxiliary"][name] = value / static_cast<double>(w.steps);
   if (routing_ && !routing_->empty()) {
     const int64_t every = std::max<int64_t>(1, steps_ / kShareRecords);
@@ -432,7 +352,7 @@ void Trainer::with_average(Body body) {
 
 bool Trainer::evaluate_now() {
   for (Scheduled* scheduled : scheduled_) scheduled->before_evaluation();
-  with_average([&] { last_evaluation_ = evaluate(*run_.model, *held_out_, options_.device, options_.ranks); });
+  with_average([&] { last_evaluation_ = task_->evaluate(options_.device, options_.ranks); });
   for (Scheduled* scheduled : scheduled_) scheduled->after_evaluation();
   if (log_) log_->add({{"step", step_}, {"time", unix_time()}, {"evaluation", to_json(*last_evaluation_)}});
   const bool better = best_step_ == 0 || last_evaluation_->loss < best_ - config_.evaluation.min_delta;
@@ -483,10 +403,10 @@ void Trainer::save() {
   folder_->save(step_, [&](const fs::path& folder) {
     with_average([&] {
       const Substitute substitute(shares_, whole);
-      write_model(folder, run_, config_.output.dtype);
+      task_->write(folder, config_.output.dtype);
     });
     fs::create_directory(folder / "training");
-    for (const auto& buffer : run_.model->named_buffers())
+    for (const auto& buffer : task_->model().named_buffers())
       if (buffer.value().defined()) tensors["buffer." + parameter_name(buffer.key())] = buffer.value();
     for (int64_t r = 0; r < processes(); ++r) tensors[fmt::format("random.{}", r)] = random[r].to(torch::kUInt8);
     write_tensors(folder / "training" / "state.safetensors", tensors);
@@ -507,7 +427,7 @@ void Trainer::save() {
                         {"processes", processes()},
                         {"updates", updates},
                         {"window", window_->save()},
-                        {"data", data_.rows->state()}};
+                        {"data", task_->rows().state()}};
     write_file(folder / "training" / "state.json", state.dump(1) + "\n");
   });
 }
@@ -520,11 +440,15 @@ void Trainer::report(const std::string& ended) {
   tiles.push_back({"step", fmt::format("{} of {}", step_, steps_)});
   tiles.push_back({"training loss", last_loss_});
   if (best_step_ > 0) tiles.push_back({fmt::format("best held-out loss (step {})", best_step_), best_});
-  if (last_evaluation_) tiles.push_back({"held-out perplexity", std::exp(last_evaluation_->loss)});
-  if (last_evaluation_) tiles.push_back({"held-out bits a byte", last_evaluation_->bits_per_byte});
+  if (last_evaluation_ && last_evaluation_->accuracy) {
+    tiles.push_back({"held-out accuracy", *last_evaluation_->accuracy});
+  } else if (last_evaluation_) {
+    tiles.push_back({"held-out perplexity", std::exp(last_evaluation_->loss)});
+    tiles.push_back({"held-out bits a byte", last_evaluation_->bits_per_byte});
+  }
   tiles.push_back({"trained parameters", parameters});
-  tiles.push_back({"tokens", tokens_});
-  tiles.push_back({"tokens a second", seconds_ > 0 ? static_cast<double>(tokens_) / seconds_ : 0.0});
+  tiles.push_back({task_->unit() + "s", tokens_});
+  tiles.push_back({task_->unit() + "s a second", seconds_ > 0 ? static_cast<double>(tokens_) / seconds_ : 0.0});
   log_->write_report({{"title", fs::path(config_.output.folder).filename().string()},
                       {"what", ended},
                       {"tiles", tiles},
@@ -538,7 +462,7 @@ TrainResult Trainer::run() {
   if (step_ >= steps_ || ended_ == "early stop") {
     result.ended = "already complete";
   } else {
-    run_.model->train();
+    task_->model().train();
     ended_.clear();
     while (step_ < steps_) {
       const auto start = Clock::now();
@@ -554,7 +478,7 @@ TrainResult Trainer::run() {
         if (log_) log_->add(entry);
       }
       bool better = false;
-      if (held_out_ && (last || (config_.evaluation.every > 0 && step_ % config_.evaluation.every == 0))) {
+      if (task_->has_held_out() && (last || (config_.evaluation.every > 0 && step_ % config_.evaluation.every == 0))) {
         better = evaluate_now();
         report("Running.");
         if (config_.evaluation.patience > 0 && bad_evaluations_ >= config_.evaluation.patience) ended_ = "early stop";
@@ -584,6 +508,7 @@ TrainResult Trainer::run() {
   result.best = best_;
   result.best_step = best_step_;
   result.tokens = tokens_;
+  result.unit = task_->unit();
   result.seconds = seconds_;
   result.model = folder_->path() / "last";
   return result;

@@ -13,12 +13,13 @@
 #include "moiety/nn/scheduled.h"
 #include "moiety/train/config.h"
 #include "moiety/train/data.h"
-#include "moiety/train/open_run.h"
+#include "moiety/train/language_task.h"
 #include "moiety/train/optimizer.h"
 #include "moiety/train/ranks.h"
 #include "moiety/train/router_load.h"
 #include "moiety/train/run_folder.h"
 #include "moiety/train/run_log.h"
+#include "moiety/train/task.h"
 
 namespace moiety {
 
@@ -32,10 +33,10 @@ struct TrainOptions {
     restart,    ///< remove what is there and begin anew
   } resume = automatic;
   /// Called with the model when it has been built, before its parameters are looked at: to replace or add modules.
-  std::function<void(CausalModel&)> prepare;
+  std::function<void(torch::nn::Module&)> prepare;
   /// Asked after every step; true saves a checkpoint and ends the run.
   std::function<bool()> stop;
-  /// Called after every step with its number, of how many, the loss of the step and the tokens of it.
+  /// Called after every step with its number, of how many, the loss of the step and the tokens (or images) of it.
   std::function<void(int64_t step, int64_t steps, double loss, int64_t tokens)> on_step;
 };
 
@@ -43,16 +44,11 @@ struct TrainOptions {
 struct TrainPlan {
   int64_t parameters = 0, trained = 0;
   int64_t steps = 0, tokens_per_step = 0, documents = 0;
+  std::string unit;  ///< what `tokens_per_step` counts: "token", "image"
   std::optional<int64_t> rows_of_an_epoch;
   /// Bytes of weights, gradients, optimizer and moving average; and about what activations take, from the config.
   int64_t weights_bytes = 0, gradient_bytes = 0, optimizer_bytes = 0, ema_bytes = 0, activation_bytes = 0;
   std::vector<Slot> slots;  ///< names, shapes, rates
-};
-
-struct EvaluationResult {
-  double loss = 0;  ///< mean of -log p over scored tokens, natural logarithm
-  double bits_per_byte = 0;
-  int64_t tokens = 0;
 };
 
 struct TrainResult {
@@ -61,19 +57,12 @@ struct TrainResult {
   std::optional<EvaluationResult> evaluation;
   double best = 0;        ///< lowest held-out loss, with `best_step`
   int64_t best_step = 0;  ///< 0: none
-  int64_t tokens = 0;     ///< learned in all sittings
+  int64_t tokens = 0;     ///< learned in all sittings; of an image task: images
+  std::string unit;       ///< what `tokens` counts
   double seconds = 0;     ///< of all sittings
   std::string ended;      ///< "complete", "stopped", "early stop", "already complete"
   std::filesystem::path model;
 };
-
-/// The loss of one micro-batch: the sum of -log p over its learned targets. logits [B, T, V] f32.
-torch::Tensor token_loss(const torch::Tensor& logits, const torch::Tensor& targets);
-
-/// Held-out loss; no gradients, no state of the model or of random streams changes. Processes share the batches.
-/// `edits` and `trace` go into every forward pass.
-EvaluationResult evaluate(CausalModel& model, const HeldOut& data, torch::Device device, Ranks* ranks = nullptr,
-                          const Edits& edits = {}, Trace* trace = nullptr);
 
 /// Looks at config and data without training or writing anything.
 TrainPlan plan_training(const TrainConfig& config);
@@ -90,7 +79,9 @@ class Trainer {
 
   int64_t step() const { return step_; }  ///< finished steps
   int64_t steps() const { return steps_; }
-  CausalModel& model() { return *run_.model; }
+  std::string unit() const { return task_->unit(); }  ///< what the run counts: "token", "image"
+  torch::nn::Module& module() { return task_->model(); }
+  CausalModel& model();  ///< of a language task; Error for others
   const TrainConfig& config() const { return config_; }
 
  private:
@@ -111,9 +102,7 @@ class Trainer {
   TrainConfig config_;
   TrainOptions options_;
   std::unique_ptr<RunFolder> folder_;
-  OpenRun run_;
-  TrainingData data_;
-  std::optional<HeldOut> held_out_;
+  std::unique_ptr<TrainTask> task_;
   std::unique_ptr<Optimizer> optimizer_;
   std::vector<torch::Tensor> average_;  // of slots, when on
   std::vector<torch::Tensor> shares_;   // parameters of which this process holds a share, when experts are spread

@@ -1,0 +1,123 @@
+#include "moiety/train/language_task.h"
+
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <numbers>
+
+#include "moiety/base/error.h"
+#include "moiety/base/registry.h"
+
+namespace moiety {
+namespace {
+
+using nlohmann::json;
+using torch::Tensor;
+
+struct LanguageSettings {
+  std::string slug;
+  void fields(Fields& f) { f("slug", slug, "the task's name"); }
+};
+
+void fill(Pass& pass, const MicroBatch& m) {
+  pass.mask = m.mask;
+  pass.segments = m.segments;
+  pass.positions = m.positions;
+}
+
+Encoder encoder_of(const TrainConfig& config, const OpenRun& run) {
+  Encoder e;
+  e.tokenizer = run.tokenizer;
+  e.chat_template = run.chat_template;
+  e.options.max_length = config.data.cut ? config.data.length : 0;
+  e.options.add_eos = config.data.add_end;
+  e.options.loss_on_prompt = config.data.learn_prompts;
+  e.options.last_answer_only = config.data.last_answer_only;
+  return e;
+}
+
+}  // namespace
+
+Tensor token_loss(const Tensor& logits, const Tensor& targets) {
+  return at::cross_entropy_loss(logits.reshape({-1, logits.size(-1)}), targets.reshape({-1}), {}, at::Reduction::Sum,
+                                /*ignore_index=*/-100);
+}
+
+EvaluationResult evaluate(CausalModel& model, const HeldOut& data, torch::Device device, Ranks* ranks,
+                          const Edits& edits, Trace* trace) {
+  const auto sums =
+      score_batches(model, data, device, ranks, [&](const MicroBatch& m, bool counts) -> std::vector<double> {
+        Pass pass;
+        fill(pass, m);
+        pass.edits = edits;
+        if (counts) pass.trace = trace;
+        return {token_loss(model.forward(m.ids, pass), m.targets).item<double>()};
+      });
+  EvaluationResult result;
+  result.tokens = data.learned;
+  result.loss = sums[0] / static_cast<double>(data.learned);
+  result.bits_per_byte = data.bytes > 0 ? sums[0] / std::numbers::ln2 / static_cast<double>(data.bytes) : 0.0;
+  return result;
+}
+
+LanguageTask::LanguageTask(const TrainConfig& config, const TaskContext& context)
+    : config_(config), run_(open_run(config, context.device, context.scratch, context.weights)) {
+  parse<LanguageSettings>(config.task, "task");
+}
+
+void LanguageTask::open_data() {
+  check(config_.data.length <= run_.model->context_length(), "data.length is {}, but the model's context is {} tokens",
+        config_.data.length, run_.model->context_length());
+  const Encoder encoder = encoder_of(config_, run_);
+  const auto seed = static_cast<uint64_t>(config_.train.seed);
+  data_ = moiety::open_data(config_.data, encoder, seed);
+  if (data_.held_out)
+    held_out_ = held_out_rows(data_.held_out, encoder, config_.data,
+                              config_.evaluation.batch > 0 ? config_.evaluation.batch : config_.train.batch,
+                              config_.evaluation.tokens, seed);
+}
+
+Tensor LanguageTask::loss(const MicroBatch& m, Pass& pass) {
+  fill(pass, m);
+  return token_loss(run_.model->forward(m.ids, pass), m.targets);
+}
+
+EvaluationResult LanguageTask::evaluate(torch::Device device, Ranks* ranks) {
+  return moiety::evaluate(*run_.model, *held_out_, device, ranks);
+}
+
+void LanguageTask::write(const std::filesystem::path& folder, const std::string& dtype) const {
+  write_model(folder, run_, dtype);
+}
+
+int64_t LanguageTask::activation_bytes() const {
+  // What the backward pass keeps, counted for a block with a gated feed-forward layer: about 14 values of the hidden
+  // size and 4 of the inner size a token; logits and their gradient besides.
+  const json& c = run_.config;
+  const auto number = [&](const char* key, int64_t otherwise) {
+    return c.contains(key) && c[key].is_number_integer() ? c[key].get<int64_t>() : otherwise;
+  };
+  const int64_t hidden = number("hidden_size", 0), inner = number("intermediate_size", 4 * hidden);
+  const int64_t active = std::max<int64_t>(1, number("num_experts_per_tok", 1)), blocks = run_.model->blocks();
+  const int64_t width = config_.train.dtype == "bf16" ? 2 : 4, tokens = config_.train.batch * config_.data.length;
+  const int64_t block = 14 * hidden + 4 * inner * active;
+  return tokens * (width * (config_.train.checkpoint_activations ? hidden * blocks + block : block * blocks) +
+                   12 * run_.model->vocab_size());
+}
+
+namespace {
+
+const RegisterMethod registered({.slug = "language",
+                                 .kind = "task",
+                                 .title = "Language modelling",
+                                 .summary = "texts, completions and chats, token by token",
+                                 .paper = {},
+                                 .sites = {},
+                                 .config = describe<LanguageSettings>,
+                                 .make = MakeTrainTask([](const TrainConfig& config,
+                                                          const TaskContext& context) -> std::unique_ptr<TrainTask> {
+                                   return std::make_unique<LanguageTask>(config, context);
+                                 })});
+
+}  // namespace
+}  // namespace moiety
