@@ -120,8 +120,9 @@ struct ParallelConfig {
   int64_t experts = 1;
   void fields(Fields& f) {
     f("experts", experts,
-      "spread the experts of every mixture over so many processes, which have to be all of the run; 1: every process "
-      "has all experts")
+      "spread the experts of every mixture over so many processes, a divisor of those of the run: each group of so "
+      "many "
+      "holds all experts together; 1: every process has all experts")
         .min(1);
   }
 };

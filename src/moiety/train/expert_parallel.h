@@ -9,6 +9,7 @@
 
 namespace moiety {
 
+/// `exchange`: the processes that hold all experts together, all of the run or a group of them.
 /// Leaves to this process its share of the experts of every mixture, process r the experts r * E / size ..., and lets
 /// the mixtures exchange their rows through `exchange`, which has to outlive the model's use. Returns the parameters
 /// that are a share now; they are the objects that they were. Error: no mixture, experts that cannot be shared evenly

@@ -6,6 +6,9 @@
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
+#include <fmt/ranges.h>
+
+#include <algorithm>
 #include <charconv>
 #include <cstdlib>
 #include <cstring>
@@ -33,26 +36,21 @@ int64_t number(const char* name, int64_t most) {
 
 class GlooRanks : public Ranks {
  public:
-  GlooRanks(int64_t rank, int64_t size) : rank_(rank), size_(size) {
-    const char* address = std::getenv("MASTER_ADDR");
-    check(address != nullptr, "MASTER_ADDR is not set: start several processes with torchrun --no-python");
-    c10d::TCPStoreOptions options;
-    options.port = static_cast<uint16_t>(number("MASTER_PORT", 65535));
-    // torchrun keeps the store itself and says so.
-    const char* agent = std::getenv("TORCHELASTIC_USE_AGENT_STORE");
-    options.isServer = rank == 0 && !(agent != nullptr && std::strcmp(agent, "True") == 0);
-    options.waitWorkers = false;
-    options.timeout = kTimeout;
-    const char* attempt = std::getenv("TORCHELASTIC_RESTART_COUNT");
-    const auto store =
-        c10::make_intrusive<c10d::PrefixStore>(fmt::format("moiety-{}", attempt != nullptr ? attempt : "0"),
-                                               c10::make_intrusive<c10d::TCPStore>(address, options));
+  GlooRanks(c10::intrusive_ptr<c10d::Store> store, std::string host, int64_t rank, int64_t size)
+      : store_(std::move(store)), host_(std::move(host)), rank_(rank), size_(size) {
     auto gloo = c10d::ProcessGroupGloo::Options::create(kTimeout);
-    const std::string host = address;
-    const bool local = host == "127.0.0.1" || host == "localhost";
+    const bool local = host_ == "127.0.0.1" || host_ == "localhost";
     gloo->devices.push_back(local ? c10d::ProcessGroupGloo::createDeviceForHostname("127.0.0.1")
                                   : c10d::ProcessGroupGloo::createDefaultDevice());
-    group_ = c10::make_intrusive<c10d::ProcessGroupGloo>(store, static_cast<int>(rank), static_cast<int>(size), gloo);
+    group_ = c10::make_intrusive<c10d::ProcessGroupGloo>(store_, static_cast<int>(rank), static_cast<int>(size), gloo);
+  }
+
+  std::unique_ptr<Ranks> part(const std::vector<int64_t>& members) override {
+    const auto own = std::find(members.begin(), members.end(), rank_);
+    check(own != members.end(), "process {} is not in the group that it asks for", rank_);
+    return std::make_unique<GlooRanks>(
+        c10::make_intrusive<c10d::PrefixStore>(fmt::format("part-{}", fmt::join(members, "-")), store_), host_,
+        own - members.begin(), static_cast<int64_t>(members.size()));
   }
 
   int64_t rank() const override { return rank_; }
@@ -95,9 +93,25 @@ class GlooRanks : public Ranks {
   void barrier() override { group_->barrier()->wait(); }
 
  private:
+  c10::intrusive_ptr<c10d::Store> store_;
+  std::string host_;
   int64_t rank_, size_;
   c10::intrusive_ptr<c10d::ProcessGroupGloo> group_;
 };
+
+// Where the processes of a run find each other.
+c10::intrusive_ptr<c10d::Store> meeting_place(const std::string& address, int64_t rank) {
+  c10d::TCPStoreOptions options;
+  options.port = static_cast<uint16_t>(number("MASTER_PORT", 65535));
+  // torchrun keeps the store itself and says so.
+  const char* agent = std::getenv("TORCHELASTIC_USE_AGENT_STORE");
+  options.isServer = rank == 0 && !(agent != nullptr && std::strcmp(agent, "True") == 0);
+  options.waitWorkers = false;
+  options.timeout = kTimeout;
+  const char* attempt = std::getenv("TORCHELASTIC_RESTART_COUNT");
+  return c10::make_intrusive<c10d::PrefixStore>(fmt::format("moiety-{}", attempt != nullptr ? attempt : "0"),
+                                                c10::make_intrusive<c10d::TCPStore>(address, options));
+}
 
 }  // namespace
 
@@ -106,7 +120,10 @@ std::unique_ptr<Ranks> Ranks::from_environment() {
   if (world == nullptr || std::getenv("RANK") == nullptr) return nullptr;
   const int64_t size = number("WORLD_SIZE", 1 << 16);
   if (size <= 1) return nullptr;
-  return std::make_unique<GlooRanks>(number("RANK", size - 1), size);
+  const char* address = std::getenv("MASTER_ADDR");
+  check(address != nullptr, "MASTER_ADDR is not set: start several processes with torchrun --no-python");
+  const int64_t rank = number("RANK", size - 1);
+  return std::make_unique<GlooRanks>(meeting_place(address, rank), address, rank, size);
 }
 
 }  // namespace moiety

@@ -132,14 +132,7 @@ Trainer::Trainer(TrainConfig config, TrainOptions options)
         folder_->path().string());
   in_turn([&] { task_ = open_task(config_, {options_.device, folder_->path()}); });
   if (options_.prepare) options_.prepare(task_->model());
-  if (config_.parallel.experts > 1) {
-    const int64_t wanted = config_.parallel.experts;
-    check(processes() == wanted,
-          "parallel.experts is {}, but the run has {}: start it with torchrun --no-python --nproc-per-node {} moiety "
-          "train ...",
-          wanted, processes() == 1 ? std::string("one process") : fmt::format("{} processes", processes()), wanted);
-    shares_ = split_experts(task_->model(), *options_.ranks);
-  }
+  if (config_.parallel.experts > 1) spread_experts();
   task_->open_data();
   auto slots = trained_slots(task_->model(), config_);
   for (Slot& s : slots)
@@ -161,6 +154,26 @@ Trainer::Trainer(TrainConfig config, TrainOptions options)
 
 Trainer::~Trainer() = default;
 
+void Trainer::spread_experts() {
+  const int64_t wanted = config_.parallel.experts;
+  check(processes() % wanted == 0,
+        "parallel.experts is {}, but the run has {}: start it with torchrun --no-python --nproc-per-node {} moiety "
+        "train ..., or with a multiple of it",
+        wanted, processes() == 1 ? std::string("one process") : fmt::format("{} processes", processes()), wanted);
+  group_ = options_.ranks;
+  if (processes() > wanted) {
+    // Neighbours hold all experts together; every group has its own copy of them.
+    const int64_t rank = options_.ranks->rank(), first = rank / wanted * wanted;
+    std::vector<int64_t> neighbours, same;
+    for (int64_t i = 0; i < wanted; ++i) neighbours.push_back(first + i);
+    for (int64_t i = rank % wanted; i < processes(); i += wanted) same.push_back(i);
+    own_group_ = options_.ranks->part(neighbours);
+    peers_ = options_.ranks->part(same);
+    group_ = own_group_.get();
+  }
+  shares_ = split_experts(task_->model(), *group_);
+}
+
 CausalModel& Trainer::model() {
   auto* model = dynamic_cast<CausalModel*>(&task_->model());
   check(model != nullptr, "the run's task is {}, which trains no language model", config_.task_slug());
@@ -179,10 +192,10 @@ void Trainer::restore(int64_t step) {
     const auto get = [&](const std::string& name, const Tensor& like, bool share = false) {
       const auto it = tensors.find(name);
       auto shape = like.sizes().vec();
-      if (share) shape[0] *= processes();
+      if (share) shape[0] *= group_->size();
       check(it != tensors.end() && it->second.sizes() == at::IntArrayRef(shape),
             "{}: no tensor '{}' of the right shape", (folder / "state.safetensors").string(), name);
-      return (share ? share_of(it->second, *options_.ranks) : it->second).to(like.device());
+      return (share ? share_of(it->second, *group_) : it->second).to(like.device());
     };
     const torch::NoGradGuard frozen;
     const auto& counts = state.at("updates");
@@ -267,13 +280,14 @@ void Trainer::train_step(bool record) {
     if (total.requires_grad()) total.backward();
   }
   if (options_.ranks) {
-    std::vector<Tensor> gradients, sums;
+    std::vector<Tensor> gradients, shared, sums;
     for (Slot& s : optimizer_->slots()) {
       if (!s.parameter.grad().defined()) s.parameter.mutable_grad() = torch::zeros_like(s.parameter.detach());
-      // A share has got the gradients of all processes with their rows.
-      if (!s.share) gradients.push_back(s.parameter.grad());
+      // A share has got the gradients of its group with the rows of all.
+      (s.share ? shared : gradients).push_back(s.parameter.grad());
     }
     options_.ranks->sum(gradients);
+    if (peers_) peers_->sum(shared);
     sums.push_back(torch::tensor(nll, torch::kFloat64));
     for (const auto& [name, value] : auxiliary) sums.push_back(torch::tensor(value, torch::kFloat64));
     options_.ranks->sum(sums);
@@ -286,7 +300,7 @@ void Trainer::train_step(bool record) {
   if (!shares_.empty())
     sum = [&](double value) {
       auto all = torch::tensor(value, torch::kFloat64);
-      options_.ranks->sum({all});
+      group_->sum({all});
       return all.item<double>();
     };
   grad_norm_ = clip_gradients(optimizer_->slots(), config_.optimizer.clip, sum);
@@ -385,9 +399,9 @@ void Trainer::save() {
   auto& slots = optimizer_->slots();
   for (size_t i = 0; i < slots.size(); ++i) {
     const Slot& s = slots[i];
-    // All processes hand in their shares; what is written is whole.
+    // The processes of a group hand in their shares; what the first one writes is whole.
     const auto put = [&](const std::string& name, const Tensor& t) {
-      tensors[name] = s.share ? gather_share(t, *options_.ranks) : t;
+      tensors[name] = s.share ? gather_share(t, *group_) : t;
     };
     put("parameter." + s.name, s.parameter);
     updates[s.name] = s.step;
@@ -396,7 +410,7 @@ void Trainer::save() {
   }
   std::vector<Tensor> whole;
   with_average([&] {
-    for (const Tensor& share : shares_) whole.push_back(gather_share(share, *options_.ranks));
+    for (const Tensor& share : shares_) whole.push_back(gather_share(share, *group_));
   });
   if (!leader()) return;
   log_->sync();
@@ -435,7 +449,7 @@ void Trainer::save() {
 void Trainer::report(const std::string& ended) {
   if (!log_) return;
   int64_t parameters = 0;
-  for (const Slot& s : optimizer_->slots()) parameters += s.parameter.numel() * (s.share ? processes() : 1);
+  for (const Slot& s : optimizer_->slots()) parameters += s.parameter.numel() * (s.share ? group_->size() : 1);
   json tiles = json::array();
   tiles.push_back({"step", fmt::format("{} of {}", step_, steps_)});
   tiles.push_back({"training loss", last_loss_});

@@ -89,6 +89,7 @@ class Trainer {
 
   bool leader() const { return !options_.ranks || options_.ranks->rank() == 0; }
   int64_t processes() const { return options_.ranks ? options_.ranks->size() : 1; }
+  void spread_experts();
   bool stop_asked();
   void restore(int64_t step);
   void train_step(bool record);
@@ -105,7 +106,11 @@ class Trainer {
   std::unique_ptr<TrainTask> task_;
   std::unique_ptr<Optimizer> optimizer_;
   std::vector<torch::Tensor> average_;  // of slots, when on
-  std::vector<torch::Tensor> shares_;   // parameters of which this process holds a share, when experts are spread
+  // When experts are spread: the processes that hold all of them together, those with the same share as this one (null:
+  // no others), and the parameters of which this process holds a share.
+  std::unique_ptr<Ranks> own_group_, peers_;
+  Ranks* group_ = nullptr;
+  std::vector<torch::Tensor> shares_;
   std::vector<Scheduled*> scheduled_;
   std::unique_ptr<RunLog> log_;
   std::unique_ptr<RouterLoad> routing_;  // of the step that is recorded
