@@ -79,6 +79,44 @@ TEST_P(ModulePruningOf, IsTheModelWhoseOtherModulesAreMasked) {
   EXPECT_GT((whole->forward(ids, unmasked) - expected).abs().max().item<double>(), 1e-5);
 }
 
+TEST_P(ModulePruningOf, ModulesThatAreAddedChangeNothingUntilTheyAreChosen) {
+  torch::manual_seed(3);
+  torch::NoGradGuard frozen;
+  const json config = config_of(GetParam());
+  auto whole = make_causal(config);
+  whole->eval();
+  const TemporaryFolder folder("module-pruning"), other("module-pruning");
+  const auto checkpoint = saved(*whole, config, folder);
+  json more = config;
+  for (auto& part : more["moiety"]["parts"]) part["new_modules"] = 3;
+  const auto grown = load_causal(*checkpoint, more, {});
+  grown->eval();
+  EXPECT_EQ(grown->experts(0), 9);
+  const auto ids = torch::randint(0, 30, {2, 11}, torch::kInt64);
+  std::vector<KeptModules> old, all, some;
+  for (const int64_t layer : {0, 1})
+    for (const char* site : {"ffn", "attention"}) {
+      old.push_back({layer, site, 9, {0, 1, 2, 3, 4, 5}});
+      all.push_back({layer, site, 9, {0, 1, 2, 3, 4, 5, 6, 7, 8}});
+      some.push_back({layer, site, 9, {2, 5, 6, 8}});
+    }
+  Pass masked, plain;
+  masked.edits.push_back(std::make_shared<Mask>(old));
+  EXPECT_LT((grown->forward(ids, masked) - whole->forward(ids, plain)).abs().max().item<double>(), 1e-5);
+  // Keeping all of them makes them modules like the others; keeping some cuts across both.
+  const auto with_added = saved(*grown, more, other);
+  for (const auto& plan : {all, some}) {
+    const auto joined = prune_modules(with_added, plan);
+    EXPECT_FALSE(joined->config()["moiety"]["parts"][0].contains("new_modules"));
+    for (const auto& t : joined->tensors()) EXPECT_EQ(t.name.find(".new."), std::string::npos) << t.name;
+    auto one = load_causal(*joined);
+    one->eval();
+    Pass a, b;
+    b.edits.push_back(std::make_shared<Mask>(plan));
+    EXPECT_LT((one->forward(ids, a) - grown->forward(ids, b)).abs().max().item<double>(), 1e-5);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(All, ModulePruningOf, testing::Values("mlp", "linear", "gmm"));
 
 TEST(ModulePruningPlan, KeepsWhatIsChosenOftenEnough) {

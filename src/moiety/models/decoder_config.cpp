@@ -591,6 +591,14 @@ void hunyuan(Context& x) {
   x.c.qk_norm = x.c.qk_norm_after_rope = true;
 }
 
+// Its mixtures are parts (io/moduleformer_names.h); nothing of it knows positions.
+void moduleformer(Context& x) {
+  plain_layers(x);
+  x.c.norm = NormKind::layer;
+  x.c.gated = false;
+  for (LayerConfig& layer : x.c.layers) layer.rope = -1;
+}
+
 void ungated_llama(Context& x) {
   llama(x);
   x.c.gated = false;
@@ -640,6 +648,7 @@ const std::map<std::string, Family>& families() {
       {"seed_oss", seed_oss},
       {"hunyuan_v1_dense", hunyuan},
       {"arcee", ungated_llama},
+      {"moduleformer", moduleformer},
   };
   return table;
 }

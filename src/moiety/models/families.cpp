@@ -99,6 +99,8 @@ const FamilyEntry kFamilies[] = {
     {"hunyuan_v1_dense", "Hunyuan", "decoder with queries and keys normed behind the rotation", "", "Tencent", 2025,
      ""},
     {"arcee", "AFM", "decoder with squared ReLU and no gates", "", "Arcee", 2025, ""},
+    {"moduleformer", "MoLM", "decoder whose attention and feed-forward layers are mixtures of modules",
+     "ModuleFormer: Modularity Emerges from Mixture-of-Experts", "Shen et al.", 2023, "2306.04640"},
     {"bert", "BERT", "encoder", "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding",
      "Devlin et al.", 2018, "1810.04805"},
     {"roberta", "RoBERTa", "encoder", "RoBERTa: A Robustly Optimized BERT Pretraining Approach", "Liu et al.", 2019,

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "moiety/base/error.h"
 #include "moiety/base/registry.h"
@@ -19,6 +20,22 @@ constexpr double kEpsilon = 1e-8;
 torch::Tensor entropy_of_mean(const torch::Tensor& p) {
   const auto mean = p.mean(0);
   return -(mean * (mean + kEpsilon).log()).sum();
+}
+
+// What is added to trained modules, under the name by which runs find it.
+struct Added : torch::nn::Module {
+  void add(const std::string& name, const torch::Tensor& t) { register_parameter(name, t, t.requires_grad()); }
+};
+
+// A stack and those behind it; the second may be empty.
+torch::Tensor apply_both(LinearStack& first, LinearStack& second, const torch::Tensor& x,
+                         const std::vector<int64_t>& counts) {
+  if (second.is_empty()) return apply_stack(first, x, counts);
+  const auto split = counts.begin() + first->count();
+  const std::vector<int64_t> old(counts.begin(), split), added(split, counts.end());
+  const int64_t rows = std::accumulate(old.begin(), old.end(), int64_t{0});
+  return torch::cat(
+      {apply_stack(first, x.narrow(0, 0, rows), old), apply_stack(second, x.narrow(0, rows, x.size(0) - rows), added)});
 }
 
 torch::Tensor rows_of(const torch::Tensor& t, const torch::Tensor& real) {
@@ -64,7 +81,16 @@ ModuleGate::ModuleGate(Weights w, int64_t top_k, std::string loss, double coef, 
   need(!gmm, w_.w2, "w2");
   need(gmm, w_.centroids, "centroids");
   need(gmm, w_.temperature, "temperature");
-  count_ = gmm ? w_.centroids.size(0) : w_.w2.size(0);
+  const auto& rows = gmm ? w_.centroids : w_.w2;
+  count_ = rows.size(0);
+  if (w_.added.defined()) {
+    check(w_.added.dim() == 2 && w_.added.size(1) == rows.size(1), "rows of {} numbers are added to rows of {}",
+          w_.added.size(-1), rows.size(1));
+    count_ += w_.added.size(0);
+    auto added = std::make_shared<Added>();
+    added->add("weight", w_.added);
+    register_module("new", added);
+  }
   check(top_k >= 1 && top_k <= count_, "a gate of {} modules cannot choose {}", count_, top_k);
   check(sample >= 0 && sample <= top_k, "of {} chosen modules {} cannot be drawn", top_k, sample);
   for (const auto& [name, t] : {std::pair{"w1", w_.w1},
@@ -77,15 +103,16 @@ ModuleGate::ModuleGate(Weights w, int64_t top_k, std::string loss, double coef, 
 
 torch::Tensor ModuleGate::logits(const torch::Tensor& input) const {
   const auto x = input.to(torch::kFloat32);
-  if (w_.type == "linear") return torch::linear(x, w_.w2);
+  const auto all = [&](const torch::Tensor& rows) { return w_.added.defined() ? torch::cat({rows, w_.added}) : rows; };
+  if (w_.type == "linear") return torch::linear(x, all(w_.w2));
   if (w_.type == "mlp") {
     const auto h = torch::gelu(torch::linear(x, w_.w1, w_.b1));
-    return torch::linear(dropout > 0.0 ? torch::dropout(h, dropout, is_training()) : h, w_.w2);
+    return torch::linear(dropout > 0.0 ? torch::dropout(h, dropout, is_training()) : h, all(w_.w2));
   }
   const auto unit = [](const torch::Tensor& t) {
     return torch::nn::functional::normalize(t, torch::nn::functional::NormalizeFuncOptions().dim(-1).eps(1e-12));
   };
-  return torch::linear(unit(torch::linear(x, w_.w1)), unit(w_.centroids)) * w_.temperature.exp();
+  return torch::linear(unit(torch::linear(x, w_.w1)), unit(all(w_.centroids))) * w_.temperature.exp();
 }
 
 Routing ModuleGate::route(const torch::Tensor& x, const Site& site, Pass& pass) {
@@ -113,6 +140,8 @@ Routing ModuleGate::route(const torch::Tensor& x, const Site& site, Pass& pass) 
     const auto groups = token_groups(pass, x.size(0), false);
     pass.add_loss("moduleformer." + loss_, coef_ * moduleformer_loss(loss_, r.logits, r.experts, r.gates, groups.real));
   }
+  if (pass.training && w_.added.defined() && added_decay > 0.0)
+    pass.add_loss("moduleformer.added", added_decay * w_.added.square().sum());
   return r;
 }
 
@@ -153,6 +182,12 @@ ModuleAttention::ModuleAttention(Parts p) : parts(std::move(p)) {
   register_module("gate", parts.gate);
   register_module("q_proj", parts.q);
   register_module("o_proj", parts.o);
+  if (!parts.added_q.is_empty()) {
+    auto added = std::make_shared<Added>();
+    added->register_module("q_proj", parts.added_q);
+    added->register_module("o_proj", parts.added_o);
+    register_module("new", added);
+  }
   if (!parts.k.is_empty()) {
     register_module("k_proj", parts.k);
     register_module("v_proj", parts.v);
@@ -180,14 +215,14 @@ torch::Tensor ModuleAttention::attend(const torch::Tensor& x, const torch::Tenso
     pass.trace->add(std::move(record));
   }
   // Out to the modules for the queries, back into the order of tokens for attention, out again for the outputs.
-  const auto pairs = apply_stack(parts.q, d.gather(flat), d.counts);
+  const auto pairs = apply_both(parts.q, parts.added_q, d.gather(flat), d.counts);
   const auto q = torch::zeros({batch * time * slots, a}, pairs.options()).index_copy(0, d.slots, pairs);
   const int64_t size = a / parts.heads;
   const auto heads = [&](const torch::Tensor& t) { return t.reshape({batch, context, parts.heads, size}); };
   const auto y = stick_breaking_attention(q.view({batch, time, slots, parts.heads, size}), heads(keys), heads(values),
                                           mask, /*keep_weights=*/false);
   const auto rows = y.output.reshape({-1, a}).index_select(0, d.slots);
-  return d.reduce(apply_stack(parts.o, rows, d.counts), flat.size(0)).view({batch, time, -1});
+  return d.reduce(apply_both(parts.o, parts.added_o, rows, d.counts), flat.size(0)).view({batch, time, -1});
 }
 
 torch::Tensor ModuleAttention::forward(const torch::Tensor& x, const AttentionContext& context, Pass& pass) {
@@ -204,6 +239,19 @@ torch::Tensor ModuleAttention::forward(const torch::Tensor& x, torch::Tensor& pa
   with_past(past_k, project(parts.k, x));
   with_past(past_v, project(parts.v, x));
   return attend(x, past_k, past_v, mask, pass);
+}
+
+GrownExperts::GrownExperts(std::shared_ptr<Experts> old, std::shared_ptr<Experts> added) {
+  old_ = register_module("old", std::move(old));
+  added_ = register_module("new", std::move(added));
+}
+
+torch::Tensor GrownExperts::forward(const torch::Tensor& x, const std::vector<int64_t>& counts) {
+  const auto split = counts.begin() + old_->count();
+  const std::vector<int64_t> old(counts.begin(), split), added(split, counts.end());
+  const int64_t rows = std::accumulate(old.begin(), old.end(), int64_t{0});
+  return torch::cat(
+      {old_->forward(x.narrow(0, 0, rows), old), added_->forward(x.narrow(0, rows, x.size(0) - rows), added)});
 }
 
 ModulePruning module_pruning(const torch::Tensor& logits, int64_t k, double tau) {
@@ -232,7 +280,8 @@ struct ModuleFormerConfig {
   int64_t modules = 32, top_k = 2, width = 0, gating_size = 256, heads = 1;
   std::string gate_type = "mlp", aux_loss = "mi";
   double aux_loss_weight = 1e-3, gate_dropout = 0.0;
-  int64_t sample_top_k = 0;
+  int64_t sample_top_k = 0, new_modules = 0;
+  double new_gate_decay = 1e-2;
   void fields(Fields& f) {
     f("modules", modules, "modules of a mixture").min(1);
     f("top_k", top_k, "modules a token").min(1);
@@ -248,9 +297,18 @@ struct ModuleFormerConfig {
     f("aux_loss_weight", aux_loss_weight, "weight of that loss").min(0);
     f("gate_dropout", gate_dropout, "dropout inside a gate of type mlp").min(0).max(0.99);
     f("sample_top_k", sample_top_k, "how many of the chosen modules are drawn while training").min(0);
+    f("new_modules", new_modules,
+      "modules that are added to the trained ones for something new: with their rows of the gate they learn, all else "
+      "is "
+      "frozen unless the run says what learns")
+        .min(0);
+    f("new_gate_decay", new_gate_decay,
+      "weight of the squared norm of the new rows of the gate, which keeps new modules from taking all tokens")
+        .min(0);
   }
   std::string problem() const {
-    if (top_k > modules) return fmt::format("`top_k` is {}, but there are {} modules", top_k, modules);
+    if (top_k > modules + new_modules)
+      return fmt::format("`top_k` is {}, but there are {} modules", top_k, modules + new_modules);
     if (sample_top_k > top_k) return fmt::format("`sample_top_k` {} is above `top_k` {}", sample_top_k, top_k);
     return "";
   }
@@ -271,8 +329,14 @@ std::shared_ptr<ModuleGate> gate_at(PartSite& site, const ModuleFormerConfig& c)
     w.centroids = site.own.get("gate.expert_centroids", {c.modules, c.gating_size}, normal_init(1.0));
     w.temperature = site.own.get("gate.temperature", {1}, constant_init(0.0));
   }
+  if (c.new_modules > 0) {
+    const bool gmm = c.gate_type == "gmm";
+    w.added = site.own.get("new.gate.weight", {c.new_modules, c.gate_type == "linear" ? site.hidden : c.gating_size},
+                           gmm ? normal_init(1.0) : init);
+  }
   auto gate = std::make_shared<ModuleGate>(w, c.top_k, c.aux_loss, c.aux_loss_weight, c.sample_top_k);
   gate->dropout = c.gate_dropout;
+  gate->added_decay = c.new_gate_decay;
   return gate;
 }
 
@@ -298,7 +362,14 @@ const RegisterMethod registered_modules(
        auto gate = gate_at(site, c);
        auto w1 = site.own.stack("experts.weight", c.modules, site.hidden, width, false, module_init());
        auto w2 = site.own.stack("output_experts.weight", c.modules, width, site.hidden, false, module_init());
-       return std::make_shared<Mixture>(gate, std::make_shared<MlpExperts>(w1, w2, activation("gelu_new")));
+       std::shared_ptr<Experts> experts = std::make_shared<MlpExperts>(w1, w2, activation("gelu_new"));
+       if (c.new_modules > 0) {
+         auto n1 = site.own.stack("new.experts.weight", c.new_modules, site.hidden, width, false, module_init());
+         auto n2 = site.own.stack("new.output_experts.weight", c.new_modules, width, site.hidden, false, module_init());
+         experts =
+             std::make_shared<GrownExperts>(experts, std::make_shared<MlpExperts>(n1, n2, activation("gelu_new")));
+       }
+       return std::make_shared<Mixture>(gate, experts);
      })});
 
 const RegisterMethod registered_attention(
@@ -316,6 +387,11 @@ const RegisterMethod registered_attention(
        parts.gate = gate_at(site, c);
        parts.q = site.own.stack("q_proj.experts.weight", c.modules, site.hidden, width, false, module_init());
        parts.o = site.own.stack("q_proj.output_experts.weight", c.modules, width, site.hidden, false, module_init());
+       if (c.new_modules > 0) {
+         parts.added_q = site.own.stack("new.experts.weight", c.new_modules, site.hidden, width, false, module_init());
+         parts.added_o =
+             site.own.stack("new.output_experts.weight", c.new_modules, width, site.hidden, false, module_init());
+       }
        parts.k = site.own.linear("k_proj", site.hidden, width, true, normal_init(site.init_std));
        parts.v = site.own.linear("v_proj", site.hidden, width, true, normal_init(site.init_std));
        parts.heads = c.heads;

@@ -26,6 +26,7 @@ class ModuleGate : public Router {
     torch::Tensor w1, b1;       ///< [r, d], [r]: mlp; w1 of gmm
     torch::Tensor w2;           ///< [N, r] of mlp, [N, d] of linear
     torch::Tensor centroids;    ///< [N, r] of gmm
+    torch::Tensor added;        ///< [N', ...]: rows of w2, or centroids, of modules that are added; undefined: none
     torch::Tensor temperature;  ///< [1] of gmm
   };
   /// Loss "moduleformer.NAME" of kind `loss` ("" for none), times `coef`. Error: tensors that do not belong to the
@@ -40,7 +41,8 @@ class ModuleGate : public Router {
   bool has_rule() const override { return (!loss_.empty() && coef_ > 0.0) || Router::has_rule(); }
   /// Logits [T, N].
   torch::Tensor logits(const torch::Tensor& x) const;
-  double dropout = 0.0;  ///< of an mlp gate, behind its gelu, while the module trains
+  double added_decay = 0.0;  ///< weight of loss "moduleformer.added": the squared norm of the added rows
+  double dropout = 0.0;      ///< of an mlp gate, behind its gelu, while the module trains
 
  private:
   Weights w_;
@@ -66,8 +68,9 @@ class ModuleAttention : public AttentionBase {
  public:
   struct Parts {
     std::shared_ptr<Router> gate;
-    LinearStack q{nullptr}, o{nullptr};  ///< [N, a, d], [N, d, a]
-    Linear k{nullptr}, v{nullptr};       ///< [a, d] with biases; both empty: the identity (a = d, one head)
+    LinearStack q{nullptr}, o{nullptr};              ///< [N, a, d], [N, d, a]
+    LinearStack added_q{nullptr}, added_o{nullptr};  ///< [N', a, d], [N', d, a] of modules that are added, behind those
+    Linear k{nullptr}, v{nullptr};                   ///< [a, d] with biases; both empty: the identity (a = d, one head)
     int64_t heads = 1;
   };
   explicit ModuleAttention(Parts parts);
@@ -81,6 +84,18 @@ class ModuleAttention : public AttentionBase {
   torch::Tensor attend(const torch::Tensor& x, const torch::Tensor& keys, const torch::Tensor& values,
                        const torch::Tensor& mask, Pass& pass);
   torch::Tensor project(Linear& linear, const torch::Tensor& x);
+};
+
+/// Modules that were trained, and behind them such as are added for something new. Their parameters are children "old"
+/// and "new".
+class GrownExperts : public Experts {
+ public:
+  GrownExperts(std::shared_ptr<Experts> old, std::shared_ptr<Experts> added);
+  int64_t count() const override { return old_->count() + added_->count(); }
+  torch::Tensor forward(const torch::Tensor& x, const std::vector<int64_t>& counts) override;
+
+ private:
+  std::shared_ptr<Experts> old_, added_;
 };
 
 /// Which modules of one mixture stay, by how often tokens choose them.
