@@ -31,6 +31,7 @@ json parts_of(const std::string& arm) {
                        {"top_k", 2},
                        {"width", 16},
                        {"aux_coef", kBalance},
+                       {"shared_cell", arm != "own-cells"},
                        {"carry", arm != "zero-state"},
                        {"detach", arm == "detached"}}});
 }
@@ -77,13 +78,14 @@ StudyOutcome judge(const StudyTable& t) {
                                                                                       : StudyOutcome::inconclusive;
   o.reason = fmt::format(
       "Bits a byte of RMoE against a linear router with gates over their sum: {}; with raw gates: {}; balanced by "
-      "layer: {}; against the same router without recurrence: {}; against one without gradient through it: {}. First "
+      "layer: {}; against the same router without recurrence: {}; against one without gradient through it: {}; against "
+      "a cell of its own in every layer: {}. First "
       "choices of neighbouring layers share {:.3f} nats with the recurrence, {:.3f} without it, {:.3f} behind the "
       "linear router; the entropy of usage is {:.3f}, {:.3f} and {:.3f} of {:.3f} nats.",
-      normal.text(), raw.text(), by_layer.text(), zero.text(), bits("detached").text(), t.mean("rmoe", "information"),
-      t.mean("zero-state", "information"), t.mean("linear-normalized", "information"), t.mean("rmoe", "usage_entropy"),
-      t.mean("zero-state", "usage_entropy"), t.mean("linear-normalized", "usage_entropy"),
-      std::log(static_cast<double>(kExperts)));
+      normal.text(), raw.text(), by_layer.text(), zero.text(), bits("detached").text(), bits("own-cells").text(),
+      t.mean("rmoe", "information"), t.mean("zero-state", "information"), t.mean("linear-normalized", "information"),
+      t.mean("rmoe", "usage_entropy"), t.mean("zero-state", "usage_entropy"),
+      t.mean("linear-normalized", "usage_entropy"), std::log(static_cast<double>(kExperts)));
   o.headline = fmt::format("bits a byte {:+.2f} % against a linear router, {:+.2f} % against no recurrence",
                            normal.mean, zero.mean);
   return o;
@@ -105,7 +107,8 @@ Study study() {
             {"linear-by-layer", "the same, balanced in every layer by itself", false},
             {"rmoe", "one GRU cell over depth: RMoE"},
             {"zero-state", "the same cell, its state zero in every layer"},
-            {"detached", "RMoE, no gradient through the state", false}};
+            {"detached", "RMoE, no gradient through the state", false},
+            {"own-cells", "a GRU cell of its own in every layer, the state passed on", false}};
   s.metrics = {{"bits_per_byte", "bits a byte", 4},
                {"information", "shared by neighbours, nats", 3},
                {"usage_entropy", "entropy of usage, nats", 3},
