@@ -61,14 +61,16 @@ MOIETY_OP("adamoe", "lora_forward", [](const Case& c) -> Outputs {
   const int64_t n = c.config.at("n_true");
   const auto rows = c.in("router"), x = c.in("x");
   const double scale = c.config.at("lora_alpha").get<double>() / c.config.at("r").get<double>();
-  AdaMoeLinear layer(Linear(c.in("weight")),
-                     std::make_shared<NullRouter>(Linear(rows.narrow(0, 0, n)),
-                                                  Linear(rows.narrow(0, n, rows.size(0) - n)), config_of(c)),
-                     std::make_shared<LoraExperts>(LinearStack(c.in("lora_A")), LinearStack(c.in("lora_B")), scale));
+  Linear matrix(c.in("weight"));
+  matrix->attach(std::make_shared<AdaMoeBeside>(
+      "q_proj",
+      std::make_shared<NullRouter>(Linear(rows.narrow(0, 0, n)), Linear(rows.narrow(0, n, rows.size(0) - n)),
+                                   config_of(c)),
+      std::make_shared<LoraExperts>(LinearStack(c.in("lora_A")), LinearStack(c.in("lora_B")), scale)));
   Trace trace;
   Pass pass;
   pass.trace = &trace;
-  const auto y = layer.forward(x, pass.at("q_proj"), pass);
+  const auto y = project(matrix, x, pass);
   const Routing& r = trace.records.at(0).routing;
   return {{"y", y}, {"router_logits", r.logits}, {"true_count", (r.experts >= 0).sum(-1)}};
 });

@@ -9,6 +9,7 @@
 #include "moiety/models/decoder.h"
 #include "moiety/models/model.h"
 #include "moiety/moe/router.h"
+#include "moiety/nn/beside.h"
 #include "moiety/nn/part.h"
 
 namespace moiety {
@@ -29,6 +30,7 @@ json part_of(const std::string& slug) {
       {"deepseekmoe", {{"experts", 5}, {"shared", 1}, {"top_k", 2}}},
       {"dynamic-routing", {{"experts", 4}}},
       {"adamoe", {{"experts", 4}, {"null_experts", 4}, {"top_k", 3}}},
+      {"adamoe-linear", {{"experts", 3}, {"null_experts", 2}, {"top_k", 2}, {"rank", 2}, {"dropout", 0.0}}},
       {"smoe-dropout", {{"experts", 4}, {"k_min", 2}, {"k_max", 4}}},
       {"rmoe", {{"experts", 4}, {"width", 6}, {"bias", true}, {"shared_width", 8}}},
       {"chain-of-experts", {{"experts", 5}, {"top_k", 2}}},
@@ -95,14 +97,110 @@ TEST_P(Parts, PackedSequencesDoNotSeeEachOther) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Parts,
-                         testing::Values("deepseekmoe", "dynamic-routing", "adamoe", "smoe-dropout", "rmoe",
-                                         "chain-of-experts", "moduleformer", "moduleformer-attention", "widenet"),
+                         testing::Values("deepseekmoe", "dynamic-routing", "adamoe", "adamoe-linear", "smoe-dropout",
+                                         "rmoe", "chain-of-experts", "moduleformer", "moduleformer-attention",
+                                         "widenet"),
                          [](const auto& info) {
                            std::string name = info.param;
                            for (char& c : name)
                              if (c == '-') c = '_';
                            return name;
                          });
+
+TEST(LinearParts, StandBesideTheMatricesThatTheyName) {
+  torch::manual_seed(5);
+  const torch::NoGradGuard frozen;
+  auto part = part_of("adamoe-linear");
+  part["target"] = {"q_proj", "down_proj"};
+  part["layers"] = "0,2";
+  const auto model = make_causal(model_with({part}));
+  model->eval();
+  Trace trace;
+  Pass pass;
+  pass.trace = &trace;
+  const auto ids = torch::arange(12, torch::kInt64).view({2, 6});
+  const auto logits = model->forward(ids, pass);
+  std::vector<std::string> sites;
+  for (const auto& r : trace.records) sites.push_back(std::to_string(r.site.block) + r.site.site);
+  EXPECT_EQ(sites, (std::vector<std::string>{"0q_proj", "0down_proj", "2q_proj", "2down_proj"}));
+  // B is zero at the start: the model is the one without parts.
+  std::set<std::string> names;
+  for (const auto& t : model->stored()) names.insert(t.name);
+  EXPECT_EQ(names.count("model.layers.2.adapters.down_proj.lora_B"), 1u);
+  EXPECT_EQ(names.count("model.layers.1.adapters.q_proj.lora_A"), 0u);
+  for (const auto& p : model->named_parameters())
+    if (p.key().find("lora_A") != std::string::npos) p.value().mul_(3.0);
+  Pass again;
+  EXPECT_TRUE(torch::equal(model->forward(ids, again), logits));
+  for (const auto& p : model->named_parameters())
+    if (p.key().find("lora_B") != std::string::npos) p.value().fill_(0.5);
+  Pass changed;
+  EXPECT_GT((model->forward(ids, changed) - logits).abs().max().item<double>(), 1e-3);
+}
+
+TEST(LinearParts, MayGiveEveryLayerItsOwnNumbers) {
+  auto part = part_of("adamoe-linear");
+  part["target"] = "v_proj";
+  part["null_experts"] = {0, 1, 4};
+  const auto model = make_causal(model_with({part}));
+  std::vector<int64_t> nulls;
+  for (const auto& t : model->stored())
+    if (t.name.find("gate2") != std::string::npos) nulls.push_back(t.value().size(0));
+  EXPECT_EQ(nulls, (std::vector<int64_t>{1, 4}));
+}
+
+// Adds a shared direction to every matrix that reads one input.
+class OneForAll : public Beside {
+ public:
+  explicit OneForAll(torch::Tensor v) { v_ = register_parameter("v", v, v.requires_grad()); }
+  void apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs, Pass&) override {
+    const auto seen = torch::matmul(x, v_).unsqueeze(-1);
+    for (auto& y : outputs) y = y + seen;
+    called += 1;
+  }
+  int64_t called = 0;
+
+ private:
+  torch::Tensor v_;
+};
+
+const RegisterMethod one_for_all(
+    {.slug = "test-one-for-all",
+     .kind = "part",
+     .title = "test",
+     .summary = "a part of the tests",
+     .paper = {},
+     .sites = {"linear"},
+     .config = {},
+     .make = MakeBeside{
+         .per_input = true, .make = [](LinearSite& site, const json&) -> std::shared_ptr<Beside> {
+           EXPECT_EQ(site.weight(0).sizes(), (std::vector<int64_t>{site.targets[0].out, site.targets[0].in}));
+           return std::make_shared<OneForAll>(site.own.get("v", {site.targets[0].in}, constant_init(0.25)));
+         }}});
+
+TEST(LinearParts, MatricesThatReadOneInputMayShareOne) {
+  torch::manual_seed(6);
+  const torch::NoGradGuard frozen;
+  const auto model = make_causal(
+      model_with({{{"slug", "test-one-for-all"}, {"target", {"q_proj", "v_proj", "gate_proj", "up_proj"}}}}));
+  model->eval();
+  std::vector<std::string> names;
+  for (const auto& t : model->stored())
+    if (t.name.find("adapters") != std::string::npos && t.name.find(".0.") != std::string::npos)
+      names.push_back(t.name);
+  EXPECT_EQ(names, (std::vector<std::string>{"model.layers.0.adapters.gate_proj+up_proj.v",
+                                             "model.layers.0.adapters.q_proj+v_proj.v"}));
+  Pass pass;
+  model->forward(torch::arange(6, torch::kInt64).view({1, 6}), pass);
+  int64_t objects = 0;
+  std::set<const void*> seen;
+  for (const auto& m : model->modules())
+    if (const auto* one = dynamic_cast<OneForAll*>(m.get()); one && seen.insert(one).second) {
+      ++objects;
+      EXPECT_EQ(one->called, 1);
+    }
+  EXPECT_EQ(objects, 6);
+}
 
 std::string message_of(const json& config) {
   try {
@@ -128,6 +226,21 @@ TEST(PartErrors, SayWhatIsWrong) {
   auto site = part_of("rmoe");
   site["site"] = "attention";
   EXPECT_NE(message_of(model_with({site})).find("cannot stand"), std::string::npos);
+  auto linear = part_of("adamoe-linear");
+  linear["target"] = "qproj";
+  EXPECT_NE(message_of(model_with({linear})).find("it has q_proj, k_proj"), std::string::npos);
+  linear["target"] = json::array({"q_proj", "v_proj"});
+  EXPECT_NE(message_of(model_with({linear, linear})).find("`q_proj` of layer 0 is taken"), std::string::npos);
+  auto all = part_of("adamoe-linear");
+  EXPECT_NE(message_of(model_with({linear, all})).find("something stands beside"), std::string::npos);
+  linear["top_k"] = json::array({2, 2});
+  EXPECT_NE(message_of(model_with({linear})).find("`top_k` has 2 numbers, and the model has 3 layers"),
+            std::string::npos);
+  linear["top_k"] = 6;
+  EXPECT_NE(message_of(model_with({linear})).find("3 true and 2 null experts"), std::string::npos);
+  linear["top_k"] = 2;
+  linear["null_experts"] = -1;
+  EXPECT_NE(message_of(model_with({linear})).find("null_experts"), std::string::npos);
   auto cut = part_of("smoe-dropout");
   cut["experts"] = 5;
   cut["k_max"] = 5;

@@ -112,7 +112,6 @@ TEST(AdaMoe, LowRankExpertsBesideAFrozenMatrix) {
   Linear base(torch::randn({4, 3}));
   LinearStack a(2, 3, 2), b(2, 2, 4);
   const auto router = std::make_shared<NullRouter>(Linear(3, 2), Linear(3, 2), config_of(2, 2));
-  AdaMoeLinear layer(base, router, std::make_shared<LoraExperts>(a, b, 2.0));
   const auto x = torch::randn({1, 6, 3});
   Pass pass;
   const Routing r = router->route(x[0], pass.at("q_proj"), pass);
@@ -121,7 +120,12 @@ TEST(AdaMoe, LowRankExpertsBesideAFrozenMatrix) {
     for (int64_t k = 0; k < 2; ++k)
       if (const auto e = r.experts[t][k].item<int64_t>(); e >= 0)
         want[t] += r.gates[t][k] * 2.0 * b->weight[e].mv(a->weight[e].mv(x[0][t]));
-  EXPECT_LT(distance(layer.forward(x, pass.at("q_proj"), pass)[0], want), 1e-5);
+  base->attach(std::make_shared<AdaMoeBeside>("q_proj", router, std::make_shared<LoraExperts>(a, b, 2.0)));
+  EXPECT_LT(distance(project(base, x, pass)[0], want), 1e-5);
+  // The matrix alone is what it was, and nobody can pass by what stands beside it.
+  EXPECT_TRUE(torch::equal(base->multiply(x), torch::matmul(x, base->weight.t())));
+  EXPECT_THROW(base(x), Error);
+  EXPECT_THROW(base->attach(nullptr), Error);
 }
 
 }  // namespace

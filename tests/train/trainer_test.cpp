@@ -363,5 +363,61 @@ TEST(Trainer, CallsScheduledModulesOncePerStep) {
   EXPECT_EQ(clock->evaluations, 3);
 }
 
+TEST(Trainer, LearnsOnlyWhatIsAddedToATrainedModel) {
+  const TemporaryFolder folder("moiety-test");
+  auto base = tiny::run(folder, "base", 3);
+  base.parts = nlohmann::json::array({{{"slug", "moduleformer"}, {"modules", 4}, {"top_k", 2}, {"gating_size", 8}}});
+  Trainer(base).run();
+  const auto before = read_tensors(folder / "base" / "last" / "model.safetensors");
+  auto grown = tiny::run(folder, "grown", 3);
+  grown.model.config = nullptr;
+  grown.model.tokenizer.clear();
+  grown.model.checkpoint = (folder / "base" / "last").string();
+  grown.parts = base.parts;
+  grown.parts[0]["new_modules"] = 2;
+  Trainer trainer(grown);
+  for (const auto& p : trainer.model().named_parameters())
+    EXPECT_EQ(p.value().requires_grad(), p.key().find(".new.") != std::string::npos) << p.key();
+  trainer.run();
+  const auto records = tiny::trace(grown.output.folder);
+  EXPECT_GT(records.at(0).at("auxiliary").at("moduleformer.added").get<double>(), 0.0);
+  const auto after = read_tensors(folder / "grown" / "last" / "model.safetensors");
+  EXPECT_GT(after.size(), before.size());
+  for (const auto& [name, value] : before) EXPECT_TRUE(torch::equal(value, after.at(name))) << name;
+}
+
+TEST(Trainer, FreezesTheModelBesideItsAdapters) {
+  const TemporaryFolder folder("moiety-test");
+  Trainer(tiny::run(folder, "base", 2)).run();
+  const auto before = read_tensors(folder / "base" / "last" / "model.safetensors");
+  auto adapted = tiny::run(folder, "adapted", 6);
+  adapted.model.config = nullptr;
+  adapted.model.tokenizer.clear();
+  adapted.model.checkpoint = (folder / "base" / "last").string();
+  adapted.parts = nlohmann::json::array({{{"slug", "adamoe-linear"},
+                                          {"target", {"q_proj", "down_proj"}},
+                                          {"experts", 2},
+                                          {"null_experts", 2},
+                                          {"top_k", 2},
+                                          {"rank", 2}}});
+  Trainer trainer(adapted);
+  for (const auto& p : trainer.model().named_parameters())
+    EXPECT_EQ(p.value().requires_grad(), p.key().find(".adapter.") != std::string::npos) << p.key();
+  trainer.run();
+  const auto after = read_tensors(folder / "adapted" / "last" / "model.safetensors");
+  for (const auto& [name, value] : before) EXPECT_TRUE(torch::equal(value, after.at(name))) << name;
+  bool learned = false;
+  for (const auto& [name, value] : after) learned |= name.ends_with("lora_B") && value.abs().max().item<double>() > 0.0;
+  EXPECT_TRUE(learned);
+  // What was saved loads with its adapters, and answers as the run's model does.
+  const auto loaded = load_causal(*Checkpoint::open((folder / "adapted" / "last").string()));
+  loaded->eval();
+  trainer.model().eval();
+  const torch::NoGradGuard frozen;
+  const auto ids = torch::arange(12, torch::kInt64).view({1, 12});
+  Pass a, b;
+  EXPECT_TRUE(torch::equal(loaded->forward(ids, a), trainer.model().forward(ids, b)));
+}
+
 }  // namespace
 }  // namespace moiety

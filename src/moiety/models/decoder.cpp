@@ -7,8 +7,11 @@
 
 #include "moiety/base/error.h"
 #include "moiety/base/registry.h"
+#include "moiety/base/text.h"
+#include "moiety/io/moduleformer_names.h"
 #include "moiety/models/weights_source.h"
 #include "moiety/moe/mixture.h"
+#include "moiety/nn/beside.h"
 #include "moiety/nn/part.h"
 #include "moiety/nn/recompute.h"
 #include "moiety/nn/weights.h"
@@ -453,6 +456,7 @@ class NamedWeights : public PartWeights {
 // Parts by (site, layer), and what they share.
 struct ModelParts {
   std::vector<PartEntry> entries;
+  size_t layers = 0;
   std::map<string, std::any> shared;
   const PartEntry* at(const string& site, int64_t layer) const {
     for (const PartEntry& e : entries)
@@ -498,6 +502,85 @@ auto make_part(const PartEntry& entry, WeightsSource& w, const string& layer, co
     return factory<Make>(get_method("part", entry.slug))(at, entry.settings);
   } catch (const Error& e) {
     fail("part {} in layer {}: {}", entry.slug, index, e.what());
+  }
+}
+
+// A matrix that parts may stand beside; those that read one input have one `input`.
+struct Matrix {
+  string name;
+  int input;
+  Linear linear;
+};
+
+std::vector<Matrix> matrices_of(const AttentionBase& attention, const FeedForwardBase& ffn) {
+  std::vector<Matrix> out;
+  const auto add = [&](const char* name, int input, const Linear& linear) {
+    if (!linear.is_empty()) out.push_back({name, input, linear});
+  };
+  if (const auto* a = dynamic_cast<const Attention*>(&attention)) {
+    add("q_proj", 0, a->parts.q);
+    add("k_proj", 0, a->parts.k);
+    add("v_proj", 0, a->parts.v);
+    add("o_proj", 1, a->parts.o);
+  } else if (const auto* l = dynamic_cast<const LatentAttention*>(&attention)) {
+    add("q_proj", 0, l->parts.q);
+    add("q_a_proj", 0, l->parts.q_a);
+    add("kv_a_proj_with_mqa", 0, l->parts.kv_a);
+    add("q_b_proj", 1, l->parts.q_b);
+    add("kv_b_proj", 2, l->parts.kv_b);
+    add("o_proj", 3, l->parts.o);
+  }
+  if (const auto* f = dynamic_cast<const FeedForward*>(&ffn)) {
+    add("gate_proj", 4, f->gate);
+    add("up_proj", 4, f->up);
+    add("down_proj", 5, f->down);
+  }
+  return out;
+}
+
+// Parts at the site `linear` of one layer.
+void attach_parts(WeightsSource& w, const string& layer, int64_t index, ModelParts& parts,
+                  const AttentionBase& attention, const FeedForwardBase& ffn) {
+  for (const PartEntry& entry : parts.entries) {
+    if (entry.site != "linear" || !std::binary_search(entry.layers.begin(), entry.layers.end(), index)) continue;
+    const auto all = matrices_of(attention, ffn);
+    std::vector<string> names;
+    for (const Matrix& m : all) names.push_back(m.name);
+    const bool every = std::find(entry.targets.begin(), entry.targets.end(), "all") != entry.targets.end();
+    std::vector<Matrix> chosen;
+    for (const Matrix& m : all)
+      if (every || std::find(entry.targets.begin(), entry.targets.end(), m.name) != entry.targets.end())
+        chosen.push_back(m);
+    for (const string& target : entry.targets)
+      check(target == "all" || std::find(names.begin(), names.end(), target) != names.end(),
+            "part {}: layer {} has no matrix '{}' that a part could stand beside; it has {}", entry.slug, index,
+            shown(target), names.empty() ? "none" : list_of(names, "and"));
+    check(!chosen.empty(), "part {}: layer {} has no matrix that a part could stand beside", entry.slug, index);
+    const auto& maker = factory<MakeBeside>(get_method("part", entry.slug));
+    for (size_t begin = 0; begin < chosen.size();) {
+      size_t end = begin + 1;
+      while (maker.per_input && end < chosen.size() && chosen[end].input == chosen[begin].input) ++end;
+      std::vector<Matrix> group(chosen.begin() + static_cast<int64_t>(begin),
+                                chosen.begin() + static_cast<int64_t>(end));
+      string place;
+      for (const Matrix& m : group) place += (place.empty() ? "" : "+") + m.name;
+      NamedWeights own(w, layer + "adapters." + place + "."), model(w, "");
+      LinearSite site{.layer = index,
+                      .layers = static_cast<int64_t>(parts.layers),
+                      .targets = {},
+                      .own = own,
+                      .model = model,
+                      .shared = parts.shared,
+                      .weight = [&](size_t i) { return group.at(i).linear->dense(torch::kFloat32).detach(); }};
+      for (const Matrix& m : group) site.targets.push_back({m.name, m.linear->in(), m.linear->out()});
+      try {
+        const auto beside = maker.make(site, entry.settings);
+        for (Matrix& m : group) m.linear->attach(beside);
+      } catch (const Error& e) {
+        fail("part {} at {} of layer {}: {}", entry.slug, place, index, e.what());
+      }
+      begin = end;
+    }
   }
 }
 
@@ -551,6 +634,7 @@ std::shared_ptr<Block> make_block(WeightsSource& w, int64_t index, const Decoder
     ffn = make_mixture(w, layer, c);
   else
     ffn = make_feed_forward(w, layer + "mlp.", c, c.intermediate);
+  attach_parts(w, layer, index, parts, *attention, *ffn);
   return std::make_shared<Block>(c.placement, c.residual_scale, attention, ffn, before_attention, after_attention,
                                  before_ffn, after_ffn);
 }
@@ -559,7 +643,7 @@ std::shared_ptr<CausalModel> assemble(WeightsSource& w, const nlohmann::json& js
   std::vector<std::shared_ptr<const Rope>> ropes;
   for (const RopeConfig& r : c.ropes) ropes.push_back(std::make_shared<const Rope>(r));
   const auto embed = w.linear("embed_tokens", c.hidden, c.vocab, false);
-  ModelParts parts{parse_parts(json, static_cast<int64_t>(c.layers.size())), {}};
+  ModelParts parts{parse_parts(json, static_cast<int64_t>(c.layers.size())), c.layers.size(), {}};
   std::vector<std::shared_ptr<Block>> blocks;
   for (size_t i = 0; i < c.layers.size(); ++i)
     blocks.push_back(make_block(w, static_cast<int64_t>(i), c, parts, ropes));
@@ -730,7 +814,8 @@ std::shared_ptr<CausalModel> load_causal(const Checkpoint& checkpoint, const nlo
   return assemble(source, config, parsed);
 }
 
-std::shared_ptr<CausalModel> make_causal(const nlohmann::json& config, const LoadOptions& options) {
+std::shared_ptr<CausalModel> make_causal(const nlohmann::json& given, const LoadOptions& options) {
+  const nlohmann::json config = moduleformer_config(given);
   const DecoderConfig parsed = parse_decoder_config(config);
   WeightsSource source(parsed.init_std, options);
   source.rename = [&](const string& name) { return family_name(parsed.family, name); };

@@ -109,21 +109,76 @@ torch::Tensor null_rows_of(const torch::Tensor& gate, int64_t m) {
   return gate.repeat({m / gate.size(0), 1});
 }
 
-AdaMoeLinear::AdaMoeLinear(Linear b, std::shared_ptr<NullRouter> r, std::shared_ptr<LoraExperts> e) {
-  base = register_module("base_layer", std::move(b));
+void AdaMoeLinearConfig::fields(Fields& f) {
+  f("experts", experts, "true experts: pairs of low-rank matrices").min(1);
+  f("null_experts", null_experts, "experts that compute nothing; a list gives every layer of the model its own number");
+  f("top_k", top_k, "slots a token fills with true and null experts; a list gives every layer its own number");
+  f("rank", rank, "rank of an expert").min(1);
+  f("alpha", alpha, "what an expert adds is multiplied by alpha / rank").min(0);
+  f("dropout", dropout, "on what the experts read, while training").min(0).max(0.99);
+  f("coef", coef, "weight of the balance loss of every matrix").min(0);
+  f("jitter", jitter, "noise on what router and experts read, while training").min(0).max(0.99);
+}
+
+AdaMoeBeside::AdaMoeBeside(std::string site, std::shared_ptr<NullRouter> r, std::shared_ptr<LoraExperts> e,
+                           double jitter)
+    : site_(std::move(site)), jitter_(jitter) {
   router = register_module("router", std::move(r));
   experts = register_module("experts", std::move(e));
 }
 
-torch::Tensor AdaMoeLinear::forward(const torch::Tensor& x, const Site& site, Pass& pass) {
-  pass.batch = x.dim() == 3 ? x.size(0) : 1;
-  const auto flat = x.reshape({-1, x.size(-1)});
-  auto shape = x.sizes().vec();
-  shape.back() = base->out();
-  return base(x) + mix(*router, *experts, flat, site, pass).view(shape);
+void AdaMoeBeside::apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs, Pass& pass) {
+  if (x.dim() == 3) pass.batch = x.size(0);
+  auto flat = x.reshape({-1, x.size(-1)});
+  if (pass.training && jitter_ > 0.0) flat = flat * torch::empty_like(flat).uniform_(1.0 - jitter_, 1.0 + jitter_);
+  auto& y = outputs.at(0);
+  y = y + mix(*router, *experts, flat, pass.at(site_), pass).view(y.sizes());
 }
 
 namespace {
+
+// A setting that may be a list with one number for every layer.
+int64_t at_layer(const nlohmann::json& value, const char* name, int64_t least, const LinearSite& site) {
+  const nlohmann::json* one = &value;
+  if (value.is_array()) {
+    check(static_cast<int64_t>(value.size()) == site.layers, "`{}` has {} numbers, and the model has {} layers", name,
+          value.size(), site.layers);
+    one = &value[static_cast<size_t>(site.layer)];
+  }
+  check(one->is_number_integer() && one->get<int64_t>() >= least,
+        "`{}` is {} where a whole number from {} was expected, or a list with one for every layer", name, one->dump(),
+        least);
+  return one->get<int64_t>();
+}
+
+const RegisterMethod registered_linear(
+    {.slug = "adamoe-linear",
+     .kind = "part",
+     .title = "AdaMoE on linear layers",
+     .summary = "low-rank experts beside frozen matrices, with null experts: every token chooses how many it gets",
+     .paper = {"AdaMoE: Token-Adaptive Routing with Null Experts for Mixture-of-Experts Language Models", "Zeng et al.",
+               2024, "2406.13233"},
+     .sites = {"linear"},
+     .config = describe<AdaMoeLinearConfig>,
+     .make = MakeBeside{
+         .per_input = false, .make = [](LinearSite& site, const nlohmann::json& settings) -> std::shared_ptr<Beside> {
+           const auto c = parse<AdaMoeLinearConfig>(settings, "adamoe-linear");
+           const LinearTarget& t = site.targets.at(0);
+           AdaMoeConfig routing;
+           routing.experts = c.experts;
+           routing.null_experts = at_layer(c.null_experts, "null_experts", 0, site);
+           routing.top_k = at_layer(c.top_k, "top_k", 1, site);
+           routing.coef = c.coef;
+           auto gate = site.own.linear("router.gate", t.in, c.experts, false, uniform_init());
+           Linear nulls{nullptr};
+           if (routing.null_experts > 0)
+             nulls = site.own.linear("router.gate2", t.in, routing.null_experts, false, uniform_init());
+           auto a = site.own.stack("lora_A", c.experts, t.in, c.rank, false, uniform_init());
+           auto b = site.own.stack("lora_B", c.experts, c.rank, t.out, false, constant_init(0.0));
+           return std::make_shared<AdaMoeBeside>(
+               t.name, std::make_shared<NullRouter>(gate, nulls, routing),
+               std::make_shared<LoraExperts>(a, b, c.alpha / static_cast<double>(c.rank), c.dropout), c.jitter);
+         }}});
 
 const RegisterMethod registered(
     {.slug = "adamoe",

@@ -2,11 +2,15 @@
 // AdaMoE (Zeng et al. 2024, arXiv 2406.13233): null experts that compute nothing make the number of true experts a
 // token's own, and a balance loss that treats them as one class fixes how many there are on average.
 #include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
 
 #include "moiety/base/config.h"
 #include "moiety/moe/experts.h"
 #include "moiety/moe/mixture.h"
 #include "moiety/moe/router.h"
+#include "moiety/nn/beside.h"
 
 namespace moiety {
 
@@ -57,15 +61,28 @@ class NullRouter : public Router {
 /// Null rows of a router that is already trained: its own rows, again and again (m a multiple of n, else Error).
 torch::Tensor null_rows_of(const torch::Tensor& gate, int64_t null_experts);
 
-/// A frozen matrix with low-rank experts and a router with null experts: y = W x + sum gate * (alpha / r) B (A x).
-class AdaMoeLinear : public torch::nn::Module {
+struct AdaMoeLinearConfig {
+  int64_t experts = 4;              ///< true ones, n
+  nlohmann::json null_experts = 4;  ///< m: a number, or a list with one for every layer of the model
+  nlohmann::json top_k = 4;         ///< slots, of all n + m; the same
+  int64_t rank = 8;
+  double alpha = 16.0, dropout = 0.05, coef = 0.001, jitter = 0.0;
+  void fields(Fields& f);
+};
+
+/// Low-rank experts beside a frozen matrix, with a router of their own that knows null experts: y = W x + sum gate *
+/// (alpha / r) B (A x). Routing is reported under (block, round, the matrix's name).
+class AdaMoeBeside : public Beside {
  public:
-  AdaMoeLinear(Linear base, std::shared_ptr<NullRouter> router, std::shared_ptr<LoraExperts> experts);
-  /// x [B, T, in] -> [B, T, out].
-  torch::Tensor forward(const torch::Tensor& x, const Site& site, Pass& pass);
-  Linear base{nullptr};
+  AdaMoeBeside(std::string site, std::shared_ptr<NullRouter> router, std::shared_ptr<LoraExperts> experts,
+               double jitter = 0.0);
+  void apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs, Pass& pass) override;
   std::shared_ptr<NullRouter> router;
   std::shared_ptr<LoraExperts> experts;
+
+ private:
+  std::string site_;
+  double jitter_;
 };
 
 }  // namespace moiety

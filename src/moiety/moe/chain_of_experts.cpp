@@ -73,7 +73,7 @@ torch::Tensor ChainOfExperts::forward(const torch::Tensor& x, Pass& pass) {
     pass.round = outer * config.rounds + t;
     Router& router = *routers[config.per_round_router ? static_cast<size_t>(t) : 0];
     auto y = mix(router, *experts, h, pass.at("ffn"), pass);
-    if (shared) y = y + shared->apply(h);
+    if (shared) y = y + shared->apply(h, pass);
     h = config.inner_residual ? y + h : y;
   }
   pass.round = outer;

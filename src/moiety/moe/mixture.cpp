@@ -42,7 +42,7 @@ torch::Tensor Mixture::forward(const torch::Tensor& x, Pass& pass) {
   if (bias.defined()) y = y + bias.to(y.scalar_type());
   if (routed_scale != 1.0) y = y * routed_scale;
   if (shared) {
-    auto s = shared->apply(flat);
+    auto s = shared->apply(flat, pass);
     if (!shared_gate.is_empty()) s = torch::sigmoid(shared_gate(flat)) * s;
     if (shared_scale != 1.0) s = s * shared_scale;
     y = y + s;

@@ -8,6 +8,7 @@
 
 #include "moiety/base/error.h"
 #include "moiety/kernels/token.h"
+#include "moiety/nn/beside.h"
 #include "moiety/nn/shortcut.h"
 
 namespace moiety {
@@ -137,7 +138,7 @@ Attention::Attention(AttentionParts p) : parts(std::move(p)) {
 
 torch::Tensor Attention::forward(const torch::Tensor& x, const AttentionContext& context, Pass& pass) {
   const int64_t batch = x.size(0), tokens = x.size(1);
-  const auto projected = apply_all({parts.q, parts.k, parts.v}, x);
+  const auto projected = project({parts.q, parts.k, parts.v}, x, pass);
   auto q = projected[0], k = projected[1], v = projected[2];
   if (parts.norm_all_heads) {
     if (parts.q_norm) q = parts.q_norm->forward(q);
@@ -167,7 +168,7 @@ torch::Tensor Attention::forward(const torch::Tensor& x, const AttentionContext&
   if (parts.norm_after_rope) norm();
   if (pass.cache) std::tie(k, v) = pass.cache->append(pass.slot, k, v);
   const auto y = attend(q, k, v, context, parts.options);
-  return parts.o(y.transpose(1, 2).reshape({batch, tokens, -1}));
+  return project(parts.o, y.transpose(1, 2).reshape({batch, tokens, -1}), pass);
 }
 
 LatentAttention::LatentAttention(LatentAttentionParts p) : parts(std::move(p)) {
@@ -186,10 +187,11 @@ LatentAttention::LatentAttention(LatentAttentionParts p) : parts(std::move(p)) {
 
 torch::Tensor LatentAttention::forward(const torch::Tensor& x, const AttentionContext& context, Pass& pass) {
   const int64_t batch = x.size(0), tokens = x.size(1), heads = parts.heads;
-  const auto q = (parts.q.is_empty() ? parts.q_b(parts.q_a_norm->forward(parts.q_a(x))) : parts.q(x))
+  const auto projected = project({parts.q.is_empty() ? parts.q_a : parts.q, parts.kv_a}, x, pass);
+  const auto q = (parts.q.is_empty() ? project(parts.q_b, parts.q_a_norm->forward(projected[0]), pass) : projected[0])
                      .view({batch, tokens, heads, parts.nope_dim + parts.rope_dim})
                      .transpose(1, 2);
-  const auto compressed = parts.kv_a(x);
+  const auto& compressed = projected[1];
   auto latent = parts.kv_a_norm->forward(compressed.narrow(-1, 0, parts.rank)).unsqueeze(1);
   auto k_rope = compressed.narrow(-1, parts.rank, parts.rope_dim).unsqueeze(1);
   const auto& angles = context.angles(*parts.rope);
@@ -197,14 +199,15 @@ torch::Tensor LatentAttention::forward(const torch::Tensor& x, const AttentionCo
   k_rope = parts.rope->rotate(k_rope, angles);
   if (pass.cache) std::tie(latent, k_rope) = pass.cache->append(pass.slot, latent, k_rope);
   const int64_t total = latent.size(2);
-  const auto kv =
-      parts.kv_b(latent.squeeze(1)).view({batch, total, heads, parts.nope_dim + parts.v_dim}).transpose(1, 2);
+  const auto kv = project(parts.kv_b, latent.squeeze(1), pass)
+                      .view({batch, total, heads, parts.nope_dim + parts.v_dim})
+                      .transpose(1, 2);
   const auto k =
       torch::cat({kv.narrow(-1, 0, parts.nope_dim), k_rope.expand({batch, heads, total, parts.rope_dim})}, -1);
   const auto v = kv.narrow(-1, parts.nope_dim, parts.v_dim);
   const auto y = attend(torch::cat({q.narrow(-1, 0, parts.nope_dim), q_rope}, -1), k, v, context,
                         {.scale = parts.scale, .window = 0, .softcap = 0.0, .sinks = {}});
-  return parts.o(y.transpose(1, 2).reshape({batch, tokens, -1}));
+  return project(parts.o, y.transpose(1, 2).reshape({batch, tokens, -1}), pass);
 }
 
 }  // namespace moiety

@@ -2,6 +2,7 @@
 
 #include <torch/torch.h>
 
+#include "moiety/nn/beside.h"
 #include "moiety/nn/packed_gated.h"
 
 namespace moiety {
@@ -12,10 +13,11 @@ FeedForward::FeedForward(Linear g, Linear u, Linear d, Activation act) : act_(ac
   down = register_module("down_proj", std::move(d));
 }
 
-torch::Tensor FeedForward::apply(const torch::Tensor& x) {
-  if (gate.is_empty()) return down(act_(up(x)));
-  // All of it packed and without biases: the layer in two rounds of products.
-  const bool plain = !gate->bias.defined() && !up->bias.defined() && !down->bias.defined();
+torch::Tensor FeedForward::apply(const torch::Tensor& x, Pass& pass) {
+  if (gate.is_empty()) return project(down, act_(project(up, x, pass)), pass);
+  // All of it packed, without biases and alone: the layer in two rounds of products.
+  const auto bare = [](const Linear& m) { return !m->bias.defined() && !m->beside(); };
+  const bool plain = bare(gate) && bare(up) && bare(down);
   const PackedMatrix* packed = plain ? gate->packed_for(x) : nullptr;
   if (packed != nullptr && up->packed_for(x) != nullptr && down->packed_for(x) != nullptr) {
     const auto flat = x.reshape({-1, x.size(-1)}).to(torch::kFloat32).contiguous();
@@ -25,7 +27,8 @@ torch::Tensor FeedForward::apply(const torch::Tensor& x) {
                                 [&](torch::Tensor g, torch::Tensor u) { return act_times(act_, g, u); });
     return y.view(x.sizes()).to(x.scalar_type());
   }
-  return down(act_(gate(x)) * up(x));
+  const auto halves = project({gate, up}, x, pass);
+  return project(down, act_(halves[0]) * halves[1], pass);
 }
 
 }  // namespace moiety

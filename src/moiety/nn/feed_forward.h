@@ -23,8 +23,9 @@ class FeedForward : public FeedForwardBase {
  public:
   /// `gate` may be empty: then the layer is not gated.
   FeedForward(Linear gate, Linear up, Linear down, Activation act);
-  torch::Tensor forward(const torch::Tensor& x, Pass& pass) override { return apply(x); }
-  torch::Tensor apply(const torch::Tensor& x);
+  torch::Tensor forward(const torch::Tensor& x, Pass& pass) override { return apply(x, pass); }
+  /// x [..., d] -> [..., d].
+  torch::Tensor apply(const torch::Tensor& x, Pass& pass);
   Linear gate{nullptr}, up{nullptr}, down{nullptr};
 
  private:

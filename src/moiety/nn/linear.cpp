@@ -8,6 +8,7 @@
 #include "moiety/base/error.h"
 #include "moiety/kernels/dot.h"
 #include "moiety/nn/arithmetic.h"
+#include "moiety/nn/beside.h"
 #include "moiety/nn/packed.h"
 #include "moiety/nn/shortcut.h"
 #include "moiety/nn/weights.h"
@@ -186,7 +187,7 @@ torch::Tensor finished(const LinearImpl& m, torch::Tensor y, torch::Dtype dtype)
 
 }  // namespace
 
-std::vector<torch::Tensor> apply_all(std::initializer_list<Linear> matrices, const torch::Tensor& x) {
+std::vector<torch::Tensor> multiply_all(std::initializer_list<Linear> matrices, const torch::Tensor& x) {
   std::vector<const PackedMatrix*> packed;
   for (Linear m : matrices) {
     check_width(*m, x);
@@ -194,7 +195,7 @@ std::vector<torch::Tensor> apply_all(std::initializer_list<Linear> matrices, con
   }
   std::vector<torch::Tensor> out;
   if (packed.size() < matrices.size()) {
-    for (Linear m : matrices) out.push_back(m->forward(x));
+    for (Linear m : matrices) out.push_back(m->multiply(x));
     return out;
   }
   out = times_packed(packed, x);
@@ -207,6 +208,11 @@ std::vector<torch::Tensor> apply_all(std::initializer_list<Linear> matrices, con
 }
 
 torch::Tensor LinearImpl::forward(const torch::Tensor& x) {
+  check(!beside_, "a part stands beside this matrix, which is applied in a way that knows of none");
+  return multiply(x);
+}
+
+torch::Tensor LinearImpl::multiply(const torch::Tensor& x) {
   check_width(*this, x);
   const auto plain = [&](const torch::Tensor& w) {
     return at::linear(x, cast(w, x.scalar_type()), bias.defined() ? cast(bias, x.scalar_type()) : bias);

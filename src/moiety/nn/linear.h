@@ -14,6 +14,7 @@
 
 namespace moiety {
 
+class Beside;
 class PackedMatrix;
 
 /// y = x W^T + b over W [out, in]. Gradients reach x always, and W and b when they are float tensors that ask for it.
@@ -26,8 +27,14 @@ class LinearImpl : public torch::nn::Module {
   /// A frozen matrix over a mapped file, blocks or plain; nothing is copied.
   explicit LinearImpl(const TensorView& mapped, torch::Tensor bias = {});
 
-  /// x [..., in] -> [..., out], in x's dtype.
+  /// x [..., in] -> [..., out], in x's dtype. Error when something stands beside the matrix: project() knows of it.
   torch::Tensor forward(const torch::Tensor& x);
+  /// The same by the matrix alone.
+  torch::Tensor multiply(const torch::Tensor& x);
+  /// Puts a part beside the matrix (nn/beside.h). Error when there is one.
+  void attach(std::shared_ptr<Beside> beside);
+  const std::shared_ptr<Beside>& beside() const { return beside_; }
+  int64_t beside_at() const { return beside_at_; }  ///< among the matrices that the part stands beside
   /// Rows `ids` of the matrix (an embedding look-up): [...] int64 -> [..., in].
   torch::Tensor rows(const torch::Tensor& ids, torch::Dtype dtype);
   /// The whole matrix in `dtype`; decoded when it is blocks.
@@ -66,13 +73,16 @@ class LinearImpl : public torch::nn::Module {
   std::shared_ptr<const PackedMatrix> packed_;
   std::shared_ptr<const Place> place_;
 
+  std::shared_ptr<Beside> beside_;
+  int64_t beside_at_ = 0;
+
   bool packs() const;
 };
 TORCH_MODULE(Linear);
 
-/// Several matrices applied to one input, which is prepared for them once: x [..., in] -> [..., out] of each, in x's
-/// dtype.
-std::vector<torch::Tensor> apply_all(std::initializer_list<Linear> matrices, const torch::Tensor& x);
+/// Several matrices, each alone, times one input, which is prepared for them once: x [..., in] -> [..., out] of each,
+/// in x's dtype.
+std::vector<torch::Tensor> multiply_all(std::initializer_list<Linear> matrices, const torch::Tensor& x);
 
 /// E matrices [out, in] of one shape: one stacked trainable tensor [E, out, in], or mapped matrices that may lie
 /// anywhere.

@@ -83,6 +83,16 @@ std::vector<int64_t> layers_of(const nlohmann::json& value, int64_t count, const
   return {chosen.begin(), chosen.end()};
 }
 
+std::vector<std::string> targets_of(const nlohmann::json& value, const std::string& where) {
+  std::vector<std::string> out;
+  for (const auto& one : value.is_array() ? value : nlohmann::json::array({value})) {
+    check(one.is_string(), "{}: `target` is the name of a matrix, or a list of names, as [q_proj, v_proj]", where);
+    out.push_back(one.get<std::string>());
+  }
+  check(!out.empty(), "{}: `target` names no matrix", where);
+  return out;
+}
+
 }  // namespace
 
 std::vector<PartEntry> parse_parts(const nlohmann::json& config, int64_t layers) {
@@ -101,17 +111,27 @@ std::vector<PartEntry> parse_parts(const nlohmann::json& config, int64_t layers)
     PartEntry entry;
     entry.slug = item["slug"].get<std::string>();
     const Method& method = get_method("part", entry.slug);
+    check(!item.contains("site") || item["site"].is_string(), "{}: `site` is a name", where);
     entry.site = item.value("site", method.sites.size() == 1 ? method.sites.front() : std::string("ffn"));
     check(std::find(method.sites.begin(), method.sites.end(), entry.site) != method.sites.end(),
           "{}: {} cannot stand at the site `{}`; it can at {}", where, entry.slug, shown(entry.site),
           list_of(method.sites, "or"));
     entry.layers = layers_of(item.value("layers", nlohmann::json("all")), layers, where);
+    if (entry.site == "linear")
+      entry.targets = targets_of(item.value("target", nlohmann::json("all")), where);
+    else
+      check(!item.contains("target"), "{}: `target` names matrices; {} takes the site `{}`", where, entry.slug,
+            entry.site);
+    for (const auto& target : entry.targets)
+      for (const int64_t l : entry.layers)
+        check(taken.emplace("linear " + target, l).second, "{}: `{}` of layer {} is taken by another part already",
+              where, shown(target), l);
     for (const int64_t l : entry.layers)
-      check(taken.emplace(entry.site, l).second, "{}: the {} of layer {} is taken by another part already", where,
-            entry.site, l);
+      check(entry.site == "linear" || taken.emplace(entry.site, l).second,
+            "{}: the {} of layer {} is taken by another part already", where, entry.site, l);
     entry.settings = nlohmann::json::object();
     for (const auto& [key, value] : item.items())
-      if (key != "slug" && key != "site" && key != "layers") entry.settings[key] = value;
+      if (key != "slug" && key != "site" && key != "layers" && key != "target") entry.settings[key] = value;
     out.push_back(std::move(entry));
   }
   return out;

@@ -36,6 +36,7 @@ class PartWeights {
   LinearStack stack(const std::string& name, int64_t count, int64_t in, int64_t out, bool bias, const Init& init);
 };
 
+class Beside;
 class Experts;
 
 /// What a family's own mixture holds at a site, in the checkpoint or new: a part may route these experts its own way.
@@ -73,15 +74,36 @@ struct PartSite {
 using MakeFeedForward = std::function<std::shared_ptr<FeedForwardBase>(PartSite&, const nlohmann::json& settings)>;
 using MakeAttention = std::function<std::shared_ptr<AttentionBase>(PartSite&, const nlohmann::json& settings)>;
 
-/// One entry of `moiety.parts`: {slug, site, layers, settings...}.
+/// The site `linear`: matrices of one layer that read one input, or one matrix.
+struct LinearTarget {
+  std::string name;  ///< q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, ...
+  int64_t in = 0, out = 0;
+};
+struct LinearSite {
+  int64_t layer = 0, layers = 0;
+  std::vector<LinearTarget> targets;
+  PartWeights& own;    ///< names relative to the targets ("lora_A")
+  PartWeights& model;  ///< names relative to the model
+  std::map<std::string, std::any>& shared;
+  std::function<torch::Tensor(size_t target)> weight;  ///< the matrix [out, in] in f32
+};
+/// What parts at that site register: the module that goes beside the targets.
+struct MakeBeside {
+  bool per_input = false;  ///< one module for all targets that read one input; else one a matrix
+  std::function<std::shared_ptr<Beside>(LinearSite&, const nlohmann::json& settings)> make;
+};
+
+/// One entry of `moiety.parts`: {slug, site, layers, target, settings...}.
 struct PartEntry {
   std::string slug;
-  std::string site;             ///< ffn or attention
-  std::vector<int64_t> layers;  ///< ascending
-  nlohmann::json settings;      ///< the other keys
+  std::string site;                  ///< ffn, attention or linear
+  std::vector<int64_t> layers;       ///< ascending
+  std::vector<std::string> targets;  ///< of the site linear; "all": every matrix of attention and feed-forward layer
+  nlohmann::json settings;           ///< the other keys
 };
 /// The parts of a model's config, checked: slugs are registered for the site, layers exist, no site is taken twice.
-/// Layers: "all", a number, or ranges as "0-3,5". Error naming the entry.
+/// Layers: "all", a number, or ranges as "0-3,5". `target` (a name or a list) belongs to the site linear. Error naming
+/// the entry.
 std::vector<PartEntry> parse_parts(const nlohmann::json& config, int64_t layers);
 
 }  // namespace moiety

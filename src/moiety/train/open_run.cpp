@@ -2,6 +2,7 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <regex>
 #include <set>
 
@@ -9,6 +10,7 @@
 #include "moiety/base/files.h"
 #include "moiety/base/text.h"
 #include "moiety/io/checkpoint_writer.h"
+#include "moiety/io/moduleformer_names.h"
 #include "moiety/models/vision.h"
 #include "moiety/nn/weights.h"
 #include "moiety/train/byte_tokenizer.h"
@@ -149,6 +151,7 @@ OpenRun open_run(const TrainConfig& config, torch::Device device, const fs::path
   }
   open_tokenizer(config, checkpoint.get(), scratch, run);
   if (!checkpoint) {
+    run.config = moduleformer_config(run.config);
     if (!run.config.contains("vocab_size")) run.config["vocab_size"] = run.tokenizer->size();
     check(run.config["vocab_size"].is_number_integer() &&
               run.config["vocab_size"].get<int64_t>() >= run.tokenizer->size(),
@@ -199,10 +202,16 @@ std::vector<Slot> trained_slots(torch::nn::Module& model, const TrainConfig& con
     matched({group.match}, names, "groups.match");
     groups.emplace_back(compiled(group.match, "groups.match"), &group);
   }
+  // Beside adapters and modules that are added everything else is frozen, unless the run says what learns.
+  const auto is_added = [](const std::string& name) {
+    return name.find(".adapter.") != std::string::npos || name.find(".new.") != std::string::npos;
+  };
+  const bool added = std::any_of(names.begin(), names.end(), is_added);
   std::vector<Slot> slots;
   for (const auto& name : names) {
     auto& parameter = parameters[name];
-    const bool learns = (config.train.train.empty() || train.count(name) != 0) && freeze.count(name) == 0;
+    const bool chosen = config.train.train.empty() ? !added || is_added(name) : train.count(name) != 0;
+    const bool learns = chosen && freeze.count(name) == 0;
     parameter.set_requires_grad(learns);
     if (!learns) continue;
     Slot slot;

@@ -37,8 +37,9 @@ OpenRun open_run(const TrainConfig& config, torch::Device device, const std::fil
 /// decoder and "blocks.3." for what block 3 of a vision model was the first to have.
 std::string parameter_name(const std::string& name);
 
-/// The parameters that learn, with their rates and decays; gradients of all others are switched off. Throws Error for
-/// patterns that do not compile or match nothing.
+/// The parameters that learn, with their rates and decays: what the run's patterns say, else everything, or, where
+/// parts stand beside matrices, those parts only. Gradients of all others are switched off. Throws Error for patterns
+/// that do not compile or match nothing.
 std::vector<Slot> trained_slots(torch::nn::Module& model, const TrainConfig& config);
 
 /// Writes tensors as model.safetensors (in shards when large) in `dtype`: f32, bf16, f16.

@@ -1,0 +1,31 @@
+#pragma once
+// The site `linear`: what parts put beside matrices of a model, low-rank adapters and mixtures of them above all. The
+// matrix stays as it is, in any store; what stands beside it changes its output.
+#include <torch/nn/module.h>
+#include <torch/types.h>
+
+#include <initializer_list>
+#include <memory>
+#include <vector>
+
+#include "moiety/nn/linear.h"
+#include "moiety/nn/pass.h"
+
+namespace moiety {
+
+/// Stands beside one matrix, or beside several that read one input (queries, keys and values; gate and up).
+class Beside : public torch::nn::Module {
+ public:
+  /// x [..., in]; `outputs` holds W x [..., out] of every matrix that this stands beside, in the order in which it was
+  /// attached to them, and gets what they are to give.
+  virtual void apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs, Pass& pass) = 0;
+  int64_t matrices = 0;  ///< it is attached to; LinearImpl::attach counts
+};
+
+/// As multiply_all, with what stands beside the matrices. Error when one call has some matrices only of those that
+/// share what stands beside them.
+std::vector<torch::Tensor> project(std::initializer_list<Linear> matrices, const torch::Tensor& x, Pass& pass);
+/// One matrix.
+torch::Tensor project(Linear matrix, const torch::Tensor& x, Pass& pass);
+
+}  // namespace moiety
