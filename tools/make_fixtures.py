@@ -243,7 +243,7 @@ def fixtures():
 
     gpt_oss = merged(BASE, num_hidden_layers=4, num_local_experts=6, num_experts_per_tok=3, head_dim=24, intermediate_size=64,
                      sliding_window=6, rope_parameters=dict(YARN, beta_fast=32.0, beta_slow=1.0, truncate=False, rope_theta=150000.0))
-    add("gpt_oss", "gpt_oss", gpt_oss, old=True)
+    add("gpt_oss", "gpt_oss", gpt_oss, old=True, gguf="gpt-oss")
     add("gpt_oss-swiglu-limit", "gpt_oss", merged(gpt_oss, swiglu_limit=0.9, num_experts_per_tok=2, num_key_value_heads=1))
     add("gpt_oss-bf16", "gpt_oss", gpt_oss, dtype="bfloat16")
     add("gpt_oss-mxfp4", "gpt_oss", gpt_oss, edit="mxfp4", gguf="gpt-oss", note="experts as MXFP4 blocks; the reference holds them dequantized")

@@ -19,11 +19,11 @@ import time
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
 
-def load(path, context):
+def load(path, context, **options):
     import llama_cpp
 
-    return llama_cpp.Llama(model_path=path, n_ctx=context, n_batch=context, n_ubatch=context, logits_all=True, verbose=False,
-                           n_threads=THREADS, n_threads_batch=THREADS)
+    return llama_cpp.Llama(model_path=path, n_ctx=context, n_batch=context, n_ubatch=context, logits_all=True,
+                           n_threads=THREADS, n_threads_batch=THREADS, **{"verbose": False, **options})
 
 
 def perplexity(path, text, context):
@@ -66,10 +66,14 @@ def tokens(path, text, out):
 
 
 def logits(path, ids, out):
+    """Keys and values are kept in f32: nothing is rounded but what the formats of the file ask for. Why a file is refused stands in what
+    llama.cpp prints."""
+    import llama_cpp
     import numpy
 
     ids = [int(i) for i in ids.split()]
-    model = load(path, max(64, len(ids)))
+    f32 = llama_cpp.GGML_TYPE_F32
+    model = load(path, max(64, len(ids)), type_k=f32, type_v=f32, verbose=True)
     model.eval(ids)
     numpy.save(out, numpy.array(model.scores[: len(ids)], dtype=numpy.float32))
     return {"shape": [len(ids), model.n_vocab()]}

@@ -12,5 +12,5 @@ if subprocess.run([peer_python(), "-c", "import llama_cpp"], capture_output=True
     print("llama-cpp-python is not installed: tools/setup.sh peer")
     sys.exit(77)
 codes = [subprocess.call([sys.executable, str(root / "tools/peer_gguf.py")]),
-         subprocess.call([sys.executable, str(root / "tools/peer_perplexity.py"), "--no-transformers"])]
+         subprocess.call([sys.executable, str(root / "tools/peer_perplexity.py"), "--no-transformers", "--bytes", "30000"])]
 sys.exit(1 if any(codes) else 0)
