@@ -65,6 +65,36 @@ TEST_F(TokenTest, SiluEqualsTheFormula) {
   });
 }
 
+TEST_F(TokenTest, GeluEqualsTheFormula) {
+  auto g = gaussian(50, 4, 5.f);
+  g[0] = 200.f, g[1] = -200.f, g[2] = 0.f;
+  const auto u = gaussian(50, 5);
+  for_each_isa([&] {
+    auto y = g;
+    gelu_tanh_times(y.data(), u.data(), 50);
+    for (size_t i = 0; i < y.size(); ++i) {
+      const double x = g[i], want = 0.5 * x * (1.0 + std::tanh(0.7978845608 * (x + 0.044715 * x * x * x))) * u[i];
+      EXPECT_NEAR(y[i], want, 2e-6 * (1.0 + std::abs(want)));
+    }
+  });
+}
+
+TEST_F(TokenTest, ProductsOfRowsEqualTheFormula) {
+  for (const int64_t n : {1, 16, 77}) {
+    const auto w = gaussian(static_cast<size_t>(5 * n), 8), x = gaussian(static_cast<size_t>(n), 9);
+    for_each_isa([&] {
+      std::vector<float> y(5);
+      rows_times(w.data(), 5, n, x.data(), y.data());
+      for (int64_t r = 0; r < 5; ++r) {
+        double want = 0;
+        for (int64_t i = 0; i < n; ++i)
+          want += static_cast<double>(w[static_cast<size_t>(r * n + i)]) * x[static_cast<size_t>(i)];
+        EXPECT_NEAR(y[static_cast<size_t>(r)], want, 1e-5 * (1.0 + std::abs(want)));
+      }
+    });
+  }
+}
+
 TEST_F(TokenTest, AttentionEqualsTheFormula) {
   struct Case {
     int64_t heads, size, v_size, length;

@@ -8,22 +8,13 @@
 #include <stdexcept>
 #include <thread>
 
+#include "threads.h"
+
 namespace moiety {
 namespace {
 
-class Threads {
- public:
-  explicit Threads(int n) : before_(at::get_num_threads()) { at::set_num_threads(n); }
-  ~Threads() { at::set_num_threads(before_); }
-  Threads(const Threads&) = delete;
-  Threads& operator=(const Threads&) = delete;
-
- private:
-  int before_;
-};
-
 TEST(Tasks, RunOnAllThreads) {
-  const Threads two(2);
+  const test::Threads two(2);
   std::mutex lock;
   std::condition_variable started;
   int running = 0;
@@ -38,7 +29,7 @@ TEST(Tasks, RunOnAllThreads) {
 }
 
 TEST(Tasks, EveryOneRunsOnceAndAnErrorComesOut) {
-  const Threads two(2);
+  const test::Threads two(2);
   std::mutex lock;
   std::multiset<int64_t> ran;
   EXPECT_THROW(run_tasks(50,

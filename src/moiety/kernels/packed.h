@@ -59,6 +59,9 @@ class QuantizedTiles {
   size_t scale_at_ = 0, minimum_at_ = 0, sums_at_ = 0, pairs_at_ = 0;
 };
 
+/// Asks for the first bytes of groups from `first` on, for a product that comes soon.
+void packed_prefetch(Format format, const std::byte* packed, int64_t cols, int64_t first);
+
 /// y[t * stride + r] = row r of the packed matrix times activations t, for the rows of groups first ... last. Error: x
 /// is of another kind or length.
 void packed_products(Format format, const std::byte* packed, int64_t rows, int64_t cols, int64_t first, int64_t last,

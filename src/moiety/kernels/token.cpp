@@ -35,6 +35,14 @@ void silu_times(float* g, const float* u, int64_t n) {
   kernels().silu(g, u, n);
 }
 
+void gelu_tanh_times(float* g, const float* u, int64_t n) {
+  kernels().gelu(g, u, n);
+}
+
+void rows_times(const float* w, int64_t rows, int64_t n, const float* x, float* y) {
+  kernels().rows(w, rows, n, x, y);
+}
+
 void attend_row(const AttendRow& a, float* scratch, float* out) {
   kernels().attend(a, scratch, out);
 }

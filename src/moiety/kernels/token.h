@@ -14,6 +14,11 @@ void rotate_head(const float* x, const float* cosine, const float* sine, int64_t
 
 /// g[i] = silu(g[i]) * u[i].
 void silu_times(float* g, const float* u, int64_t n);
+/// g[i] = gelu(g[i]) * u[i] with the approximation by tanh (Hendrycks & Gimpel 2016, arXiv 1606.08415).
+void gelu_tanh_times(float* g, const float* u, int64_t n);
+
+/// y[r] = row r of w [rows, n] times x [n].
+void rows_times(const float* w, int64_t rows, int64_t n, const float* x, float* y);
 
 /// One query position of `heads` heads that share keys and values, over `length` cached positions: for every head
 /// softmax(scale * q k^T, soft-capped) v. q [heads, size]; k, v: position s at s * size and s * v_size; seen [length]

@@ -102,7 +102,19 @@ void attend_loop(const AttendRow& a, float* scratch, float* out) {
   }
 }
 
-constexpr TokenKernels kToken = {rms_norm_loop, rotate_loop, silu_loop, attend_loop};
+void gelu_loop(float* g, const float* u, int64_t n) {
+  // (1 + tanh z) / 2 = 1 / (1 + e^-2z)
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = g[i], z = 1.5957691216f * (x + 0.044715f * x * x * x);
+    g[i] = x / (1.f + exponential(-z)) * u[i];
+  }
+}
+
+void rows_loop(const float* w, int64_t rows, int64_t n, const float* x, float* y) {
+  for (int64_t r = 0; r < rows; ++r) y[r] = dot(w + r * n, x, n);
+}
+
+constexpr TokenKernels kToken = {rms_norm_loop, rotate_loop, silu_loop, gelu_loop, rows_loop, attend_loop};
 
 }  // namespace
 }  // namespace moiety

@@ -9,6 +9,7 @@
 #include "moiety/base/registry.h"
 #include "moiety/base/text.h"
 #include "moiety/io/moduleformer_names.h"
+#include "moiety/models/token_blocks.h"
 #include "moiety/models/weights_source.h"
 #include "moiety/moe/mixture.h"
 #include "moiety/nn/beside.h"
@@ -757,7 +758,9 @@ torch::Tensor Decoder::hidden(const torch::Tensor& ids, Pass& pass) {
   auto x = embed->rows(ids, dtype_);
   if (parsed.embedding_scale != 1.0) x = x * torch::scalar_tensor(parsed.embedding_scale, x.options());
   const bool recomputed = pass.recompute_blocks && torch::GradMode::is_enabled();
-  for (int64_t i = 0; i < blocks(); ++i) {
+  const auto short_way = run_token_blocks(layers, x, *context, pass);
+  if (short_way.defined()) x = short_way;
+  for (int64_t i = 0; i < blocks() && !short_way.defined(); ++i) {
     pass.block = i;
     int64_t repeats = 1;
     for (const auto& edit : pass.edits) repeats *= edit->repeats(i, pass);

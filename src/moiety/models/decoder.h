@@ -19,6 +19,8 @@ class Block : public torch::nn::Module {
         std::shared_ptr<FeedForwardBase> ffn, std::shared_ptr<Norm> before_attention,
         std::shared_ptr<Norm> after_attention, std::shared_ptr<Norm> before_ffn, std::shared_ptr<Norm> after_ffn);
   torch::Tensor forward(const torch::Tensor& x, const AttentionContext& context, Pass& pass);
+  Placement placement() const { return placement_; }
+  double residual_scale() const { return residual_scale_; }
 
   std::shared_ptr<AttentionBase> attention;
   std::shared_ptr<FeedForwardBase> ffn;

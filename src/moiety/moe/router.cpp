@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "moiety/base/error.h"
+#include "moiety/kernels/token.h"
 #include "moiety/moe/topk.h"
 #include "moiety/nn/shortcut.h"
 
@@ -91,46 +92,34 @@ TopKRouter::TopKRouter(Linear p, TopKRouterOptions o, torch::Tensor bias) : opti
         "{} experts cannot be routed in the best {} of {} groups", experts(), o.top_groups, o.groups);
 }
 
-namespace {
-
-// Scores, choice and gates of every row in one pass, where nobody edits them and no graph is built: what `route` says
-// in torch operations below. logits [N, E] f32, contiguous; `bias` [E] or null.
-Routing route_rows(const torch::Tensor& logits, const TopKRouterOptions& o, const float* bias) {
-  Routing r;
-  r.logits = logits;
-  r.scores = torch::empty_like(logits);
-  const int64_t rows = logits.size(0), experts = logits.size(1), k = o.top_k;
-  r.experts = torch::empty({rows, k}, torch::kInt64);
-  r.gates = torch::empty({rows, k}, logits.options());
-  std::vector<float> by(static_cast<size_t>(experts));
-  for (int64_t n = 0; n < rows; ++n) {
-    const float* z = logits.const_data_ptr<float>() + n * experts;
-    float* p = r.scores.data_ptr<float>() + n * experts;
-    if (o.scoring == Scoring::sigmoid) {
-      for (int64_t e = 0; e < experts; ++e) p[e] = 1.f / (1.f + std::exp(-z[e]));
-    } else {
-      const float most = *std::max_element(z, z + experts);
-      float sum = 0.f;
-      for (int64_t e = 0; e < experts; ++e) sum += p[e] = std::exp(z[e] - most);
-      for (int64_t e = 0; e < experts; ++e) p[e] /= sum;
-    }
-    for (int64_t e = 0; e < experts; ++e) by[static_cast<size_t>(e)] = p[e] + (bias == nullptr ? 0.f : bias[e]);
-    int64_t* best = r.experts.data_ptr<int64_t>() + n * k;
-    largest(by.data(), experts, k, best);
-    float *gate = r.gates.data_ptr<float>() + n * k, sum = 0.f;
-    for (int64_t i = 0; i < k; ++i) sum += gate[i] = p[best[i]];
-    float scale = static_cast<float>(o.scale);
-    if (o.scoring == Scoring::softmax_kept || o.normalize) {
-      sum += static_cast<float>(o.normalize_eps);
-      if (o.normalize_min > 0.0) sum = std::max(sum, static_cast<float>(o.normalize_min));
-      scale /= sum;
-    }
-    for (int64_t i = 0; i < k; ++i) gate[i] *= scale;
+void TopKRouter::choose_row(const float* logits, float* scores, int64_t* chosen, float* gates) const {
+  const int64_t n = experts(), k = options.top_k;
+  if (options.scoring == Scoring::sigmoid) {
+    for (int64_t e = 0; e < n; ++e) scores[e] = 1.f / (1.f + std::exp(-logits[e]));
+  } else {
+    const float most = *std::max_element(logits, logits + n);
+    float sum = 0.f;
+    for (int64_t e = 0; e < n; ++e) sum += scores[e] = std::exp(logits[e] - most);
+    for (int64_t e = 0; e < n; ++e) scores[e] /= sum;
   }
-  return r;
+  if (choice_bias.defined()) {
+    static thread_local std::vector<float> by;
+    by.resize(static_cast<size_t>(n));
+    const float* bias = choice_bias.const_data_ptr<float>();
+    for (int64_t e = 0; e < n; ++e) by[static_cast<size_t>(e)] = scores[e] + bias[e];
+    largest(by.data(), n, k, chosen);
+  } else {
+    largest(scores, n, k, chosen);
+  }
+  float sum = 0.f, scale = static_cast<float>(options.scale);
+  for (int64_t i = 0; i < k; ++i) sum += gates[i] = scores[chosen[i]];
+  if (options.scoring == Scoring::softmax_kept || options.normalize) {
+    sum += static_cast<float>(options.normalize_eps);
+    if (options.normalize_min > 0.0) sum = std::max(sum, static_cast<float>(options.normalize_min));
+    scale /= sum;
+  }
+  for (int64_t i = 0; i < k; ++i) gates[i] *= scale;
 }
-
-}  // namespace
 
 void TopKRouter::choose(Routing& r) const {
   auto by = r.scores;
@@ -146,10 +135,32 @@ void TopKRouter::choose(Routing& r) const {
   if (options.scale != 1.0) r.gates = r.gates * options.scale;
 }
 
+namespace {
+
+// Rows for which dot products one by one are as fast as a matrix product, and the same for any number of rows.
+constexpr int64_t kFewRows = 16;
+
+bool plain(const torch::Tensor& t) {
+  return t.is_cpu() && t.scalar_type() == torch::kFloat32 && t.is_contiguous();
+}
+
+}  // namespace
+
+Routing TopKRouter::by_rows(torch::Tensor logits) const {
+  const int64_t rows = logits.size(0), n = logits.size(1), k = options.top_k;
+  Routing r;
+  r.logits = logits.contiguous();
+  r.scores = torch::empty_like(r.logits);
+  r.experts = torch::empty({rows, k}, torch::kInt64);
+  r.gates = torch::empty({rows, k}, r.logits.options());
+  for (int64_t i = 0; i < rows; ++i)
+    choose_row(r.logits.const_data_ptr<float>() + i * n, r.scores.data_ptr<float>() + i * n,
+               r.experts.data_ptr<int64_t>() + i * k, r.gates.data_ptr<float>() + i * k);
+  return r;
+}
+
 Routing TopKRouter::decide(const torch::Tensor& logits) const {
-  if (options.groups <= 1 && logits.is_cpu() && logits.scalar_type() == torch::kFloat32)
-    return route_rows(logits.contiguous(), options,
-                      choice_bias.defined() ? choice_bias.const_data_ptr<float>() : nullptr);
+  if (chooses_by_rows() && logits.is_cpu() && logits.scalar_type() == torch::kFloat32) return by_rows(logits);
   Routing r;
   r.logits = logits;
   r.scores = options.scoring == Scoring::sigmoid ? torch::sigmoid(logits) : torch::softmax(logits, -1);
@@ -159,11 +170,19 @@ Routing TopKRouter::decide(const torch::Tensor& logits) const {
 
 Routing TopKRouter::route(const torch::Tensor& x, const Site& site, Pass& pass) {
   Routing r;
-  r.logits = projection(x.to(torch::kFloat32));
-  if (!pass.training && pass.edits.empty() && options.groups <= 1 && x.size(0) <= 64 && r.logits.is_cpu() &&
-      may_shorten({r.logits, choice_bias}))
-    return route_rows(r.logits.contiguous(), options,
-                      choice_bias.defined() ? choice_bias.const_data_ptr<float>() : nullptr);
+  const auto x32 = x.to(torch::kFloat32);
+  const auto &w = projection->weight, &b = projection->bias;
+  const bool shorten =
+      !pass.training && pass.edits.empty() && chooses_by_rows() && x.is_cpu() && may_shorten({x, w, b, choice_bias});
+  if (shorten && x.size(0) <= kFewRows && w.defined() && plain(w) && (!b.defined() || plain(b))) {
+    const auto from = x32.contiguous();
+    auto logits = torch::empty({x.size(0), w.size(0)}, from.options());
+    for (int64_t i = 0; i < x.size(0); ++i)
+      row_logits(from.const_data_ptr<float>() + i * w.size(1), 0, w.size(0), logits.data_ptr<float>() + i * w.size(0));
+    return by_rows(logits);
+  }
+  r.logits = projection(x32);
+  if (shorten && x.size(0) <= 64) return by_rows(r.logits);
   edit_logits(r.logits, site, pass);
   r.scores = options.scoring == Scoring::sigmoid ? torch::sigmoid(r.logits) : torch::softmax(r.logits, -1);
   edit_scores(r.scores, site, pass);
@@ -174,6 +193,14 @@ Routing TopKRouter::route(const torch::Tensor& x, const Site& site, Pass& pass) 
     load_ += load_of(r.experts, r.scores, token_groups(pass, r.scores.size(0), false)).counts[0].to(load_.device());
   }
   return r;
+}
+
+void TopKRouter::row_logits(const float* x, int64_t first, int64_t last, float* logits) const {
+  const auto& w = projection->weight;
+  rows_times(w.const_data_ptr<float>() + first * w.size(1), last - first, w.size(1), x, logits + first);
+  if (!projection->bias.defined()) return;
+  const float* bias = projection->bias.const_data_ptr<float>();
+  for (int64_t e = first; e < last; ++e) logits[e] += bias[e];
 }
 
 void TopKRouter::set_active(int64_t k) {

@@ -71,6 +71,12 @@ class TopKRouter : public Router, public Scheduled {
   void after_step() override;
   /// What route() makes of logits [N, E] f32 where nobody edits them.
   Routing decide(const torch::Tensor& logits) const;
+  /// Whether `choose_row` says all that the rule does: no groups.
+  bool chooses_by_rows() const { return options.groups <= 1; }
+  /// Logits of experts first ... last - 1 of one row x [d]; the projection is f32 and contiguous on the CPU.
+  void row_logits(const float* x, int64_t first, int64_t last, float* logits) const;
+  /// Scores, choice and gates of one row without a graph: logits [E] -> scores [E], experts and gates [top_k].
+  void choose_row(const float* logits, float* scores, int64_t* experts, float* gates) const;
   /// From now on the bias is updated. Error: a router without a bias, a rate that is no number above 0.
   void set_bias_rate(double rate);
 
@@ -82,7 +88,8 @@ class TopKRouter : public Router, public Scheduled {
   bool balance_by_scores() const override { return options.scoring == Scoring::sigmoid || choice_bias.defined(); }
 
  private:
-  void choose(Routing& r) const;  // experts and gates from the scores
+  void choose(Routing& r) const;                // experts and gates from the scores
+  Routing by_rows(torch::Tensor logits) const;  // f32 on the CPU
 
   double bias_rate_ = 0.0;
   torch::Tensor load_;  // [E] choices of real tokens since the step began

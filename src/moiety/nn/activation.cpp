@@ -5,6 +5,7 @@
 #include <map>
 
 #include "moiety/base/error.h"
+#include "moiety/kernels/token.h"
 
 namespace moiety {
 
@@ -28,6 +29,14 @@ Activation activation(const std::string& name) {
   std::string names;
   for (const auto& [known, unused] : table) names += (names.empty() ? "" : ", ") + known;
   fail("unknown activation '{}'; known are {}", name, names);
+}
+
+GateTimes gate_times(Activation act) {
+  for (const char* name : {"silu", "swish"})
+    if (act == activation(name)) return silu_times;
+  for (const char* name : {"gelu_pytorch_tanh", "gelu_new", "gelu_fast"})
+    if (act == activation(name)) return gelu_tanh_times;
+  return nullptr;
 }
 
 }  // namespace moiety

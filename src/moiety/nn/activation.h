@@ -11,4 +11,9 @@ using Activation = torch::Tensor (*)(const torch::Tensor&);
 /// Error: unknown name.
 Activation activation(const std::string& name);
 
+/// g[i] = act(g[i]) * u[i] over n numbers, on the calling thread.
+using GateTimes = void (*)(float* g, const float* u, int64_t n);
+/// The kernel of an activation; null where there is none.
+GateTimes gate_times(Activation act);
+
 }  // namespace moiety

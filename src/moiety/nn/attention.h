@@ -27,6 +27,8 @@ class AttentionContext {
   const torch::Tensor& allowed(int64_t window) const;
   /// True when allowed(window) is undefined and queries must still be kept from later keys (T > 1).
   bool causal() const { return tokens_ > 1; }
+  /// Some tokens are padding, or rows hold several sequences.
+  bool padded() const { return padding_.defined() || segments_.defined(); }
   /// Rotary angles of this pass's positions, computed once for each rope.
   const std::pair<torch::Tensor, torch::Tensor>& angles(const Rope& rope) const;
 

@@ -26,6 +26,7 @@ class FeedForward : public FeedForwardBase {
   torch::Tensor forward(const torch::Tensor& x, Pass& pass) override { return apply(x, pass); }
   /// x [..., d] -> [..., d].
   torch::Tensor apply(const torch::Tensor& x, Pass& pass);
+  Activation act() const { return act_; }
   Linear gate{nullptr}, up{nullptr}, down{nullptr};
 
  private:

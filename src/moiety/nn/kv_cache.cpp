@@ -32,27 +32,36 @@ void put(const torch::Tensor& to, int64_t at, const torch::Tensor& from) {
 
 KvCache::KvCache(int64_t slots) : slots_(slots) {}
 
-std::pair<torch::Tensor, torch::Tensor> KvCache::append(int64_t slot, const torch::Tensor& k, const torch::Tensor& v) {
+std::pair<torch::Tensor, torch::Tensor> KvCache::extend(int64_t slot, int64_t rows, int64_t heads, int64_t tokens,
+                                                        int64_t size, int64_t v_size,
+                                                        const torch::TensorOptions& options) {
   if (slot >= static_cast<int64_t>(slots_.size())) slots_.resize(slot + 1);
   Slot& s = slots_[slot];
-  const int64_t total = s.length + k.size(2);
-  check(!s.k.defined() || s.k.size(0) == k.size(0), "the cache holds {} rows but this pass has {}",
-        s.k.defined() ? s.k.size(0) : 0, k.size(0));
+  const int64_t total = s.length + tokens;
+  check(!s.k.defined() || s.k.size(0) == rows, "the cache holds {} rows but this pass has {}",
+        s.k.defined() ? s.k.size(0) : 0, rows);
   if (!s.k.defined() || s.k.size(2) < total) {
     // Grow by half: appends stay cheap and little is wasted.
     const int64_t capacity = std::max<int64_t>(total, s.k.defined() ? s.k.size(2) * 3 / 2 : total + 64);
-    const auto grow = [&](torch::Tensor& old, const torch::Tensor& like) {
-      auto fresh = torch::empty({like.size(0), like.size(1), capacity, like.size(3)}, like.options());
+    const auto grow = [&](torch::Tensor& old, int64_t width) {
+      auto fresh = torch::empty({rows, heads, capacity, width}, options);
       if (s.length > 0) fresh.narrow(2, 0, s.length).copy_(old.narrow(2, 0, s.length));
       old = fresh;
     };
-    grow(s.k, k);
-    grow(s.v, v);
+    grow(s.k, size);
+    grow(s.v, v_size);
   }
-  put(s.k, s.length, k);
-  put(s.v, s.length, v);
   s.length = total;
   return {s.k.narrow(2, 0, total), s.v.narrow(2, 0, total)};
+}
+
+std::pair<torch::Tensor, torch::Tensor> KvCache::append(int64_t slot, const torch::Tensor& k, const torch::Tensor& v) {
+  const int64_t tokens = k.size(2);
+  auto held = extend(slot, k.size(0), k.size(1), tokens, k.size(3), v.size(3), k.options());
+  const Slot& s = slots_[slot];
+  put(s.k, s.length - tokens, k);
+  put(s.v, s.length - tokens, v);
+  return held;
 }
 
 void KvCache::advance(int64_t tokens, const torch::Tensor& mask, const torch::Tensor& next_position) {

@@ -13,6 +13,10 @@ class KvCache {
  public:
   explicit KvCache(int64_t slots = 0);
 
+  /// Room for `tokens` more in `slot`, for whoever computes them to write: views [B, H, S, D] and [B, H, S, Dv] of all
+  /// that is held, of which the last `tokens` positions are not written yet. Error: another number of rows than before.
+  std::pair<torch::Tensor, torch::Tensor> extend(int64_t slot, int64_t rows, int64_t heads, int64_t tokens,
+                                                 int64_t size, int64_t v_size, const torch::TensorOptions& options);
   /// Appends k [B, H, T, D] and v [B, H, T, Dv] to `slot`, growing it on demand; returns views of all that is held, [B,
   /// H, S, D].
   std::pair<torch::Tensor, torch::Tensor> append(int64_t slot, const torch::Tensor& k, const torch::Tensor& v);

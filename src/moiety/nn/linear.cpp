@@ -127,12 +127,11 @@ LinearImpl::LinearImpl(torch::Tensor w, torch::Tensor b) : in_(w.size(1)), out_(
 }
 
 LinearImpl::LinearImpl(const TensorView& blocks, torch::Tensor b)
-    : in_(blocks.shape.at(1)), out_(blocks.shape.at(0)), blocks_(std::make_shared<const TensorView>(blocks)) {
+    : in_(blocks.shape.at(1)),
+      out_(blocks.shape.at(0)),
+      blocks_(std::make_shared<const TensorView>(blocks)),
+      packable_(can_pack(blocks.format)) {
   if (b.defined()) bias = register_parameter("bias", b, b.requires_grad());
-}
-
-bool LinearImpl::packs() const {
-  return blocks_ && !exact && can_pack(blocks_->format);
 }
 
 bool LinearImpl::pack() {
@@ -142,8 +141,7 @@ bool LinearImpl::pack() {
 }
 
 const PackedMatrix* LinearImpl::packed_for(const torch::Tensor& x) {
-  if (!blocks_ || exact || !x.device().is_cpu()) return nullptr;
-  if (!may_shorten({x})) return nullptr;
+  if (!packs() || !x.device().is_cpu() || !may_shorten({x})) return nullptr;
   if (streamed) return place_ ? place_->packed.get() : nullptr;
   return pack() ? packed_.get() : nullptr;
 }

@@ -57,8 +57,10 @@ class LinearImpl : public torch::nn::Module {
   bool streamed = false;
   /// Blocks only: packs the matrix now where products would; whether it is packed.
   bool pack();
+  /// Whether products may run on packed blocks: false for float weights, `exact`, a format or machine without them.
+  bool packs() const { return packable_ && !exact; }
   /// The blocks packed for products, made on first use by one of the threads that ask; null where products of x run
-  /// otherwise: float weights, `exact`, a graph to be built, another device, a format or machine without such products.
+  /// otherwise: packs() says no, a graph is to be built, another device.
   const PackedMatrix* packed_for(const torch::Tensor& x);
   /// Blocks only: always compute with the decoded f32 weights, never with activations rounded to 8 bits.
   bool exact = false;
@@ -69,14 +71,12 @@ class LinearImpl : public torch::nn::Module {
  private:
   int64_t in_, out_;
   std::shared_ptr<const TensorView> blocks_;
+  bool packable_ = false;
   std::once_flag pack_once_;
   std::shared_ptr<const PackedMatrix> packed_;
   std::shared_ptr<const Place> place_;
-
   std::shared_ptr<Beside> beside_;
   int64_t beside_at_ = 0;
-
-  bool packs() const;
 };
 TORCH_MODULE(Linear);
 

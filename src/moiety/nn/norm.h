@@ -20,6 +20,8 @@ class RmsNorm : public Norm {
   RmsNorm(torch::Tensor weight, double eps, double offset = 0.0);
   torch::Tensor forward(const torch::Tensor& x) override;
   torch::Tensor scale() const { return weight.to(torch::kFloat32) + offset_; }  ///< [d]: offset + w
+  double eps() const { return eps_; }
+  double offset() const { return offset_; }
   torch::Tensor weight;  ///< [d]
 
  private:

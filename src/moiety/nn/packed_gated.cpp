@@ -86,16 +86,16 @@ torch::Tensor packed_gated(const torch::Tensor& x, std::span<const PackedGated> 
 }
 
 torch::Tensor act_times(Activation act, torch::Tensor g, const torch::Tensor& u) {
-  static const Activation silu = activation("silu");
-  if (act != silu) return act(g).mul_(u);
+  const GateTimes times = gate_times(act);
+  if (times == nullptr) return act(g).mul_(u);
   float* to = g.data_ptr<float>();
   const float* by = u.const_data_ptr<float>();
   constexpr int64_t kGrain = 16384;
   if (g.numel() <= kGrain)
-    silu_times(to, by, g.numel());
+    times(to, by, g.numel());
   else
     at::parallel_for(0, g.numel(), kGrain,
-                     [&](int64_t first, int64_t last) { silu_times(to + first, by + first, last - first); });
+                     [&](int64_t first, int64_t last) { times(to + first, by + first, last - first); });
   return g;
 }
 

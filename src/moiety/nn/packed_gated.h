@@ -23,7 +23,7 @@ using Combine = std::function<torch::Tensor(torch::Tensor g, torch::Tensor u)>;
 torch::Tensor packed_gated(const torch::Tensor& x, std::span<const PackedGated> experts,
                            std::span<const int64_t> counts, const int64_t* tokens, const Combine& combine);
 
-/// act(g) * u, f32 and contiguous; silu works in place. A Combine for any activation.
+/// act(g) * u, f32 and contiguous; silu and gelu work in place. A Combine for any activation.
 torch::Tensor act_times(Activation act, torch::Tensor g, const torch::Tensor& u);
 
 }  // namespace moiety

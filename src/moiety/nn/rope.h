@@ -32,6 +32,7 @@ class Rope {
   /// x [B, H, T, D] rotated in its first dim() features.
   torch::Tensor rotate(const torch::Tensor& x, const std::pair<torch::Tensor, torch::Tensor>& angles) const;
   int64_t dim() const { return dim_; }
+  bool interleaved() const { return config_.interleaved; }
 
  private:
   std::vector<float> frequencies(int64_t length) const;

@@ -1,0 +1,79 @@
+#include "moiety/nn/team.h"
+
+#include <ATen/Parallel.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <thread>
+
+#include "moiety/base/error.h"
+
+namespace moiety {
+namespace {
+
+// Thrown in members whose team has failed; never seen outside.
+struct Abandoned {};
+
+// How often a member looks before it lets another thread have its core.
+constexpr int kLooks = 20'000;
+
+inline void rest() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+}  // namespace
+
+Team::Team(int64_t works) : counters_(new Counter[static_cast<size_t>(works)]), works_(works) {}
+
+void Team::fail(std::exception_ptr what) {
+  const std::lock_guard<std::mutex> guard(lock_);
+  if (!failure_) failure_ = std::move(what);
+  failed_.store(true, std::memory_order_release);
+}
+
+void Team::Member::wait() {
+  ++step_;
+  if (team_.members_ == 1) return;
+  if (team_.arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == team_.members_) {
+    team_.arrived_.store(0, std::memory_order_relaxed);
+    team_.step_.store(step_, std::memory_order_release);
+    return;
+  }
+  for (int looks = 0; team_.step_.load(std::memory_order_acquire) != step_; ++looks) {
+    if (team_.failed_.load(std::memory_order_relaxed)) throw Abandoned();
+    if (looks < kLooks)
+      rest();
+    else
+      std::this_thread::yield();
+  }
+}
+
+bool Team::Member::take(int64_t total, int64_t piece, int64_t& first, int64_t& last) {
+  check(work_ < team_.works_, "a team has room for {} pieces of work", team_.works_);
+  piece = std::max<int64_t>(piece, 1);
+  first = team_.counters_[static_cast<size_t>(work_)].taken.fetch_add(piece, std::memory_order_relaxed);
+  last = std::min(total, first + piece);
+  return first < total;
+}
+
+void Team::run(const std::function<void(Member&)>& body) {
+  const int threads = omp_in_parallel() != 0 ? 1 : at::get_num_threads();
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp single
+    members_ = omp_get_num_threads();
+    Member member(*this, omp_get_thread_num());
+    try {
+      body(member);
+    } catch (const Abandoned&) {
+      // Another member's failure is the one to report.
+    } catch (...) {
+      fail(std::current_exception());
+    }
+  }
+  if (failure_) std::rethrow_exception(failure_);
+}
+
+}  // namespace moiety

@@ -1,0 +1,172 @@
+#include "moiety/models/token_blocks.h"
+
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include "moiety/base/files.h"
+#include "moiety/io/checkpoint_writer.h"
+#include "moiety/kernels/packed.h"
+#include "moiety/models/decoder.h"
+#include "moiety/models/random_checkpoint.h"
+#include "moiety/moe/mixture.h"
+#include "threads.h"
+
+namespace moiety {
+namespace {
+
+using nlohmann::json;
+
+json config_of(const char* family, json changes = json::object()) {
+  json c = {{"model_type", family},
+            {"hidden_size", 256},
+            {"num_hidden_layers", 3},
+            {"num_attention_heads", 4},
+            {"num_key_value_heads", 2},
+            {"head_dim", 64},
+            {"vocab_size", 300},
+            {"intermediate_size", 512},
+            {"max_position_embeddings", 64},
+            {"moe_intermediate_size", 256},
+            {"num_experts", 6},
+            {"num_local_experts", 6},
+            {"num_experts_per_tok", 2},
+            {"initializer_range", 0.08}};
+  c.update(changes);
+  return c;
+}
+
+// Weights with some life in them: norms, biases and sinks of a random checkpoint are ones and zeros.
+void stir(torch::nn::Module& model) {
+  const torch::NoGradGuard frozen;
+  for (auto& p : model.parameters())
+    if (p.dim() == 1) p.add_(0.3 * torch::randn_like(p));
+}
+
+class TokenBlocks : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (!can_pack(Format::Q8_0)) GTEST_SKIP() << "this machine has no products of packed rows";
+    torch::manual_seed(1);
+  }
+
+  std::shared_ptr<Decoder> model(const json& config, const std::string& type) {
+    const auto file = folder_ / (type + std::to_string(count_++) + ".gguf");
+    WriteOptions options;
+    options.type = type;
+    write_gguf(*random_checkpoint(config, "/nowhere", 3), file, options);
+    auto decoder = std::dynamic_pointer_cast<Decoder>(load_causal(*Checkpoint::open(file.string()), {}));
+    stir(*decoder);
+    return decoder;
+  }
+
+  // Reads a prompt with the modules, then tokens one by one both ways, and compares every hidden state and the caches.
+  void compare(Decoder& m, int64_t rows) {
+    const bool exact = m.parsed.layers[0].window == 0;
+    const torch::NoGradGuard frozen;
+    KvCache cache = m.make_cache();
+    Pass prompt;
+    prompt.cache = &cache;
+    m.forward(torch::randint(m.vocab_size(), {rows, 9}), prompt);
+    for (int step = 0; step < 3; ++step) {
+      KvCache other = cache.fork();
+      const int64_t past = cache.length();
+      const auto positions = torch::full({rows, 1}, past, torch::kInt64);
+      const AttentionContext context(positions, past, {}, {});
+      const auto x = torch::randn({rows, 1, m.parsed.hidden});
+      Pass pass, by_modules;
+      pass.cache = &cache;
+      by_modules.cache = &other;
+      const auto y = run_token_blocks(m.layers, x, context, pass);
+      ASSERT_TRUE(y.defined());
+      auto want = x;
+      for (int64_t i = 0; i < m.blocks(); ++i) {
+        by_modules.block = by_modules.slot = i;
+        want = m.layers[static_cast<size_t>(i)]->forward(want, context, by_modules);
+      }
+      // Bit for bit, but where a window leaves out positions at the start and sums begin elsewhere.
+      if (exact)
+        EXPECT_TRUE(torch::equal(y, want)) << (y - want).abs().max().item<float>();
+      else
+        EXPECT_LT((y - want).abs().max().item<float>(), 1e-5 * want.abs().max().item<float>());
+      cache.advance(1, {}, positions.squeeze(1) + 1);
+      other.advance(1, {}, positions.squeeze(1) + 1);
+    }
+  }
+
+  TemporaryFolder folder_;
+  int count_ = 0;
+};
+
+TEST_F(TokenBlocks, EqualTheModulesInDenseFamilies) {
+  for (const char* type : {"q8_0", "q4_0", "q4_k"})
+    for (const auto& config :
+         {config_of("llama"), config_of("qwen2"), config_of("qwen3"), config_of("gemma3_text", {{"sliding_window", 6}}),
+          config_of("gemma2", {{"sliding_window", 6}, {"hidden_activation", "gelu_pytorch_tanh"}})}) {
+      SCOPED_TRACE(config["model_type"].get<std::string>() + " " + type);
+      const auto m = model(config, type);
+      for (const int64_t rows : {1, 3}) compare(*m, rows);
+    }
+}
+
+TEST_F(TokenBlocks, EqualTheModulesInMixtures) {
+  for (const char* type : {"q8_0", "q4_0", "q4_k"})
+    for (const auto& config : {config_of("mixtral"), config_of("qwen3_moe"), config_of("olmoe"),
+                               config_of("qwen2_moe", {{"shared_expert_intermediate_size", 512}})}) {
+      SCOPED_TRACE(config["model_type"].get<std::string>() + " " + type);
+      const auto m = model(config, type);
+      for (const int64_t rows : {1, 2, 11}) compare(*m, rows);
+    }
+}
+
+TEST_F(TokenBlocks, EqualTheModulesOnAnyNumberOfThreads) {
+  const auto m = model(config_of("mixtral"), "q8_0");
+  for (const int threads : {1, 2, 3, 7}) {
+    const test::Threads use(threads);
+    compare(*m, 2);
+  }
+}
+
+TEST_F(TokenBlocks, FollowTheNumberOfActiveExperts) {
+  const auto m = model(config_of("mixtral"), "q8_0");
+  for (const int64_t k : {1, 5}) {
+    set_active_experts(*m, k);
+    compare(*m, 3);
+  }
+}
+
+TEST_F(TokenBlocks, LeaveAloneWhatOnlyModulesCanDo) {
+  const torch::NoGradGuard frozen;
+  const auto m = model(config_of("mixtral"), "q8_0");
+  KvCache cache = m->make_cache();
+  const auto x = torch::randn({1, 1, 256});
+  const AttentionContext context(torch::zeros({1, 1}, torch::kInt64), 0, {}, {});
+  const auto runs = [&](auto change) {
+    Pass pass;
+    pass.cache = &cache;
+    change(pass);
+    return run_token_blocks(m->layers, x, context, pass).defined();
+  };
+  Trace trace;
+  EXPECT_FALSE(runs([&](Pass& p) { p.trace = &trace; }));
+  EXPECT_FALSE(runs([](Pass& p) { p.edits.push_back(std::make_shared<Edit>()); }));
+  EXPECT_FALSE(runs([](Pass& p) { p.training = true; }));
+  EXPECT_FALSE(runs([](Pass& p) { p.cache = nullptr; }));
+  Pass pass;
+  pass.cache = &cache;
+  EXPECT_FALSE(run_token_blocks(m->layers, torch::randn({1, 2, 256}), context, pass).defined());
+  EXPECT_FALSE(run_token_blocks(m->layers, torch::randn({17, 1, 256}), context, pass).defined());
+  const AttentionContext padded(torch::zeros({1, 1}, torch::kInt64), 0, torch::ones({1, 1}, torch::kBool), {});
+  EXPECT_FALSE(run_token_blocks(m->layers, x, padded, pass).defined());
+  {
+    const torch::AutoGradMode graph(true);
+    EXPECT_FALSE(run_token_blocks(m->layers, x, context, pass).defined());
+  }
+  EXPECT_EQ(cache.bytes(), 0);  // nothing was touched
+  EXPECT_TRUE(runs([](Pass&) {}));
+  for (auto& module : m->modules())
+    if (auto* linear = dynamic_cast<LinearImpl*>(module.get())) linear->exact = true;
+  EXPECT_FALSE(runs([](Pass&) {}));
+}
+
+}  // namespace
+}  // namespace moiety
