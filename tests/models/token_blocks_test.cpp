@@ -39,7 +39,7 @@ json config_of(const char* family, json changes = json::object()) {
 void stir(torch::nn::Module& model) {
   const torch::NoGradGuard frozen;
   for (auto& p : model.parameters())
-    if (p.dim() == 1) p.add_(0.3 * torch::randn_like(p));
+    if (p.dim() == 1) p.set_data(p + 0.3 * torch::randn_like(p));  // mapped memory cannot be written
 }
 
 class TokenBlocks : public ::testing::Test {
@@ -98,7 +98,7 @@ class TokenBlocks : public ::testing::Test {
 };
 
 TEST_F(TokenBlocks, EqualTheModulesInDenseFamilies) {
-  for (const char* type : {"q8_0", "q4_0", "q4_k"})
+  for (const char* type : {"q8_0", "q4_k"})
     for (const auto& config :
          {config_of("llama"), config_of("qwen2"), config_of("qwen3"), config_of("gemma3_text", {{"sliding_window", 6}}),
           config_of("gemma2", {{"sliding_window", 6}, {"hidden_activation", "gelu_pytorch_tanh"}})}) {

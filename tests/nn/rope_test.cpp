@@ -294,5 +294,31 @@ RC_GTEST_PROP(Rope, ProductsDependOnTheDistanceOnly, ()) {
   RC_ASSERT(std::abs(product(0) - product(shift)) < 1e-3);
 }
 
+// In f64 the rotation is a composite of torch's operations.
+TEST(Rope, KernelsEqualTheCompositeAndItsGradient) {
+  torch::manual_seed(1);
+  for (const bool interleaved : {false, true})
+    for (const double partial : {1.0, 0.5}) {
+      auto c = config("default");
+      c.interleaved = interleaved;
+      c.partial = partial;
+      const Rope rope(c);
+      const auto positions = torch::tensor({{3, 4, 5}, {0, 1, 2}});
+      const auto angles = rope.angles(positions);
+      const auto x = torch::randn({2, 3, 4, 16}), dy = torch::randn({2, 4, 3, 16});  // as projections give them
+      const auto run = [&](torch::Dtype type) {
+        const auto from = x.to(type).clone().requires_grad_(true);
+        const auto y = rope.rotate(from.transpose(1, 2), angles);
+        y.backward(dy.to(type));
+        return std::pair(y.detach().to(torch::kFloat64), from.grad().to(torch::kFloat64));
+      };
+      const auto want = run(torch::kFloat64), got = run(torch::kFloat32), half = run(torch::kBFloat16);
+      EXPECT_LT((got.first - want.first).abs().max().item<double>(), 1e-6);
+      EXPECT_LT((got.second - want.second).abs().max().item<double>(), 1e-6);
+      EXPECT_LT((half.first - want.first).abs().max().item<double>(), 0.03);
+      EXPECT_LT((half.second - want.second).abs().max().item<double>(), 0.03);
+    }
+}
+
 }  // namespace
 }  // namespace moiety

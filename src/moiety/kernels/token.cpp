@@ -23,12 +23,31 @@ const TokenKernels& kernels() {
 }  // namespace
 
 void rms_norm(const float* x, const float* weight, float offset, float eps, float* out, int64_t n) {
-  kernels().norm(x, weight, offset, eps, out, n);
+  kernels().f32.norm(x, weight, offset, eps, out, n);
+}
+
+void rms_norm(const uint16_t* x, const float* weight, float offset, float eps, uint16_t* out, int64_t n) {
+  kernels().bf16.norm(x, weight, offset, eps, out, n);
+}
+
+void rms_norm_backward(const float* x, const float* weight, float offset, float eps, const float* dy, float* dx,
+                       float* dw, int64_t n) {
+  kernels().f32.norm_backward(x, weight, offset, eps, dy, dx, dw, n);
+}
+
+void rms_norm_backward(const uint16_t* x, const float* weight, float offset, float eps, const uint16_t* dy,
+                       uint16_t* dx, float* dw, int64_t n) {
+  kernels().bf16.norm_backward(x, weight, offset, eps, dy, dx, dw, n);
 }
 
 void rotate_head(const float* x, const float* cosine, const float* sine, int64_t half, bool interleaved, float* out,
                  int64_t n) {
-  kernels().rotate(x, cosine, sine, half, interleaved, out, n);
+  kernels().f32.rotate(x, cosine, sine, half, interleaved, out, n);
+}
+
+void rotate_head(const uint16_t* x, const float* cosine, const float* sine, int64_t half, bool interleaved,
+                 uint16_t* out, int64_t n) {
+  kernels().bf16.rotate(x, cosine, sine, half, interleaved, out, n);
 }
 
 void silu_times(float* g, const float* u, int64_t n) {

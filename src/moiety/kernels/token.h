@@ -7,10 +7,21 @@ namespace moiety {
 /// out[i] = x[i] / sqrt(mean(x^2) + eps) * (offset + weight[i]), n elements; `out` may be `x`.
 void rms_norm(const float* x, const float* weight, float offset, float eps, float* out, int64_t n);
 
+/// The same of bf16 (its bits): x / sqrt(...) is rounded to bf16 before the weight where offset is 0, as the models
+/// that were trained so have it.
+void rms_norm(const uint16_t* x, const float* weight, float offset, float eps, uint16_t* out, int64_t n);
+/// Its gradient from that of the output: dx, and dw[i] += what this row gives; dw may be null.
+void rms_norm_backward(const float* x, const float* weight, float offset, float eps, const float* dy, float* dx,
+                       float* dw, int64_t n);
+void rms_norm_backward(const uint16_t* x, const float* weight, float offset, float eps, const uint16_t* dy,
+                       uint16_t* dx, float* dw, int64_t n);
+
 /// Rotates the first 2 * half of n features of one head by angles given as cosines and sines [half]: pairs (i, i +
 /// half), or (2i, 2i + 1) when interleaved. The other features are copied. `out` must not overlap `x`.
 void rotate_head(const float* x, const float* cosine, const float* sine, int64_t half, bool interleaved, float* out,
                  int64_t n);
+void rotate_head(const uint16_t* x, const float* cosine, const float* sine, int64_t half, bool interleaved,
+                 uint16_t* out, int64_t n);
 
 /// g[i] = silu(g[i]) * u[i].
 void silu_times(float* g, const float* u, int64_t n);

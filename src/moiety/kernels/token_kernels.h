@@ -4,9 +4,17 @@
 
 namespace moiety {
 
+template <class T>
+struct TokenOf {
+  void (*norm)(const T* x, const float* weight, float offset, float eps, T* out, int64_t n);
+  void (*norm_backward)(const T* x, const float* weight, float offset, float eps, const T* dy, T* dx, float* dw,
+                        int64_t n);
+  void (*rotate)(const T* x, const float* c, const float* s, int64_t half, bool interleaved, T* out, int64_t n);
+};
+
 struct TokenKernels {
-  void (*norm)(const float* x, const float* weight, float offset, float eps, float* out, int64_t n);
-  void (*rotate)(const float* x, const float* c, const float* s, int64_t half, bool interleaved, float* out, int64_t n);
+  TokenOf<float> f32;
+  TokenOf<uint16_t> bf16;
   void (*silu)(float* g, const float* u, int64_t n);
   void (*gelu)(float* g, const float* u, int64_t n);
   void (*rows)(const float* w, int64_t rows, int64_t n, const float* x, float* y);

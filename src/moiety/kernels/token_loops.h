@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "moiety/kernels/exponential.h"
+#include "moiety/kernels/load_store.h"
 #include "moiety/kernels/token_kernels.h"
 
 namespace moiety {
@@ -29,22 +30,61 @@ constexpr int kLanes = 16;
   return total(sums);
 }
 
-void rms_norm_loop(const float* x, const float* weight, float offset, float eps, float* out, int64_t n) {
-  const float mean = dot(x, x, n) / static_cast<float>(n), scale = 1.f / std::sqrt(mean + eps);
-  for (int64_t i = 0; i < n; ++i) out[i] = x[i] * scale * (offset + weight[i]);
+// Sums in f32 over any element type, in the order of dot().
+template <class T, class F>
+[[gnu::always_inline]] inline float sum_of(int64_t n, F term) {
+  float sums[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int k = 0; k < kLanes; ++k) sums[k] += term(i + k);
+  for (int k = 0; i < n; ++i, ++k) sums[k] += term(i);
+  return total(sums);
 }
 
-void rotate_loop(const float* x, const float* c, const float* s, int64_t half, bool interleaved, float* out,
-                 int64_t n) {
+template <class T>
+[[gnu::always_inline]] inline float norm_scale(const T* x, float eps, int64_t n) {
+  const float square = sum_of<T>(
+      n, [&](int64_t i) __attribute__((always_inline)) { return load(x[i]) * load(x[i]); });
+  return 1.f / std::sqrt(square / static_cast<float>(n) + eps);
+}
+
+template <class T>
+void rms_norm_loop(const T* x, const float* weight, float offset, float eps, T* out, int64_t n) {
+  const float scale = norm_scale(x, eps, n);
+  if (offset != 0.f) {
+    for (int64_t i = 0; i < n; ++i) store(load(x[i]) * scale * (offset + weight[i]), out + i);
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    T normed;
+    store(load(x[i]) * scale, &normed);
+    store(load(normed) * weight[i], out + i);
+  }
+}
+
+template <class T>
+void rms_norm_backward_loop(const T* x, const float* weight, float offset, float eps, const T* dy, T* dx, float* dw,
+                            int64_t n) {
+  const float scale = norm_scale(x, eps, n);
+  if (dw != nullptr)
+    for (int64_t i = 0; i < n; ++i) dw[i] += load(dy[i]) * load(x[i]) * scale;
+  const float along = sum_of<T>(
+      n, [&](int64_t i) __attribute__((always_inline)) { return load(dy[i]) * (offset + weight[i]) * load(x[i]); });
+  const float back = scale * scale * scale * along / static_cast<float>(n);
+  for (int64_t i = 0; i < n; ++i) store(load(dy[i]) * (offset + weight[i]) * scale - load(x[i]) * back, dx + i);
+}
+
+template <class T>
+void rotate_loop(const T* x, const float* c, const float* s, int64_t half, bool interleaved, T* out, int64_t n) {
   if (interleaved) {
     for (int64_t i = 0; i < half; ++i) {
-      const float a = x[2 * i], b = x[2 * i + 1];
-      out[2 * i] = a * c[i] - b * s[i];
-      out[2 * i + 1] = b * c[i] + a * s[i];
+      const float a = load(x[2 * i]), b = load(x[2 * i + 1]);
+      store(a * c[i] - b * s[i], out + 2 * i);
+      store(b * c[i] + a * s[i], out + 2 * i + 1);
     }
   } else {
-    for (int64_t i = 0; i < half; ++i) out[i] = x[i] * c[i] - x[half + i] * s[i];
-    for (int64_t i = 0; i < half; ++i) out[half + i] = x[half + i] * c[i] + x[i] * s[i];
+    for (int64_t i = 0; i < half; ++i) store(load(x[i]) * c[i] - load(x[half + i]) * s[i], out + i);
+    for (int64_t i = 0; i < half; ++i) store(load(x[half + i]) * c[i] + load(x[i]) * s[i], out + half + i);
   }
   for (int64_t i = 2 * half; i < n; ++i) out[i] = x[i];
 }
@@ -114,7 +154,12 @@ void rows_loop(const float* w, int64_t rows, int64_t n, const float* x, float* y
   for (int64_t r = 0; r < rows; ++r) y[r] = dot(w + r * n, x, n);
 }
 
-constexpr TokenKernels kToken = {rms_norm_loop, rotate_loop, silu_loop, gelu_loop, rows_loop, attend_loop};
+constexpr TokenKernels kToken = {{rms_norm_loop<float>, rms_norm_backward_loop<float>, rotate_loop<float>},
+                                 {rms_norm_loop<uint16_t>, rms_norm_backward_loop<uint16_t>, rotate_loop<uint16_t>},
+                                 silu_loop,
+                                 gelu_loop,
+                                 rows_loop,
+                                 attend_loop};
 
 }  // namespace
 }  // namespace moiety

@@ -18,7 +18,7 @@
 namespace moiety {
 namespace {
 
-constexpr int64_t kMostRows = 16;
+constexpr int64_t kMostRows = LinearImpl::kDotRows;
 constexpr int64_t kPieces = 2;       // of what is left of products, for each member
 constexpr int64_t kWorksLayer = 12;  // a bound of the pieces of work in one layer
 
@@ -92,8 +92,7 @@ struct MixturePlan {
     if (router == nullptr || experts == nullptr || m.bias.defined() || m.expert_map.defined() ||
         m.capacity_factor > 0.0 || !router->chooses_by_rows())
       return false;
-    const Linear& p = router->projection;
-    if (!p->weight.defined() || !plain_f32(p->weight) || (p->bias.defined() && !plain_f32(p->bias))) return false;
+    if (!router->projection->by_dots()) return false;
     times = experts->act() == nullptr ? nullptr : gate_times(experts->act());
     if (times == nullptr) return false;
     for (LinearStack* s : {&experts->gate, &experts->up, &experts->down}) {
@@ -107,8 +106,7 @@ struct MixturePlan {
     if (m.shared) {
       if (!shared.can(*m.shared)) return false;
       if (!m.shared_gate.is_empty()) {
-        if (!m.shared_gate->weight.defined() || m.shared_gate->bias.defined() || !plain_f32(m.shared_gate->weight))
-          return false;
+        if (!m.shared_gate->by_dots() || m.shared_gate->bias.defined()) return false;
         shared_gate = m.shared_gate->weight.const_data_ptr<float>();
       }
     }

@@ -2,9 +2,26 @@
 
 #include <torch/torch.h>
 
+#include <cmath>
+
 #include "moiety/base/error.h"
+#include "moiety/nn/shortcut.h"
 
 namespace moiety {
+
+namespace {
+
+// Of few numbers without a graph: each on its own, the same whatever else is in x (models/token_blocks).
+torch::Tensor sigmoid_of(const torch::Tensor& x) {
+  if (x.numel() > LinearImpl::kDotRows || !x.is_cpu() || x.scalar_type() != torch::kFloat32 || !may_shorten({x}))
+    return torch::sigmoid(x);
+  auto y = x.contiguous().clone();
+  float* v = y.data_ptr<float>();
+  for (int64_t i = 0; i < y.numel(); ++i) v[i] = 1.f / (1.f + std::exp(-v[i]));
+  return y;
+}
+
+}  // namespace
 
 torch::Tensor mix(Router& router, Experts& experts, const torch::Tensor& x, const Site& site, Pass& pass,
                   const torch::Tensor& expert_map, double capacity_factor) {
@@ -43,7 +60,7 @@ torch::Tensor Mixture::forward(const torch::Tensor& x, Pass& pass) {
   if (routed_scale != 1.0) y = y * routed_scale;
   if (shared) {
     auto s = shared->apply(flat, pass);
-    if (!shared_gate.is_empty()) s = torch::sigmoid(shared_gate(flat)) * s;
+    if (!shared_gate.is_empty()) s = sigmoid_of(shared_gate(flat)) * s;
     if (shared_scale != 1.0) s = s * shared_scale;
     y = y + s;
   }

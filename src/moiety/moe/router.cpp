@@ -135,17 +135,6 @@ void TopKRouter::choose(Routing& r) const {
   if (options.scale != 1.0) r.gates = r.gates * options.scale;
 }
 
-namespace {
-
-// Rows for which dot products one by one are as fast as a matrix product, and the same for any number of rows.
-constexpr int64_t kFewRows = 16;
-
-bool plain(const torch::Tensor& t) {
-  return t.is_cpu() && t.scalar_type() == torch::kFloat32 && t.is_contiguous();
-}
-
-}  // namespace
-
 Routing TopKRouter::by_rows(torch::Tensor logits) const {
   const int64_t rows = logits.size(0), n = logits.size(1), k = options.top_k;
   Routing r;
@@ -170,19 +159,10 @@ Routing TopKRouter::decide(const torch::Tensor& logits) const {
 
 Routing TopKRouter::route(const torch::Tensor& x, const Site& site, Pass& pass) {
   Routing r;
-  const auto x32 = x.to(torch::kFloat32);
-  const auto &w = projection->weight, &b = projection->bias;
-  const bool shorten =
-      !pass.training && pass.edits.empty() && chooses_by_rows() && x.is_cpu() && may_shorten({x, w, b, choice_bias});
-  if (shorten && x.size(0) <= kFewRows && w.defined() && plain(w) && (!b.defined() || plain(b))) {
-    const auto from = x32.contiguous();
-    auto logits = torch::empty({x.size(0), w.size(0)}, from.options());
-    for (int64_t i = 0; i < x.size(0); ++i)
-      row_logits(from.const_data_ptr<float>() + i * w.size(1), 0, w.size(0), logits.data_ptr<float>() + i * w.size(0));
-    return by_rows(logits);
-  }
-  r.logits = projection(x32);
-  if (shorten && x.size(0) <= 64) return by_rows(r.logits);
+  r.logits = projection(x.to(torch::kFloat32));
+  if (!pass.training && pass.edits.empty() && chooses_by_rows() && x.size(0) <= 64 && r.logits.is_cpu() &&
+      may_shorten({r.logits, choice_bias}))
+    return by_rows(r.logits);
   edit_logits(r.logits, site, pass);
   r.scores = options.scoring == Scoring::sigmoid ? torch::sigmoid(r.logits) : torch::softmax(r.logits, -1);
   edit_scores(r.scores, site, pass);

@@ -73,7 +73,7 @@ class TopKRouter : public Router, public Scheduled {
   Routing decide(const torch::Tensor& logits) const;
   /// Whether `choose_row` says all that the rule does: no groups.
   bool chooses_by_rows() const { return options.groups <= 1; }
-  /// Logits of experts first ... last - 1 of one row x [d]; the projection is f32 and contiguous on the CPU.
+  /// Logits of experts first ... last - 1 of one row x [d]; the projection is by_dots().
   void row_logits(const float* x, int64_t first, int64_t last, float* logits) const;
   /// Scores, choice and gates of one row without a graph: logits [E] -> scores [E], experts and gates [top_k].
   void choose_row(const float* logits, float* scores, int64_t* experts, float* gates) const;

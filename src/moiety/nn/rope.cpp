@@ -9,6 +9,7 @@
 
 #include "moiety/base/error.h"
 #include "moiety/kernels/token.h"
+#include "moiety/nn/elements.h"
 #include "moiety/nn/shortcut.h"
 
 namespace moiety {
@@ -38,14 +39,16 @@ double yarn_mscale(double scale, double mscale) {
   return scale <= 1.0 ? 1.0 : 0.1 * mscale * std::log(scale) + 1.0;
 }
 
-// x [B, H, T, D] -> the same, in memory as [B, T, H, D]; angles [1 or B, 1, T, half].
+// x [B, H, T, D], f32 or bf16 -> the same, in memory as [B, T, H, D]; angles [1 or B, 1, T, half] f32.
+template <class T>
 torch::Tensor rotate_heads(const torch::Tensor& x, const torch::Tensor& cosine, const torch::Tensor& sine, int64_t half,
                            bool interleaved) {
   const int64_t heads = x.size(1), time = x.size(2), size = x.size(3);
   auto out = torch::empty({x.size(0), time, heads, size}, x.options());
-  const float *from = x.const_data_ptr<float>(), *c = cosine.const_data_ptr<float>(), *s = sine.const_data_ptr<float>();
+  const auto* from = bits<T>(x);
+  const float *c = cosine.const_data_ptr<float>(), *s = sine.const_data_ptr<float>();
   const int64_t row = cosine.size(0) == 1 ? 0 : time;  // angles of another row of the batch
-  float* to = out.data_ptr<float>();
+  auto* to = bits<T>(out);
   at::parallel_for(0, x.size(0) * time, std::max<int64_t>(1, 32768 / (heads * size)), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t b = i / time, t = i % time, angle = (b * row + t) * half;
@@ -56,6 +59,32 @@ torch::Tensor rotate_heads(const torch::Tensor& x, const torch::Tensor& cosine, 
   });
   return out.transpose(1, 2);
 }
+
+torch::Tensor rotated(const torch::Tensor& x, const torch::Tensor& cosine, const torch::Tensor& sine, int64_t half,
+                      bool interleaved) {
+  const auto rows = x.stride(3) == 1 ? x : x.contiguous();
+  return x.scalar_type() == torch::kFloat32 ? rotate_heads<float>(rows, cosine, sine, half, interleaved)
+                                            : rotate_heads<at::BFloat16>(rows, cosine, sine, half, interleaved);
+}
+
+// Back is the rotation by the opposite angles.
+class Rotate : public torch::autograd::Function<Rotate> {
+ public:
+  static torch::Tensor forward(torch::autograd::AutogradContext* context, const torch::Tensor& x,
+                               const torch::Tensor& cosine, const torch::Tensor& sine, int64_t half, bool interleaved) {
+    context->save_for_backward({cosine, sine});
+    context->saved_data["half"] = half;
+    context->saved_data["interleaved"] = interleaved;
+    return rotated(x, cosine, sine, half, interleaved);
+  }
+  static torch::autograd::tensor_list backward(torch::autograd::AutogradContext* context,
+                                               torch::autograd::tensor_list grads) {
+    const auto saved = context->get_saved_variables();
+    return {rotated(grads[0], saved[0], -saved[1], context->saved_data["half"].toInt(),
+                    context->saved_data["interleaved"].toBool()),
+            torch::Tensor(), torch::Tensor(), torch::Tensor(), torch::Tensor()};
+  }
+};
 
 }  // namespace
 
@@ -182,8 +211,12 @@ std::pair<torch::Tensor, torch::Tensor> Rope::angles(const torch::Tensor& positi
 }
 
 torch::Tensor Rope::rotate(const torch::Tensor& x, const std::pair<torch::Tensor, torch::Tensor>& angles) const {
-  if (may_shorten({x}) && x.is_cpu() && x.scalar_type() == torch::kFloat32 && x.dim() == 4 && x.stride(3) == 1)
-    return rotate_heads(x, angles.first.contiguous(), angles.second.contiguous(), dim_ / 2, config_.interleaved);
+  const bool has_kernel = x.scalar_type() == torch::kFloat32 || x.scalar_type() == torch::kBFloat16;
+  if (x.is_cpu() && has_kernel && x.dim() == 4 && !angles.first.requires_grad()) {
+    const auto cosine = angles.first.contiguous(), sine = angles.second.contiguous();
+    return may_shorten({x}) ? rotated(x, cosine, sine, dim_ / 2, config_.interleaved)
+                            : Rotate::apply(x, cosine, sine, dim_ / 2, config_.interleaved);
+  }
   const auto c = angles.first.to(x.scalar_type()), s = angles.second.to(x.scalar_type());
   const auto turned = x.size(-1) == dim_ ? x : x.narrow(-1, 0, dim_);
   torch::Tensor out;
