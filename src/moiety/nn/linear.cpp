@@ -76,7 +76,7 @@ torch::Tensor times_dots(const torch::Tensor& x, const torch::Tensor& weight, co
   const int64_t in = weight.size(1), out = weight.size(0), rows = in == 0 ? 0 : from.numel() / in;
   auto shape = x.sizes().vec();
   shape.back() = out;
-  auto y = bias.defined() ? bias.expand(shape).contiguous() : torch::zeros(shape, x.options());
+  auto y = bias.defined() ? bias.expand(shape).clone(at::MemoryFormat::Contiguous) : torch::zeros(shape, x.options());
   const float *a = from.const_data_ptr<float>(), *w = weight.const_data_ptr<float>();
   float* to = y.data_ptr<float>();
   at::parallel_for(0, out, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, in * rows)),
