@@ -8,6 +8,7 @@
 #include "moiety/base/error.h"
 #include "moiety/base/text.h"
 #include "moiety/io/checkpoint.h"
+#include "moiety/io/edge_experts.h"
 #include "moiety/io/gguf_names.h"
 #include "moiety/io/tokenizer.h"
 #include "moiety/models/vision.h"
@@ -106,13 +107,25 @@ json facts(const Checkpoint& checkpoint, const Options& options) {
   }
   int64_t total = 0, routed = 0, bytes = 0;
   std::map<std::string, std::array<int64_t, 3>> formats;
+  // Experts of own widths are shown as they are stored, not as they are decoded.
+  const auto edge = edge_experts_of(checkpoint);
   for (const auto& t : checkpoint.tensors()) {
     const int64_t n = parameters(t);
+    const bool own_width = edge && of_routed_experts(t.name) && t.name.ends_with("_proj");
     total += n;
-    bytes += t.bytes();
     if (of_routed_experts(t.name)) routed += n;
-    auto& f = formats[std::string(info(t.format).name)];
-    f[0] += 1, f[1] += t.elements(), f[2] += t.bytes();
+    auto& f = formats[own_width ? "own widths" : std::string(info(t.format).name)];
+    f[0] += 1, f[1] += t.elements();
+    if (own_width) continue;
+    bytes += t.bytes();
+    f[2] += t.bytes();
+  }
+  if (edge) {
+    const EdgeLayout& layout = edge->layout();
+    for (const int64_t width : layout.bits) {
+      formats["own widths"][2] += layout.stored_bytes(width);
+      bytes += layout.stored_bytes(width);
+    }
   }
   out["parameters"] = total;
   out["active_parameters"] =

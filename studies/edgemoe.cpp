@@ -46,7 +46,7 @@ std::vector<int64_t> ids_of(const std::map<std::string, HeldOut>& text) {
   std::vector<int64_t> ids;
   for (const auto& [name, rows] : text)
     for (const auto& batch : rows.batches) {
-      const auto real = batch.ids.masked_select(batch.mask);
+      const auto real = batch.mask.defined() ? batch.ids.masked_select(batch.mask) : batch.ids.flatten().contiguous();
       ids.insert(ids.end(), real.const_data_ptr<int64_t>(), real.const_data_ptr<int64_t>() + real.numel());
     }
   return ids;
