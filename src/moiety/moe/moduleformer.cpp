@@ -298,9 +298,8 @@ struct ModuleFormerConfig {
     f("gate_dropout", gate_dropout, "dropout inside a gate of type mlp").min(0).max(0.99);
     f("sample_top_k", sample_top_k, "how many of the chosen modules are drawn while training").min(0);
     f("new_modules", new_modules,
-      "modules that are added to the trained ones for something new: with their rows of the gate they learn, all else "
-      "is "
-      "frozen unless the run says what learns")
+      "modules that are added to the trained ones for something new: with their rows of the gate they learn, all "
+      "else is frozen unless the run says what learns")
         .min(0);
     f("new_gate_decay", new_gate_decay,
       "weight of the squared norm of the new rows of the gate, which keeps new modules from taking all tokens")
