@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "moiety/base/error.h"
+#include "moiety/nn/dots.h"
 #include "moiety/nn/shortcut.h"
 
 namespace moiety {
@@ -60,7 +61,7 @@ torch::Tensor Mixture::forward(const torch::Tensor& x, Pass& pass) {
   if (routed_scale != 1.0) y = y * routed_scale;
   if (shared) {
     auto s = shared->apply(flat, pass);
-    if (!shared_gate.is_empty()) s = sigmoid_of(shared_gate(flat)) * s;
+    if (!shared_gate.is_empty()) s = sigmoid_of(multiply_narrow(shared_gate, flat)) * s;
     if (shared_scale != 1.0) s = s * shared_scale;
     y = y + s;
   }

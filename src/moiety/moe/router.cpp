@@ -10,6 +10,7 @@
 #include "moiety/base/error.h"
 #include "moiety/kernels/token.h"
 #include "moiety/moe/topk.h"
+#include "moiety/nn/dots.h"
 #include "moiety/nn/shortcut.h"
 
 namespace moiety {
@@ -159,7 +160,7 @@ Routing TopKRouter::decide(const torch::Tensor& logits) const {
 
 Routing TopKRouter::route(const torch::Tensor& x, const Site& site, Pass& pass) {
   Routing r;
-  r.logits = projection(x.to(torch::kFloat32));
+  r.logits = multiply_narrow(projection, x.to(torch::kFloat32));
   if (!pass.training && pass.edits.empty() && chooses_by_rows() && x.size(0) <= 64 && r.logits.is_cpu() &&
       may_shorten({r.logits, choice_bias}))
     return by_rows(r.logits);

@@ -7,7 +7,6 @@
 
 #include "moiety/base/error.h"
 #include "moiety/kernels/dot.h"
-#include "moiety/kernels/token.h"
 #include "moiety/nn/arithmetic.h"
 #include "moiety/nn/beside.h"
 #include "moiety/nn/packed.h"
@@ -70,26 +69,6 @@ torch::Tensor times_kernel(const torch::Tensor& input, const TensorView& blocks)
 
 // Rows of a float matrix up to which dot products keep up with a matrix product.
 constexpr int64_t kFewOutputs = 512;
-
-torch::Tensor times_dots(const torch::Tensor& x, const torch::Tensor& weight, const torch::Tensor& bias) {
-  const auto from = x.contiguous();
-  const int64_t in = weight.size(1), out = weight.size(0), rows = in == 0 ? 0 : from.numel() / in;
-  auto shape = x.sizes().vec();
-  shape.back() = out;
-  auto y = bias.defined() ? bias.expand(shape).clone(at::MemoryFormat::Contiguous) : torch::zeros(shape, x.options());
-  const float *a = from.const_data_ptr<float>(), *w = weight.const_data_ptr<float>();
-  float* to = y.data_ptr<float>();
-  at::parallel_for(0, out, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, in * rows)),
-                   [&](int64_t first, int64_t last) {
-                     for (int64_t r = first; r < last; ++r)
-                       for (int64_t i = 0; i < rows; ++i) {
-                         float sum = 0.f;
-                         rows_times(w + r * in, 1, in, a + i * in, &sum);
-                         to[i * out + r] += sum;
-                       }
-                   });
-  return y;
-}
 
 // Keeps the blocks alive inside a graph; the matrix is decoded again in the backward pass instead of being kept.
 struct Blocks : torch::CustomClassHolder {
@@ -243,9 +222,6 @@ torch::Tensor LinearImpl::forward(const torch::Tensor& x) {
 
 torch::Tensor LinearImpl::multiply(const torch::Tensor& x) {
   check_width(*this, x);
-  if (by_dots() && x.numel() <= kDotRows * in_ && x.is_cpu() && x.scalar_type() == torch::kFloat32 &&
-      may_shorten({x, weight, bias}))
-    return times_dots(x, weight, bias);
   const auto plain = [&](const torch::Tensor& w) {
     return at::linear(x, cast(w, x.scalar_type()), bias.defined() ? cast(bias, x.scalar_type()) : bias);
   };

@@ -62,8 +62,7 @@ class LinearImpl : public torch::nn::Module {
   /// The blocks packed for products, made on first use by one of the threads that ask; null where products of x run
   /// otherwise: packs() says no, a graph is to be built, another device.
   const PackedMatrix* packed_for(const torch::Tensor& x);
-  /// A float matrix with few rows, in f32 on the CPU (a router, a gate): products of up to kDotRows rows of x without a
-  /// graph are dot products one by one (rows_times), the same for any number of rows.
+  /// A float matrix with few rows, in f32 on the CPU (a router, a gate): see nn/dots.h.
   bool by_dots() const;
   static constexpr int64_t kDotRows = 16;
   /// Blocks only: always compute with the decoded f32 weights, never with activations rounded to 8 bits.

@@ -542,7 +542,7 @@ void Offload::start(const OffloadWork& work) {
   plan.least = other + static_cast<int64_t>(std::ceil(static_cast<double>(least * plan.slot_high) / share));
   const int64_t asked = options_.capacity_high > 0 ? options_.capacity_high : policy_->capacity();
   if (asked > 0 || options_.memory == 0) {
-    check(asked == 0 || asked >= least, "a pool of {} experts is too small: {} are needed at least", asked, least);
+    check(asked == 0 || asked >= least, "the high-precision cache holds {} experts, a token needs {}", asked, least);
     plan.capacity_high = asked > 0 ? asked : all;
     plan.capacity_low = low ? (asked > 0 ? options_.capacity_low : all) : 0;
   } else {
