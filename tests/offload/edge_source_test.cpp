@@ -197,7 +197,7 @@ TEST(EdgeModel, RefusesPathsOfAnotherModelAndTooSmallBuffers) {
   const auto paths = paths_of(folder, file);
   EXPECT_NE(message_of([&] {
               on_disk(file, {{"preload", 3}, {"expert_paths", paths}}, 4);
-            }).find("5 are needed"),
+            }).find("holds 4 experts, a token needs 5"),
             std::string::npos);
   EXPECT_NE(message_of([&] { on_disk(file, json::object(), 4); }).find("--expert-paths"), std::string::npos);
   std::vector<int64_t> trace(3 * 2 * 4);
