@@ -99,7 +99,7 @@ def main():
                 assert report["lossless"] and report["memory"]["capacity_high"] == 5
 
         refused("another model", "generate", "other/last", "-p", "x", "--offload", "edgemoe", "--expert-paths", "p.safetensors")
-        refused("3 are needed", "generate", "e.gguf", "-p", "x", "--offload", "edgemoe", "--expert-paths", "p.safetensors", "--capacity", 2)
+        refused("holds 2 experts, a token needs 3", "generate", "e.gguf", "-p", "x", "--offload", "edgemoe", "--expert-paths", "p.safetensors", "--capacity", 2)
         refused("the smallest that works is", "generate", "e.gguf", "-p", "x", "--offload", "edgemoe", "--expert-paths", "p.safetensors",
                 "--memory", "10MiB")
         refused("expert-paths", "generate", "e.gguf", "-p", "x", "--offload", "edgemoe")
