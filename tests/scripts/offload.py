@@ -52,6 +52,8 @@ def main():
                 peak = o["memory"]["peak_resident"]
                 assert peak <= budget, f"{options}: {peak} of {budget} bytes"
                 assert o["memory"]["experts"] < Path(m).stat().st_size
+        bench = json.loads(moiety("bench", m, "-p", 0, "-n", 8, "-r", 1, "--memory", least + 80 * MIB, "--json").stdout)
+        assert bench["offload"]["memory"]["peak_resident"] <= least + 80 * MIB, bench
         mixed = generate(low, "--memory", least + 40 * MIB, "--offload", "hobbit", "--io", "sync")
         assert not mixed["offload"]["lossless"] and mixed["offload"]["miss_low"] > 0
         assert mixed["offload"]["memory"]["peak_resident"] <= least + 40 * MIB
