@@ -10,6 +10,7 @@
 #include "moiety/nn/attention.h"
 #include "moiety/nn/feed_forward.h"
 #include "moiety/nn/norm.h"
+#include "moiety/nn/packed.h"
 #include "moiety/nn/packed_gated.h"
 #include "moiety/nn/rope.h"
 
@@ -130,7 +131,7 @@ TEST(Inference, RoutingEqualsItsComposite) {
 }
 
 // Matrices in blocks, for layers without a graph.
-Linear blocks(int64_t out, int64_t in) {
+TensorView block_view(int64_t out, int64_t in) {
   const auto w = torch::randn({out, in}) * 0.05;
   const int64_t bytes = row_bytes(Format::Q8_0, in);
   const auto data = std::make_shared<std::vector<std::byte>>(static_cast<size_t>(out * bytes));
@@ -141,7 +142,32 @@ Linear blocks(int64_t out, int64_t in) {
   view.shape = {out, in};
   view.data = *data;
   view.owner = data;
-  return Linear(view);
+  return view;
+}
+
+Linear blocks(int64_t out, int64_t in) {
+  return Linear(block_view(out, in));
+}
+
+// A copy in fewer bits of a matrix that the file has in 16.
+TEST(Inference, AStreamedMatrixComputesByTheFormatOfItsCopy) {
+  if (!can_pack(Format::Q8_0)) GTEST_SKIP() << "this machine has no products of packed rows";
+  torch::manual_seed(7);
+  const torch::NoGradGuard frozen;
+  const auto copy = block_view(20, 64);
+  TensorView file;
+  file.format = Format::F16;
+  file.shape = {20, 64};
+  const auto data = std::make_shared<std::vector<std::byte>>(20 * 64 * 2);
+  file.data = *data;
+  file.owner = data;
+  Linear streamed(file);
+  streamed->streamed = true;
+  auto place = std::make_shared<LinearImpl::Place>();
+  place->packed = std::make_shared<const PackedMatrix>(copy);
+  streamed->put(place);
+  const auto x = torch::randn({3, 64});
+  EXPECT_TRUE(torch::equal(streamed(x), Linear(copy)(x)));
 }
 
 TEST(Inference, GatedLayersInBlocksEqualTheirMatricesOneByOne) {

@@ -144,7 +144,8 @@ bool LinearImpl::pack() {
 }
 
 const PackedMatrix* LinearImpl::packed_for(const torch::Tensor& x) {
-  if (!packs() || !x.device().is_cpu() || !may_shorten({x})) return nullptr;
+  if (!blocks_ || exact || !x.device().is_cpu() || !may_shorten({x})) return nullptr;
+  // A copy may have another format than the file's matrix.
   if (streamed) return place_ ? place_->packed.get() : nullptr;
   return pack() ? packed_.get() : nullptr;
 }
