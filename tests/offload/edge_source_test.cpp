@@ -14,6 +14,7 @@
 #include "moiety/offload/offload.h"
 #include "moiety/offload/record.h"
 #include "moiety/train/byte_tokenizer.h"
+#include "offload/run_twice.h"
 
 namespace moiety {
 namespace {
@@ -64,20 +65,8 @@ std::vector<int64_t> mixed() {
   return {2, 4, 8, 16, 32, 2, 4, 4, 8, 8, 2, 32};
 }
 
-// A prompt of 20 tokens, then 12 one by one; twice.
 Tensor run(CausalModel& model) {
-  const torch::NoGradGuard frozen;
-  std::vector<Tensor> all;
-  for (int64_t s = 0; s < 2; ++s) {
-    const auto ids = (torch::arange(32, torch::kInt64) * 37 + 11 * s).remainder(256).view({1, 32});
-    auto cache = model.make_cache();
-    for (int64_t begin = 0; begin < 32; begin += begin == 0 ? 20 : 1) {
-      Pass pass;
-      pass.cache = &cache;
-      all.push_back(model.forward(ids.narrow(1, begin, begin == 0 ? 20 : 1), pass));
-    }
-  }
-  return torch::cat(all, 1);
+  return test::run_twice(model, 32);
 }
 
 std::shared_ptr<CausalModel> resident(const std::string& file) {

@@ -20,6 +20,7 @@
 #include "moiety/offload/low_experts.h"
 #include "moiety/offload/record.h"
 #include "moiety/train/byte_tokenizer.h"
+#include "offload/run_twice.h"
 
 namespace moiety {
 namespace {
@@ -97,20 +98,8 @@ Loaded on_disk(const std::string& file, OffloadOptions options, const std::strin
   return out;
 }
 
-// A prompt of 20 tokens, then 8 tokens one by one; twice, so that a second sequence begins with full pools.
 Tensor run(CausalModel& model, int64_t rows = 1) {
-  const torch::NoGradGuard frozen;
-  std::vector<Tensor> all;
-  for (int64_t s = 0; s < 2; ++s) {
-    const auto ids = (torch::arange(28 * rows, torch::kInt64) * 37 + 11 * s).remainder(512).view({rows, 28});
-    auto cache = model.make_cache();
-    for (int64_t begin = 0; begin < 28; begin += begin == 0 ? 20 : 1) {
-      Pass pass;
-      pass.cache = &cache;
-      all.push_back(model.forward(ids.narrow(1, begin, begin == 0 ? 20 : 1), pass));
-    }
-  }
-  return torch::cat(all, 1);
+  return test::run_twice(model, 28, rows);
 }
 
 Tensor resident(const std::string& file, int64_t rows = 1, const std::string& dtype = "auto") {

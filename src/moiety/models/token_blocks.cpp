@@ -4,13 +4,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <map>
 
 #include "moiety/base/error.h"
 #include "moiety/kernels/swiglu.h"
 #include "moiety/kernels/token.h"
 #include "moiety/models/decoder.h"
 #include "moiety/moe/mixture.h"
+#include "moiety/nn/elements.h"
 #include "moiety/nn/packed.h"
 #include "moiety/nn/shortcut.h"
 #include "moiety/nn/team.h"
@@ -21,10 +21,6 @@ namespace {
 constexpr int64_t kMostRows = LinearImpl::kDotRows;
 constexpr int64_t kPieces = 2;       // of what is left of products, for each member
 constexpr int64_t kWorksLayer = 12;  // a bound of the pieces of work in one layer
-
-bool plain_f32(const torch::Tensor& t) {
-  return t.is_cpu() && t.scalar_type() == torch::kFloat32 && t.is_contiguous();
-}
 
 struct NormPlan {
   const float* weight = nullptr;  // null: no norm
@@ -174,13 +170,6 @@ struct Unit {
   const QuantizedTiles* x = nullptr;
 };
 
-struct Job {
-  const PackedMatrix* matrix;
-  const QuantizedTiles* x;
-  float* y;
-  int64_t stride;
-};
-
 // What all members write to and read from.
 struct Shared {
   std::vector<float> q, k, v, mixed, out, logits, gate, up, pairs;
@@ -194,7 +183,7 @@ struct Own {
   std::vector<const float*> parts;
   std::vector<int64_t> chosen, tokens, place;
   std::vector<Unit> units;
-  std::vector<Job> jobs;
+  std::vector<PackedJob> jobs;
   QuantizedTiles tiles[2];
   bool filled[2] = {false, false};
   const float* source = nullptr;
@@ -278,15 +267,15 @@ class TokenRun {
   // Most groups of rows belong to a member from the start, side by side in memory; the rest go to who is through first.
   struct Share {
     int64_t groups = 0, each;
-    Share(const std::vector<Job>& jobs, int64_t members) {
-      for (const Job& j : jobs) groups += j.matrix->groups();
+    Share(const std::vector<PackedJob>& jobs, int64_t members) {
+      for (const PackedJob& j : jobs) groups += j.matrix->groups();
       each = groups * 4 / (5 * members);
     }
   };
 
-  static void part(const std::vector<Job>& jobs, int64_t first, int64_t last) {
+  static void part(const std::vector<PackedJob>& jobs, int64_t first, int64_t last) {
     int64_t at = 0;
-    for (const Job& j : jobs) {
+    for (const PackedJob& j : jobs) {
       const int64_t n = j.matrix->groups(), a = std::max(first, at), b = std::min(last, at + n);
       if (a < b)
         packed_products(j.matrix->format(), j.matrix->data(), j.matrix->rows(), j.matrix->cols(), a - at, b - at, *j.x,
@@ -296,7 +285,7 @@ class TokenRun {
   }
 
   // Runs the jobs together with the other members.
-  static void products(Team::Member& m, const std::vector<Job>& jobs) {
+  static void products(Team::Member& m, const std::vector<PackedJob>& jobs) {
     const Share share(jobs, m.count());
     part(jobs, m.index() * share.each, (m.index() + 1) * share.each);
     const int64_t begin = share.each * m.count(), rest = share.groups - begin;
@@ -307,9 +296,9 @@ class TokenRun {
   }
 
   // Asks for the memory that this member's share of the jobs begins with: it arrives while members wait.
-  static void soon(Team::Member& m, const std::vector<Job>& jobs) {
+  static void soon(Team::Member& m, const std::vector<PackedJob>& jobs) {
     int64_t at = m.index() * Share(jobs, m.count()).each;
-    for (const Job& j : jobs) {
+    for (const PackedJob& j : jobs) {
       if (at < j.matrix->groups()) return packed_prefetch(j.matrix->format(), j.matrix->data(), j.matrix->cols(), at);
       at -= j.matrix->groups();
     }

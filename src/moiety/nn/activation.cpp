@@ -3,6 +3,7 @@
 #include <torch/torch.h>
 
 #include <map>
+#include <utility>
 
 #include "moiety/base/error.h"
 #include "moiety/kernels/token.h"
@@ -32,10 +33,14 @@ Activation activation(const std::string& name) {
 }
 
 GateTimes gate_times(Activation act) {
-  for (const char* name : {"silu", "swish"})
-    if (act == activation(name)) return silu_times;
-  for (const char* name : {"gelu_pytorch_tanh", "gelu_new", "gelu_fast"})
-    if (act == activation(name)) return gelu_tanh_times;
+  // Looked up once: this is asked in every layer of every token.
+  static const std::pair<Activation, GateTimes> kernels[] = {{activation("silu"), silu_times},
+                                                             {activation("swish"), silu_times},
+                                                             {activation("gelu_pytorch_tanh"), gelu_tanh_times},
+                                                             {activation("gelu_new"), gelu_tanh_times},
+                                                             {activation("gelu_fast"), gelu_tanh_times}};
+  for (const auto& [known, times] : kernels)
+    if (act == known) return times;
   return nullptr;
 }
 

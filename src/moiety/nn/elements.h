@@ -15,4 +15,9 @@ Bits<T>* bits(const torch::Tensor& t) {
   return reinterpret_cast<Bits<T>*>(t.data_ptr<T>());
 }
 
+/// Whether kernels may read a tensor as it lies: f32, in one piece, in the processor's memory.
+inline bool plain_f32(const torch::Tensor& t) {
+  return t.is_cpu() && t.scalar_type() == torch::kFloat32 && t.is_contiguous();
+}
+
 }  // namespace moiety

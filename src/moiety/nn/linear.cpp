@@ -9,6 +9,7 @@
 #include "moiety/kernels/dot.h"
 #include "moiety/nn/arithmetic.h"
 #include "moiety/nn/beside.h"
+#include "moiety/nn/elements.h"
 #include "moiety/nn/packed.h"
 #include "moiety/nn/shortcut.h"
 #include "moiety/nn/weights.h"
@@ -210,10 +211,7 @@ std::vector<torch::Tensor> multiply_all(std::initializer_list<Linear> matrices, 
 }
 
 bool LinearImpl::by_dots() const {
-  const auto plain = [](const torch::Tensor& t) {
-    return t.is_cpu() && t.scalar_type() == torch::kFloat32 && t.is_contiguous();
-  };
-  return weight.defined() && out_ <= kFewOutputs && plain(weight) && (!bias.defined() || plain(bias));
+  return weight.defined() && out_ <= kFewOutputs && plain_f32(weight) && (!bias.defined() || plain_f32(bias));
 }
 
 torch::Tensor LinearImpl::forward(const torch::Tensor& x) {
