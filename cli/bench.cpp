@@ -279,6 +279,7 @@ const Register verb({
       auto o = std::make_shared<Options>();
       add_common(app, o->common);
       add_active_experts(app, o->common);
+      add_adapters(app, o->common);
       o->offload.add(app);
       const auto numbers = CLI::Range(int64_t{0}, int64_t{1} << 24);
       app.add_option("-p,--prompt", o->prompts, "Lengths of prompts to read; 0: none")

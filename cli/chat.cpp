@@ -275,6 +275,7 @@ const Register registered{{
       auto o = std::make_shared<Options>();
       add_common(app, o->common);
       add_active_experts(app, o->common);
+      add_adapters(app, o->common);
       app.add_option("--system", o->system, "System message");
       app.add_option(
           "--template", o->chat_template,

@@ -43,6 +43,15 @@ void add_common(CLI::App& app, Common& common, bool model) {
   });
 }
 
+void add_adapters(CLI::App& app, Common& common) {
+  app.add_option(
+      "--adapter", common.adapters,
+      "A folder with an adapter (adapter_config.json, as PEFT and `moiety train` write it); several times for "
+      "several");
+  app.add_option("--adapter-scaled", common.scaled_adapters,
+                 "FOLDER:STRENGTH, a LoRA adapter that counts so many times");
+}
+
 CLI::Option* add_active_experts(CLI::App& app, Common& common) {
   return app
       .add_option("--active-experts", common.active_experts,

@@ -305,6 +305,7 @@ const Register eval({
       auto a = std::make_shared<EvalArguments>();
       add_common(app, *a);
       auto* active = add_active_experts(app, *a);
+      add_adapters(app, *a);
       a->offload.add(app);
       app.add_option("--sweep-k", a->sweep,
                      "Measure the perplexity with each of these numbers of active experts, e.g. 1,2,4,8")

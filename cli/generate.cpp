@@ -180,6 +180,7 @@ const Register registered{{
       auto o = std::make_shared<Options>();
       add_common(app, o->common);
       add_active_experts(app, o->common);
+      add_adapters(app, o->common);
       auto* prompt =
           app.add_option("-p,--prompt", o->prompts, "Text to continue; several give a batch")->allow_extra_args(true);
       auto* file =

@@ -197,6 +197,7 @@ const Register registered{{
       auto o = std::make_shared<Options>();
       add_common(app, o->common);
       add_active_experts(app, o->common);
+      add_adapters(app, o->common);
       auto* input = app.add_option_group("input", "One of these");
       input->add_option("--ids", o->ids, "Token ids: \"1 2 3\", \"1,2,3\" or \"[1, 2, 3]\"");
       input->add_option("--text", o->text, "Text, with the tokenizer's special tokens");

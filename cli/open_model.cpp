@@ -1,16 +1,35 @@
 #include "open_model.h"
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 
 #include "moiety/base/error.h"
 #include "moiety/base/log.h"
 #include "moiety/base/memory.h"
+#include "moiety/base/text.h"
 #include "moiety/io/edge_experts.h"
+#include "moiety/io/peft.h"
 #include "moiety/models/vision.h"
 #include "moiety/moe/router.h"
 
 namespace moiety::cli {
+
+std::shared_ptr<const Checkpoint> open_checkpoint(const Common& common) {
+  std::vector<AdapterChoice> adapters;
+  for (const auto& folder : common.adapters) adapters.push_back({folder, 1.0});
+  for (const auto& scaled : common.scaled_adapters) {
+    const size_t colon = scaled.rfind(':');
+    double strength = 0.0;
+    const char* end = scaled.data() + scaled.size();
+    const char* begin = colon == std::string::npos ? end : scaled.data() + colon + 1;
+    const auto [rest, error] = std::from_chars(begin, end, strength);
+    check(begin != end && error == std::errc() && rest == end,
+          "--adapter-scaled {}: FOLDER:STRENGTH is wanted, as {}:0.5", shown(scaled), shown(scaled.substr(0, colon)));
+    adapters.push_back({scaled.substr(0, colon), strength});
+  }
+  return with_adapters(Checkpoint::open(common.model), adapters);
+}
 
 OpenModel open_causal(const Common& common, bool tokenizer, const OffloadArguments& offload) {
   const auto start = std::chrono::steady_clock::now();
@@ -24,7 +43,7 @@ OpenModel open_causal(const Common& common, bool tokenizer, const OffloadArgumen
   // Every token asks for the same large blocks again; where memory is scarce they go back in between.
   if (!offload.on()) keep_freed_memory();
   OpenModel open;
-  open.checkpoint = Checkpoint::open(common.model);
+  open.checkpoint = open_checkpoint(common);
   check(!is_encoder(open.checkpoint->config()),
         "{} is an encoder ({}), which predicts no next token: use `moiety embed`", common.model,
         open.checkpoint->config().value("model_type", "unknown type"));

@@ -22,6 +22,9 @@ struct OpenModel {
   int64_t start(OffloadWork work) const;
 };
 
+/// The model with its adapters. Throws Error.
+std::shared_ptr<const Checkpoint> open_checkpoint(const Common& common);
+
 /// Throws Error; an encoder is refused with the verb that takes it.
 OpenModel open_causal(const Common& common, bool tokenizer = true, const OffloadArguments& offload = {});
 

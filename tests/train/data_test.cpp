@@ -177,7 +177,7 @@ TEST_F(Data, HeldOutDocumentsAreNeverLearned) {
   config.held_out = 0.2;
   auto data = open_data(config, bytes(), 3);
   EXPECT_EQ(data.rows->documents(), 40);
-  const auto held = held_out_rows(data.held_out, bytes(), config, 4, 1 << 20, 3);
+  const auto held = held_out_rows(data.held_out.at(0).data, bytes(), config, 4, 1 << 20, 3);
   EXPECT_EQ(held.documents, 10);
   std::set<std::vector<int64_t>> train;
   for (int i = 0; i < 40; ++i) train.insert(ids_of(data.rows->next(1)));
@@ -193,12 +193,12 @@ TEST_F(Data, BytesOfHeldOutTokensAreThoseScored) {
   auto config = lines({file("a.txt", "h\xC3\xA9llo\nabc\n")}, 32);
   config.held_out_sources = config.sources;
   auto data = open_data(config, bytes(), 3);
-  const auto held = held_out_rows(data.held_out, bytes(), config, 4, 1 << 20, 3);
+  const auto held = held_out_rows(data.held_out.at(0).data, bytes(), config, 4, 1 << 20, 3);
   // "h" and "a" are not scored, ends stand for no text.
   EXPECT_EQ(held.bytes, 5 + 2);
   EXPECT_EQ(held.learned, 7 + 2);
   // A limit cuts.
-  EXPECT_EQ(held_out_rows(data.held_out, bytes(), config, 4, 3, 3).learned, 2);
+  EXPECT_EQ(held_out_rows(data.held_out.at(0).data, bytes(), config, 4, 3, 3).learned, 2);
 }
 
 TEST_F(Data, CompletionsLearnTheAnswerOnly) {

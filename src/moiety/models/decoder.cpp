@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <regex>
+#include <set>
 
 #include "moiety/base/error.h"
 #include "moiety/base/registry.h"
@@ -207,16 +208,9 @@ struct ExpertStacks {
   LinearStack gate{nullptr}, up{nullptr}, down{nullptr};
 };
 
-torch::Tensor stacked(const LinearStack& s) {
-  if (s->weight.defined()) return s->weight;
-  std::vector<torch::Tensor> all;
-  for (int64_t e = 0; e < s->count(); ++e) all.push_back(s->dense(e, torch::kFloat32));
-  return torch::stack(all);
-}
-
 void store_stack(WeightsSource& w, const string& name, const LinearStack& s, int64_t begin = 0) {
   w.store(
-      name, [s] { return stacked(s); }, 1, begin);
+      name, [s] { return stored_matrices(s); }, 1, begin);
 }
 
 // gpt-oss stores x W: [E, d, 2f] with gate and up columns alternating, and [E, f, d].
@@ -224,9 +218,10 @@ void store_gpt_oss(WeightsSource& w, const string& at, const ExpertStacks& s) {
   const auto pairs = [](const torch::Tensor& gate, const torch::Tensor& up) {
     return torch::stack({gate, up}, -1).flatten(-2);
   };
-  w.store(at + "gate_up_proj", [=] { return pairs(stacked(s.gate).transpose(1, 2), stacked(s.up).transpose(1, 2)); });
+  w.store(at + "gate_up_proj",
+          [=] { return pairs(stored_matrices(s.gate).transpose(1, 2), stored_matrices(s.up).transpose(1, 2)); });
   w.store(at + "gate_up_proj_bias", [=] { return pairs(s.gate->bias, s.up->bias); });
-  w.store(at + "down_proj", [=] { return stacked(s.down).transpose(1, 2); });
+  w.store(at + "down_proj", [=] { return stored_matrices(s.down).transpose(1, 2); });
   w.store(at + "down_proj_bias", [=] { return s.down->bias; });
 }
 
@@ -356,10 +351,7 @@ ExpertStacks make_experts(WeightsSource& w, const string& layer, const string& m
       for (const Linear& l : list) weights.push_back(l->weight.detach());
       stack = LinearStack(torch::stack(weights).requires_grad_(true));
     }
-    for (int64_t e = 0; e < experts; ++e)
-      w.store(picked[e], [stack, e] {
-        return stack->weight.defined() ? stack->weight.select(0, e) : stack->dense(e, torch::kFloat32);
-      });
+    for (int64_t e = 0; e < experts; ++e) w.store(picked[e], [stack, e] { return stored_matrix(stack, e); });
     return stack;
   };
   s.gate = separate({"gate_proj", "w1"}, width, hidden);
@@ -459,6 +451,7 @@ struct ModelParts {
   std::vector<PartEntry> entries;
   size_t layers = 0;
   std::map<string, std::any> shared;
+  std::set<string> beside;  // "layers.3.q_proj NAME" of parts beside matrices
   const PartEntry* at(const string& site, int64_t layer) const {
     for (const PartEntry& e : entries)
       if (e.site == site && std::binary_search(e.layers.begin(), e.layers.end(), layer)) return &e;
@@ -508,7 +501,7 @@ auto make_part(const PartEntry& entry, WeightsSource& w, const string& layer, co
 
 // A matrix that parts may stand beside; those that read one input have one `input`.
 struct Matrix {
-  string name;
+  string name, half;  // "q_proj" of "self_attn"
   int input;
   Linear linear;
 };
@@ -516,7 +509,7 @@ struct Matrix {
 std::vector<Matrix> matrices_of(const AttentionBase& attention, const FeedForwardBase& ffn) {
   std::vector<Matrix> out;
   const auto add = [&](const char* name, int input, const Linear& linear) {
-    if (!linear.is_empty()) out.push_back({name, input, linear});
+    if (!linear.is_empty()) out.push_back({name, input < 4 ? "self_attn" : "mlp", input, linear});
   };
   if (const auto* a = dynamic_cast<const Attention*>(&attention)) {
     add("q_proj", 0, a->parts.q);
@@ -539,25 +532,73 @@ std::vector<Matrix> matrices_of(const AttentionBase& attention, const FeedForwar
   return out;
 }
 
+// Matrices of experts that parts may stand beside.
+struct Stack {
+  string name;
+  std::vector<LinearStackImpl*> stacks;
+};
+
+std::vector<Stack> stacks_of(const FeedForwardBase& ffn) {
+  const auto* m = dynamic_cast<const Mixture*>(&ffn);
+  auto* e = m == nullptr ? nullptr : dynamic_cast<GatedExperts*>(m->experts.get());
+  if (e == nullptr) return {};
+  return {{"experts.gate_up_proj", {e->gate.get(), e->up.get()}}, {"experts.down_proj", {e->down.get()}}};
+}
+
+// Whether one of the targets means a matrix: by its name, or, for targets that are no names, a regular expression that
+// matches the whole path.
+bool targeted(const std::vector<string>& targets, const string& name, const string& path) {
+  return std::any_of(targets.begin(), targets.end(), [&](const string& t) {
+    if (t == name || (t == "all" && name.find('.') == string::npos)) return true;
+    if (t.find_first_of("*+?()[]|^$\\") == string::npos) return false;
+    try {
+      return std::regex_match(path, std::regex(t));
+    } catch (const std::regex_error& e) {
+      fail("target '{}' is no regular expression: {}", shown(t), e.what());
+    }
+  });
+}
+
 // Parts at the site `linear` of one layer.
 void attach_parts(WeightsSource& w, const string& layer, int64_t index, ModelParts& parts,
                   const AttentionBase& attention, const FeedForwardBase& ffn) {
-  for (const PartEntry& entry : parts.entries) {
+  for (PartEntry& entry : parts.entries) {
     if (entry.site != "linear" || !std::binary_search(entry.layers.begin(), entry.layers.end(), index)) continue;
     const auto all = matrices_of(attention, ffn);
+    const auto stacks = stacks_of(ffn);
+    const auto path = [&](const string& half, const string& name) { return "model." + layer + half + "." + name; };
     std::vector<string> names;
-    for (const Matrix& m : all) names.push_back(m.name);
-    const bool every = std::find(entry.targets.begin(), entry.targets.end(), "all") != entry.targets.end();
     std::vector<Matrix> chosen;
-    for (const Matrix& m : all)
-      if (every || std::find(entry.targets.begin(), entry.targets.end(), m.name) != entry.targets.end())
-        chosen.push_back(m);
-    for (const string& target : entry.targets)
-      check(target == "all" || std::find(names.begin(), names.end(), target) != names.end(),
+    std::vector<Stack> chosen_stacks;
+    for (const Matrix& m : all) {
+      names.push_back(m.name);
+      if (targeted(entry.targets, m.name, path(m.half, m.name))) chosen.push_back(m);
+    }
+    for (const Stack& s : stacks) {
+      names.push_back(s.name);
+      if (targeted(entry.targets, s.name, path("mlp", s.name))) chosen_stacks.push_back(s);
+    }
+    for (const string& target : entry.targets) {
+      const bool pattern = target == "all" || target.find_first_of("*+?()[]|^$\\") != string::npos;
+      check(pattern || std::find(names.begin(), names.end(), target) != names.end(),
             "part {}: layer {} has no matrix '{}' that a part could stand beside; it has {}", entry.slug, index,
             shown(target), names.empty() ? "none" : list_of(names, "and"));
-    check(!chosen.empty(), "part {}: layer {} has no matrix that a part could stand beside", entry.slug, index);
+    }
+    // A pattern may mean some layers only.
+    if (chosen.empty() && chosen_stacks.empty()) continue;
+    entry.placed = true;
     const auto& maker = factory<MakeBeside>(get_method("part", entry.slug));
+    const string last = entry.name.empty() ? "" : entry.name + ".";
+    const auto guarded = [&](const string& place, const auto& make) {
+      try {
+        check(parts.beside.insert(layer + place + " " + entry.name).second,
+              "something stands beside the matrix already; parts with a `name` each can share it");
+        make();
+      } catch (const Error& e) {
+        fail("part {} at {} of layer {}: {}", entry.slug, place, index, e.what());
+      }
+    };
+    NamedWeights model(w, "");
     for (size_t begin = 0; begin < chosen.size();) {
       size_t end = begin + 1;
       while (maker.per_input && end < chosen.size() && chosen[end].input == chosen[begin].input) ++end;
@@ -565,22 +606,38 @@ void attach_parts(WeightsSource& w, const string& layer, int64_t index, ModelPar
                                 chosen.begin() + static_cast<int64_t>(end));
       string place;
       for (const Matrix& m : group) place += (place.empty() ? "" : "+") + m.name;
-      NamedWeights own(w, layer + "adapters." + place + "."), model(w, "");
+      NamedWeights own(w, layer + "adapters." + last + place + "."), targets(w, layer + "adapters." + last);
       LinearSite site{.layer = index,
                       .layers = static_cast<int64_t>(parts.layers),
                       .targets = {},
                       .own = own,
+                      .all = targets,
                       .model = model,
-                      .shared = parts.shared,
-                      .weight = [&](size_t i) { return group.at(i).linear->dense(torch::kFloat32).detach(); }};
-      for (const Matrix& m : group) site.targets.push_back({m.name, m.linear->in(), m.linear->out()});
-      try {
+                      .shared = parts.shared};
+      for (Matrix& m : group)
+        site.targets.push_back({m.name, path(m.half, m.name), m.linear->in(), m.linear->out(), m.linear.get()});
+      for (size_t i = 1; i < group.size(); ++i) guarded(group[i].name, [] {});
+      guarded(group[0].name, [&] {
         const auto beside = maker.make(site, entry.settings);
         for (Matrix& m : group) m.linear->attach(beside);
-      } catch (const Error& e) {
-        fail("part {} at {} of layer {}: {}", entry.slug, place, index, e.what());
-      }
+      });
       begin = end;
+    }
+    for (const Stack& s : chosen_stacks) {
+      guarded(s.name, [&] {
+        check(maker.make_stack != nullptr, "it cannot stand beside the matrices of experts");
+        NamedWeights own(w, layer + "adapters." + last + s.name + ".");
+        StackSite site{.layer = index,
+                       .layers = static_cast<int64_t>(parts.layers),
+                       .name = s.name,
+                       .path = path("mlp", s.name),
+                       .experts = s.stacks[0]->count(),
+                       .in = s.stacks[0]->in(),
+                       .stacks = s.stacks,
+                       .own = own};
+        const auto made = maker.make_stack(site, entry.settings);
+        for (size_t i = 0; i < made.size(); ++i) s.stacks[i]->attach(made[i]);
+      });
     }
   }
 }
@@ -644,12 +701,16 @@ std::shared_ptr<CausalModel> assemble(WeightsSource& w, const nlohmann::json& js
   std::vector<std::shared_ptr<const Rope>> ropes;
   for (const RopeConfig& r : c.ropes) ropes.push_back(std::make_shared<const Rope>(r));
   const auto embed = w.linear("embed_tokens", c.hidden, c.vocab, false);
-  ModelParts parts{parse_parts(json, static_cast<int64_t>(c.layers.size())), c.layers.size(), {}};
+  ModelParts parts{parse_parts(json, static_cast<int64_t>(c.layers.size())), c.layers.size(), {}, {}};
   std::vector<std::shared_ptr<Block>> blocks;
   for (size_t i = 0; i < c.layers.size(); ++i)
     blocks.push_back(make_block(w, static_cast<int64_t>(i), c, parts, ropes));
   const string final_norm =
       c.norm == NormKind::layer_plain ? "norm" : w.pick({"norm.weight", "final_layernorm.weight"});
+  for (const PartEntry& entry : parts.entries)
+    check(entry.site != "linear" || entry.placed,
+          "part {}: no layer has a matrix that its targets ({}) name and a part could stand beside", entry.slug,
+          list_of(entry.targets, "and"));
   const auto norm = make_norm(w, final_norm.substr(0, final_norm.find('.')), {c.hidden}, c.norm, c.norm_eps);
   Linear head = embed;
   if (!c.tied) head = w.linear("lm_head", c.hidden, c.vocab, c.head_bias);

@@ -47,7 +47,7 @@ struct MatrixPlan {
   const float* bias = nullptr;
   bool can(Linear l) {
     linear = l.get();
-    if (!l->packs() || l->streamed || l->beside()) return false;
+    if (!l->packs() || l->streamed || !l->attached().empty()) return false;
     if (!l->bias.defined()) return true;
     if (!plain_f32(l->bias)) return false;
     bias = l->bias.const_data_ptr<float>();
@@ -91,10 +91,11 @@ struct MixturePlan {
     if (!router->projection->by_dots()) return false;
     times = experts->act() == nullptr ? nullptr : gate_times(experts->act());
     if (times == nullptr) return false;
+    if (experts->adapted()) return false;
     for (LinearStack* s : {&experts->gate, &experts->up, &experts->down}) {
       if ((*s)->bias.defined() || static_cast<int64_t>((*s)->matrices().size()) != router->experts()) return false;
       for (const Linear& l : (*s)->matrices())
-        if (!l->packs() || l->streamed || l->beside() || l->bias.defined()) return false;
+        if (!l->packs() || l->streamed || !l->attached().empty() || l->bias.defined()) return false;
     }
     for (int64_t e = 0; e < router->experts(); ++e)
       if (!alike(experts->gate->matrices()[static_cast<size_t>(e)], experts->up->matrices()[static_cast<size_t>(e)]))

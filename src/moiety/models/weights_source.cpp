@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "moiety/base/error.h"
+#include "moiety/nn/beside.h"
 #include "moiety/nn/weights.h"
 
 namespace moiety {
@@ -26,6 +27,42 @@ torch::Dtype compute_dtype(const std::string& name, const Checkpoint* checkpoint
 }
 
 }  // namespace
+
+namespace {
+
+thread_local bool merging = false;
+
+}  // namespace
+
+StoreMerged::StoreMerged() {
+  check(!merging, "two merges at once");
+  merging = true;
+}
+
+StoreMerged::~StoreMerged() {
+  merging = false;
+}
+
+torch::Tensor stored_matrix(const Linear& matrix) {
+  auto w = matrix->weight.defined() ? matrix->weight : matrix->dense(torch::kFloat32);
+  if (merging && !matrix->attached().empty()) {
+    w = w.to(torch::kFloat32);
+    for (const auto& [beside, place] : matrix->attached()) w = beside->merged(w, place);
+  }
+  return w;
+}
+
+torch::Tensor stored_matrix(const LinearStack& stack, int64_t expert) {
+  auto w = stack->weight.defined() ? stack->weight.select(0, expert) : stack->dense(expert, torch::kFloat32);
+  return merging && stack->beside() ? w.to(torch::kFloat32) + stack->beside()->delta(expert) : w;
+}
+
+torch::Tensor stored_matrices(const LinearStack& stack) {
+  if (stack->weight.defined() && !(merging && stack->beside())) return stack->weight;
+  std::vector<torch::Tensor> all;
+  for (int64_t e = 0; e < stack->count(); ++e) all.push_back(stored_matrix(stack, e));
+  return torch::stack(all);
+}
 
 WeightsSource::WeightsSource(const Checkpoint& checkpoint, const LoadOptions& options)
     : checkpoint_(&checkpoint), options_(options), dtype_(compute_dtype(options.dtype, &checkpoint)) {
@@ -87,7 +124,7 @@ TensorView WeightsSource::view(const std::string& name, const std::vector<int64_
 }
 
 torch::Dtype WeightsSource::parameter_dtype() const {
-  return options_.trainable ? torch::kFloat32 : dtype_;
+  return trainable() ? torch::kFloat32 : dtype_;
 }
 
 torch::Tensor WeightsSource::values(const TensorView& v) const {
@@ -95,8 +132,11 @@ torch::Tensor WeightsSource::values(const TensorView& v) const {
 }
 
 torch::Tensor WeightsSource::parameter(const torch::Tensor& t) const {
-  if (!options_.trainable) return t;
-  return t.detach().clone(torch::MemoryFormat::Contiguous).requires_grad_(true);
+  return trainable() ? leaf(t) : t;
+}
+
+torch::Tensor WeightsSource::leaf(const torch::Tensor& t) const {
+  return t.detach().to(torch::kFloat32).clone(torch::MemoryFormat::Contiguous).requires_grad_(true);
 }
 
 torch::Tensor WeightsSource::random_matrix(std::vector<int64_t> shape) {
@@ -119,15 +159,18 @@ torch::Tensor WeightsSource::tensor(const std::string& name, std::vector<int64_t
                                     const std::function<void(torch::Tensor)>& init) {
   torch::Tensor t;
   if (has(name, false)) {
-    t = floats(view(name, shape));
+    const auto v = view(name, shape);
+    t = (is_block(v.format) ? dequantize(v) : as_tensor(v))
+            .to(options_.device, options_.trainable ? torch::kFloat32 : dtype_);
   } else {
     check(random() || may_create, "{}: the model needs tensor '{}' {}, which is not there",
           random() ? "" : checkpoint_->path().string(), full(name), shape);
     torch::NoGradGuard frozen;
-    t = torch::empty(shape, torch::TensorOptions().dtype(parameter_dtype()).device(options_.device));
+    t = torch::empty(shape, torch::TensorOptions().dtype(torch::kFloat32).device(options_.device));
     init(t);
-    t = parameter(t);
+    t = t.to(parameter_dtype());
   }
+  if (options_.trainable) t = leaf(t);
   store(name, [t] { return t; });
   return t;
 }
@@ -187,8 +230,7 @@ Linear WeightsSource::rows(const std::string& name, int64_t in, int64_t total, i
     linear = matrix(v, b);
   }
   store(
-      name + ".weight", [linear] { return linear->quantized() ? linear->dense(torch::kFloat32) : linear->weight; }, 0,
-      begin);
+      name + ".weight", [linear] { return stored_matrix(linear); }, 0, begin);
   return linear;
 }
 

@@ -15,6 +15,20 @@
 
 namespace moiety {
 
+/// While one lives, on this thread, what a model's tensors are stored as is what their matrices give together with the
+/// parts that stand beside them: Beside::merged.
+class StoreMerged {
+ public:
+  StoreMerged();
+  ~StoreMerged();
+  StoreMerged(const StoreMerged&) = delete;
+  StoreMerged& operator=(const StoreMerged&) = delete;
+};
+/// What a checkpoint stores of a matrix, and of matrix `expert` of a stack or of all.
+torch::Tensor stored_matrix(const Linear& matrix);
+torch::Tensor stored_matrix(const LinearStack& stack, int64_t expert);
+torch::Tensor stored_matrices(const LinearStack& stack);
+
 class WeightsSource {
  public:
   /// From a checkpoint. Float tensors are mapped when their dtype is the compute dtype, else converted; blocks stay
@@ -33,7 +47,8 @@ class WeightsSource {
 
   /// A float tensor of exactly this shape (decoded when it is blocks). `fill`: what random initialisation puts there.
   torch::Tensor tensor(const std::string& name, std::vector<int64_t> shape, double fill);
-  /// The same, filled by `init` when it is not stored; Error then unless may_create or random().
+  /// One of a part: filled by `init` when it is not stored; Error then unless may_create or random(). What of a frozen
+  /// base is trainable is these.
   torch::Tensor tensor(const std::string& name, std::vector<int64_t> shape,
                        const std::function<void(torch::Tensor)>& init);
   bool may_create = false;
@@ -65,7 +80,7 @@ class WeightsSource {
   std::function<std::string(std::string)> rename;
   /// Random: what stands before all names but the head's.
   std::string inner = "model.";
-  bool trainable() const { return options_.trainable; }
+  bool trainable() const { return options_.trainable && !options_.frozen_base; }
   bool leave_experts() const { return options_.leave_experts; }
   /// A matrix of an expert: where experts are left in their file a view of it, whatever its format.
   Linear expert_matrix(const TensorView& view);
@@ -84,6 +99,7 @@ class WeightsSource {
   std::string full(const std::string& name) const;
   torch::Tensor fresh(const std::vector<int64_t>& shape, double fill) const;
   torch::Dtype parameter_dtype() const;
+  torch::Tensor leaf(const torch::Tensor& t) const;
 
   const Checkpoint* checkpoint_ = nullptr;
   LoadOptions options_;

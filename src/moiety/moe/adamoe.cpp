@@ -137,20 +137,6 @@ void AdaMoeBeside::apply(const torch::Tensor& x, std::vector<torch::Tensor>& out
 
 namespace {
 
-// A setting that may be a list with one number for every layer.
-int64_t at_layer(const nlohmann::json& value, const char* name, int64_t least, const LinearSite& site) {
-  const nlohmann::json* one = &value;
-  if (value.is_array()) {
-    check(static_cast<int64_t>(value.size()) == site.layers, "`{}` has {} numbers, and the model has {} layers", name,
-          value.size(), site.layers);
-    one = &value[static_cast<size_t>(site.layer)];
-  }
-  check(one->is_number_integer() && one->get<int64_t>() >= least,
-        "`{}` is {} where a whole number from {} was expected, or a list with one for every layer", name, one->dump(),
-        least);
-  return one->get<int64_t>();
-}
-
 const RegisterMethod registered_linear(
     {.slug = "adamoe-linear",
      .kind = "part",

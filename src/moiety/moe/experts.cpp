@@ -4,6 +4,7 @@
 
 #include "moiety/base/error.h"
 #include "moiety/moe/grouped.h"
+#include "moiety/nn/beside.h"
 #include "moiety/nn/packed_gated.h"
 #include "moiety/nn/shortcut.h"
 
@@ -18,7 +19,9 @@ torch::Tensor like(const torch::Tensor& x, const torch::Tensor& t) {
 
 }  // namespace
 
-torch::Tensor apply_stack(LinearStack& stack, const torch::Tensor& x, const std::vector<int64_t>& counts) {
+namespace {
+
+torch::Tensor by_matrices(LinearStack& stack, const torch::Tensor& x, const std::vector<int64_t>& counts) {
   if (stack->weight.defined()) return grouped_linear(x, like(x, stack->weight), like(x, stack->bias), counts);
   std::vector<torch::Tensor> pieces;
   int64_t begin = 0;
@@ -28,6 +31,13 @@ torch::Tensor apply_stack(LinearStack& stack, const torch::Tensor& x, const std:
     begin += counts[e];
   }
   return pieces.empty() ? x.new_zeros({0, stack->out()}) : torch::cat(pieces);
+}
+
+}  // namespace
+
+torch::Tensor apply_stack(LinearStack& stack, const torch::Tensor& x, const std::vector<int64_t>& counts) {
+  auto y = by_matrices(stack, x, counts);
+  return stack->beside() ? stack->beside()->apply(x, counts, std::move(y)) : y;
 }
 
 namespace {
@@ -53,7 +63,7 @@ torch::Tensor GatedExperts::forward(const torch::Tensor& x, const std::vector<in
 }
 
 torch::Tensor GatedExperts::mix(const torch::Tensor& x, const Dispatch& d) {
-  if (!fused_) return d.reduce(outputs(x, d), x.size(0)).to(x.scalar_type());
+  if (!fused_ || adapted()) return d.reduce(outputs(x, d), x.size(0)).to(x.scalar_type());
   return grouped_swiglu(x, d.tokens, d.gates, d.counts, like(x, gate->weight), like(x, up->weight),
                         like(x, down->weight));
 }
@@ -67,6 +77,7 @@ torch::Tensor GatedExperts::packed(const torch::Tensor& x, const Dispatch& d) {
   const auto used = static_cast<size_t>(count());
   auto &gates = gate->matrices(), &ups = up->matrices(), &downs = down->matrices();
   if (gates.size() != used || ups.size() != used || downs.size() != used) return {};
+  if (adapted()) return {};
   const bool biased = gate->bias.defined() || up->bias.defined() || down->bias.defined();
   if (biased || !may_shorten({d.gates})) return {};
   std::vector<PackedGated> matrices(used, PackedGated{nullptr, nullptr, nullptr});
@@ -79,6 +90,10 @@ torch::Tensor GatedExperts::packed(const torch::Tensor& x, const Dispatch& d) {
   return packed_gated(
       flat, matrices, d.counts, d.tokens.const_data_ptr<int64_t>(),
       [this](torch::Tensor g, torch::Tensor u) { return act_ != nullptr ? act_times(act_, g, u) : combine(g, u); });
+}
+
+bool GatedExperts::adapted() const {
+  return gate->beside() || up->beside() || down->beside();
 }
 
 ClampedExperts::ClampedExperts(LinearStack g, LinearStack u, LinearStack d, double alpha, double limit)

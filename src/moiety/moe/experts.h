@@ -44,6 +44,7 @@ class GatedExperts : public Experts {
   /// What `mix` adds up, where the matrices are separate: the output of every pair [P, d], without its gate, in f32 or
   /// x's dtype. An expert's rows do not depend on the other experts of the call.
   torch::Tensor outputs(const torch::Tensor& x, const Dispatch& dispatch);
+  bool adapted() const;                    ///< something stands beside some of the matrices
   Activation act() const { return act_; }  ///< null where `combine` is something else
   LinearStack gate{nullptr}, up{nullptr}, down{nullptr};
 

@@ -32,15 +32,19 @@ torch::Tensor mix(Router& router, Experts& experts, const torch::Tensor& x, cons
                              expert_capacity(x.size(0), routing.experts.size(1), router.experts(), capacity_factor));
   const Dispatch dispatch = Dispatch::of(routing, experts.count(), expert_map);
   auto y = experts.mix_in(x, dispatch, pass);
-  if (pass.trace) {
-    Trace::Record record{.site = site, .routing = routing, .input = {}, .output = {}, .real = {}};
-    if (pass.trace->keep_inputs) record.input = x;
-    if (pass.trace->keep_outputs) record.output = y;
-    record.experts = router.experts();
-    if (pass.mask.defined()) record.real = pass.mask.reshape({-1});
-    pass.trace->add(std::move(record));
-  }
+  report(pass, site, routing, router.experts(), x, y);
   return y;
+}
+
+void report(Pass& pass, const Site& site, const Routing& routing, int64_t experts, const torch::Tensor& x,
+            const torch::Tensor& y) {
+  if (!pass.trace) return;
+  Trace::Record record{.site = site, .routing = routing, .input = {}, .output = {}, .real = {}};
+  if (pass.trace->keep_inputs) record.input = x;
+  if (pass.trace->keep_outputs) record.output = y;
+  record.experts = experts;
+  if (pass.mask.defined()) record.real = pass.mask.reshape({-1});
+  pass.trace->add(std::move(record));
 }
 
 Mixture::Mixture(std::shared_ptr<Router> r, std::shared_ptr<Experts> e, std::shared_ptr<FeedForward> s, Linear g) {

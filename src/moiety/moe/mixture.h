@@ -17,6 +17,10 @@ namespace moiety {
 torch::Tensor mix(Router& router, Experts& experts, const torch::Tensor& x, const Site& site, Pass& pass,
                   const torch::Tensor& expert_map = {}, double capacity_factor = 0.0);
 
+/// Reports what was decided for x [N, d], and what came of it, to the pass's trace, if there is one.
+void report(Pass& pass, const Site& site, const Routing& routing, int64_t experts, const torch::Tensor& x,
+            const torch::Tensor& y);
+
 /// y = routed_scale * (sum of gate * expert(x) over the chosen + bias) + shared_scale * shared(x) (times
 /// sigmoid(shared_gate x) when there is one).
 class Mixture : public FeedForwardBase {

@@ -1,5 +1,8 @@
 #include "moiety/nn/beside.h"
 
+#include <fmt/format.h>
+
+#include <algorithm>
 #include <map>
 #include <utility>
 
@@ -8,19 +11,34 @@
 namespace moiety {
 
 void LinearImpl::attach(std::shared_ptr<Beside> beside) {
-  check(!beside_, "something stands beside the matrix already");
-  beside_at_ = beside->matrices++;
+  check(beside != nullptr, "there is nothing to put beside the matrix");
+  const int64_t place = beside->matrices++;
   // It counts once, under the first of its matrices.
-  if (beside_at_ == 0) register_module("adapter", beside);
-  beside_ = std::move(beside);
+  if (place == 0)
+    register_module(attached_.empty() ? "adapter" : fmt::format("adapter{}", attached_.size() + 1), beside);
+  attached_.push_back({std::move(beside), place});
+}
+
+void LinearStackImpl::attach(std::shared_ptr<BesideStack> beside) {
+  check(!beside_, "something stands beside the matrices of these experts already");
+  beside_ = register_module("adapter", std::move(beside));
+}
+
+torch::Tensor Beside::merged(const torch::Tensor&, int64_t) const {
+  fail("it cannot be merged into one matrix: {}", not_one_matrix());
 }
 
 std::vector<torch::Tensor> project(std::initializer_list<Linear> matrices, const torch::Tensor& x, Pass& pass) {
   auto out = multiply_all(matrices, x);
-  std::map<Beside*, std::map<int64_t, size_t>> found;  // by place: which output
+  // Parts in the order in which they were attached, each with its outputs by place.
+  std::vector<std::pair<Beside*, std::map<int64_t, size_t>>> found;
   size_t i = 0;
   for (Linear m : matrices) {
-    if (m->beside()) found[m->beside().get()][m->beside_at()] = i;
+    for (const auto& [beside, place] : m->attached()) {
+      auto at = std::find_if(found.begin(), found.end(), [&](const auto& f) { return f.first == beside.get(); });
+      if (at == found.end()) at = found.insert(found.end(), {beside.get(), {}});
+      at->second[place] = i;
+    }
     ++i;
   }
   for (const auto& [beside, places] : found) {
@@ -36,7 +54,7 @@ std::vector<torch::Tensor> project(std::initializer_list<Linear> matrices, const
 }
 
 torch::Tensor project(Linear matrix, const torch::Tensor& x, Pass& pass) {
-  if (!matrix->beside()) return matrix->multiply(x);
+  if (matrix->attached().empty()) return matrix->multiply(x);
   return project({matrix}, x, pass)[0];
 }
 

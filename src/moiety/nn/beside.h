@@ -6,6 +6,7 @@
 
 #include <initializer_list>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "moiety/nn/linear.h"
@@ -19,7 +20,23 @@ class Beside : public torch::nn::Module {
   /// x [..., in]; `outputs` holds W x [..., out] of every matrix that this stands beside, in the order in which it was
   /// attached to them, and gets what they are to give.
   virtual void apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs, Pass& pass) = 0;
+  /// The matrix [out, in] that gives what `weight` and this give together, in f32; `place` as in `outputs`. Error, with
+  /// the reason, where no matrix does.
+  virtual torch::Tensor merged(const torch::Tensor& weight, int64_t place) const;
   int64_t matrices = 0;  ///< it is attached to; LinearImpl::attach counts
+
+ protected:
+  /// Nothing but the reason, for the Error of merged(): "its router chooses experts by the token".
+  virtual std::string not_one_matrix() const { return "what it adds depends on more than its input"; }
+};
+
+/// Stands beside the matrices of all experts of a mixture.
+class BesideStack : public torch::nn::Module {
+ public:
+  /// x [P, in] sorted by expert, counts [E], y [P, out] what the matrices give -> what they are to give.
+  virtual torch::Tensor apply(const torch::Tensor& x, const std::vector<int64_t>& counts, torch::Tensor y) = 0;
+  /// What merging adds to the matrix of one expert: [out, in] f32.
+  virtual torch::Tensor delta(int64_t expert) const = 0;
 };
 
 /// As multiply_all, with what stands beside the matrices. Error when one call has some matrices only of those that

@@ -36,7 +36,7 @@ torch::Tensor times_dots(const torch::Tensor& x, const torch::Tensor& weight, co
 torch::Tensor multiply_narrow(Linear matrix, const torch::Tensor& x) {
   const LinearImpl& m = *matrix;
   const bool few = x.size(-1) == m.in() && x.numel() <= LinearImpl::kDotRows * m.in();
-  if (m.by_dots() && !m.beside() && few && x.is_cpu() && x.scalar_type() == torch::kFloat32 &&
+  if (m.by_dots() && m.attached().empty() && few && x.is_cpu() && x.scalar_type() == torch::kFloat32 &&
       may_shorten({x, m.weight, m.bias}))
     return times_dots(x, m.weight, m.bias);
   return matrix(x);

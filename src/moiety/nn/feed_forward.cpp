@@ -16,7 +16,7 @@ FeedForward::FeedForward(Linear g, Linear u, Linear d, Activation act) : act_(ac
 torch::Tensor FeedForward::apply(const torch::Tensor& x, Pass& pass) {
   if (gate.is_empty()) return project(down, act_(project(up, x, pass)), pass);
   // All of it packed, without biases and alone: the layer in two rounds of products.
-  const auto bare = [](const Linear& m) { return !m->bias.defined() && !m->beside(); };
+  const auto bare = [](const Linear& m) { return !m->bias.defined() && m->attached().empty(); };
   const bool plain = bare(gate) && bare(up) && bare(down);
   const PackedMatrix* packed = plain ? gate->packed_for(x) : nullptr;
   if (packed != nullptr && up->packed_for(x) != nullptr && down->packed_for(x) != nullptr) {

@@ -215,7 +215,7 @@ bool LinearImpl::by_dots() const {
 }
 
 torch::Tensor LinearImpl::forward(const torch::Tensor& x) {
-  check(!beside_, "a part stands beside this matrix, which is applied in a way that knows of none");
+  check(attached_.empty(), "a part stands beside this matrix, which is applied in a way that knows of none");
   return multiply(x);
 }
 

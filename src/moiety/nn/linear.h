@@ -15,6 +15,7 @@
 namespace moiety {
 
 class Beside;
+class BesideStack;
 class PackedMatrix;
 
 /// y = x W^T + b over W [out, in]. Gradients reach x always, and W and b when they are float tensors that ask for it.
@@ -31,10 +32,13 @@ class LinearImpl : public torch::nn::Module {
   torch::Tensor forward(const torch::Tensor& x);
   /// The same by the matrix alone.
   torch::Tensor multiply(const torch::Tensor& x);
-  /// Puts a part beside the matrix (nn/beside.h). Error when there is one.
+  /// Puts a part beside the matrix (nn/beside.h); several change its output one after another.
   void attach(std::shared_ptr<Beside> beside);
-  const std::shared_ptr<Beside>& beside() const { return beside_; }
-  int64_t beside_at() const { return beside_at_; }  ///< among the matrices that the part stands beside
+  struct Attached {
+    std::shared_ptr<Beside> beside;
+    int64_t place;  ///< of this matrix among those that the part stands beside
+  };
+  const std::vector<Attached>& attached() const { return attached_; }
   /// Rows `ids` of the matrix (an embedding look-up): [...] int64 -> [..., in].
   torch::Tensor rows(const torch::Tensor& ids, torch::Dtype dtype);
   /// The whole matrix in `dtype`; decoded when it is blocks.
@@ -78,8 +82,7 @@ class LinearImpl : public torch::nn::Module {
   std::once_flag pack_once_;
   std::shared_ptr<const PackedMatrix> packed_;
   std::shared_ptr<const Place> place_;
-  std::shared_ptr<Beside> beside_;
-  int64_t beside_at_ = 0;
+  std::vector<Attached> attached_;
 };
 TORCH_MODULE(Linear);
 
@@ -104,6 +107,9 @@ class LinearStackImpl : public torch::nn::Module {
   int64_t out() const { return out_; }
   /// Matrix `index` in `dtype`.
   torch::Tensor dense(int64_t index, torch::Dtype dtype) const;
+  /// Puts a part beside all matrices (nn/beside.h). Error when there is one.
+  void attach(std::shared_ptr<BesideStack> beside);
+  const std::shared_ptr<BesideStack>& beside() const { return beside_; }
   /// The separate matrices; none for a stacked tensor.
   std::vector<Linear>& matrices() { return matrices_; }
 
@@ -113,6 +119,7 @@ class LinearStackImpl : public torch::nn::Module {
  private:
   int64_t count_, in_, out_;
   std::vector<Linear> matrices_;
+  std::shared_ptr<BesideStack> beside_;
 };
 TORCH_MODULE(LinearStack);
 

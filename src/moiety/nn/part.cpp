@@ -95,6 +95,25 @@ std::vector<std::string> targets_of(const nlohmann::json& value, const std::stri
 
 }  // namespace
 
+int64_t at_layer(const nlohmann::json& value, const char* name, int64_t least, const LinearSite& site) {
+  const nlohmann::json* one = &value;
+  if (value.is_array()) {
+    check(static_cast<int64_t>(value.size()) == site.layers, "`{}` has {} entries, and the model has {} layers", name,
+          value.size(), site.layers);
+    one = &value[static_cast<size_t>(site.layer)];
+  }
+  check(one->is_number_integer() && one->get<int64_t>() >= least,
+        "`{}` is {} where a whole number from {} was expected, or a list with one for every layer", name, one->dump(),
+        least);
+  return one->get<int64_t>();
+}
+
+bool is_adapter_name(const std::string& name) {
+  return !name.empty() && name.size() <= 64 && std::all_of(name.begin(), name.end(), [](unsigned char c) {
+    return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '-' || c == '_';
+  });
+}
+
 std::vector<PartEntry> parse_parts(const nlohmann::json& config, int64_t layers) {
   std::vector<PartEntry> out;
   const auto own = config.find("moiety");
@@ -117,6 +136,11 @@ std::vector<PartEntry> parse_parts(const nlohmann::json& config, int64_t layers)
           "{}: {} cannot stand at the site `{}`; it can at {}", where, entry.slug, shown(entry.site),
           list_of(method.sites, "or"));
     entry.layers = layers_of(item.value("layers", nlohmann::json("all")), layers, where);
+    if (entry.site == "linear" && item.contains("name")) {
+      check(item["name"].is_string() && is_adapter_name(item["name"].get<std::string>()),
+            "{}: `name` is {}; letters, digits, - and _ are right", where, shown(item["name"].dump()));
+      entry.name = item["name"].get<std::string>();
+    }
     if (entry.site == "linear")
       entry.targets = targets_of(item.value("target", nlohmann::json("all")), where);
     else
@@ -124,14 +148,17 @@ std::vector<PartEntry> parse_parts(const nlohmann::json& config, int64_t layers)
             entry.site);
     for (const auto& target : entry.targets)
       for (const int64_t l : entry.layers)
-        check(taken.emplace("linear " + target, l).second, "{}: `{}` of layer {} is taken by another part already",
-              where, shown(target), l);
+        check(taken.emplace("linear " + target + " " + entry.name, l).second,
+              "{}: `{}` of layer {} is taken by another part already; parts with a `name` each can share it", where,
+              shown(target), l);
     for (const int64_t l : entry.layers)
       check(entry.site == "linear" || taken.emplace(entry.site, l).second,
             "{}: the {} of layer {} is taken by another part already", where, entry.site, l);
     entry.settings = nlohmann::json::object();
     for (const auto& [key, value] : item.items())
-      if (key != "slug" && key != "site" && key != "layers" && key != "target") entry.settings[key] = value;
+      if (key != "slug" && key != "site" && key != "layers" && key != "target" &&
+          !(entry.site == "linear" && key == "name"))
+        entry.settings[key] = value;
     out.push_back(std::move(entry));
   }
   return out;

@@ -77,33 +77,55 @@ using MakeAttention = std::function<std::shared_ptr<AttentionBase>(PartSite&, co
 /// The site `linear`: matrices of one layer that read one input, or one matrix.
 struct LinearTarget {
   std::string name;  ///< q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, ...
+  std::string path;  ///< as transformers calls it: "model.layers.3.self_attn.q_proj"
   int64_t in = 0, out = 0;
+  LinearImpl* matrix = nullptr;  ///< lives as long as what stands beside it
 };
 struct LinearSite {
   int64_t layer = 0, layers = 0;
   std::vector<LinearTarget> targets;
   PartWeights& own;    ///< names relative to the targets ("lora_A")
+  PartWeights& all;    ///< names relative to all targets of the layer ("q_proj.lora_A")
   PartWeights& model;  ///< names relative to the model
   std::map<std::string, std::any>& shared;
-  std::function<torch::Tensor(size_t target)> weight;  ///< the matrix [out, in] in f32
 };
+/// A setting that may be a list with one whole number for every layer. Error: a wrong length, a number below `least`.
+int64_t at_layer(const nlohmann::json& value, const char* name, int64_t least, const LinearSite& site);
+
+/// Matrices of all experts of a mixture that read one input: gate and up, which some checkpoints store as one, or down.
+struct StackSite {
+  int64_t layer = 0, layers = 0;
+  std::string name;  ///< experts.gate_up_proj or experts.down_proj
+  std::string path;  ///< "model.layers.3.mlp.experts.gate_up_proj"
+  int64_t experts = 0, in = 0;
+  std::vector<LinearStackImpl*> stacks;
+  PartWeights& own;  ///< names relative to the target
+};
+class BesideStack;
 /// What parts at that site register: the module that goes beside the targets.
 struct MakeBeside {
   bool per_input = false;  ///< one module for all targets that read one input; else one a matrix
   std::function<std::shared_ptr<Beside>(LinearSite&, const nlohmann::json& settings)> make;
+  /// What goes beside the matrices of experts, one a stack; null: the part cannot stand there.
+  std::function<std::vector<std::shared_ptr<BesideStack>>(StackSite&, const nlohmann::json& settings)> make_stack =
+      nullptr;
 };
 
-/// One entry of `moiety.parts`: {slug, site, layers, target, settings...}.
+/// One entry of `moiety.parts`: {slug, site, layers, target, name, settings...}.
 struct PartEntry {
   std::string slug;
+  std::string name;                  ///< tells parts beside one matrix apart; empty: there is one only
   std::string site;                  ///< ffn, attention or linear
   std::vector<int64_t> layers;       ///< ascending
-  std::vector<std::string> targets;  ///< of the site linear; "all": every matrix of attention and feed-forward layer
+  std::vector<std::string> targets;  ///< of the site linear; "all": every matrix of attention and feed-forward layer;
+                                     ///< what is no plain name is a regular expression over whole paths
   nlohmann::json settings;           ///< the other keys
+  bool placed = false;               ///< site linear: it stands beside some matrix; whoever builds the model says so
 };
 /// The parts of a model's config, checked: slugs are registered for the site, layers exist, no site is taken twice.
-/// Layers: "all", a number, or ranges as "0-3,5". `target` (a name or a list) belongs to the site linear. Error naming
-/// the entry.
+/// Layers: "all", a number, or ranges as "0-3,5". `target` (a name or a list) and `name` belong to the site linear.
+/// Error naming the entry.
+bool is_adapter_name(const std::string& name);
 std::vector<PartEntry> parse_parts(const nlohmann::json& config, int64_t layers);
 
 }  // namespace moiety

@@ -58,6 +58,7 @@ struct Pass {
   torch::Tensor positions;  ///< [B, T] int64; undefined: counted from the mask and the cache
   torch::Tensor segments;   ///< [B, T] int64, sequence number of packed tokens: attention stays inside a sequence;
                             ///< undefined: one a row
+  torch::Tensor labels;  ///< [B] int64: what kind of sample a row is, by the source it comes from; undefined: unknown
   KvCache* cache = nullptr;
   Trace* trace = nullptr;
   Edits edits;

@@ -236,7 +236,7 @@ class ImageTask : public TrainTask {
           return {nll_of(logits, m.targets).item<double>(), static_cast<double>(right_of(logits, m.targets))};
         });
     const auto images = static_cast<double>(held_out_->learned);
-    return {sums[0] / images, 0.0, held_out_->learned, sums[1] / images};
+    return {sums[0] / images, 0.0, held_out_->learned, sums[1] / images, {}};
   }
 
   void write(const std::filesystem::path& folder, const std::string& dtype) const override {

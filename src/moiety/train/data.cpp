@@ -4,6 +4,8 @@
 #include <fmt/format.h>
 #include <torch/torch.h>
 
+#include <algorithm>
+#include <filesystem>
 #include <numeric>
 
 #include "moiety/base/error.h"
@@ -80,6 +82,11 @@ std::string DataConfig::problem() const {
     sum += s.weight.value_or(0);
   }
   if (weighted != 0 && weighted != sources.size()) return "some sources have a weight and some have none";
+  const auto labelled =
+      std::count_if(sources.begin(), sources.end(), [](const auto& s) { return s.label.has_value(); });
+  if (labelled != 0 && labelled != static_cast<std::ptrdiff_t>(sources.size()))
+    return "some sources have a label and some have none";
+  if (labelled != 0 && weighted == 0) return "sources with a label need a weight, too";
   if (weighted != 0 && sum <= 0) return "the weights of all sources are 0";
   if (held_out > 0 && !held_out_sources.empty()) return "held_out and held_out_sources exclude each other";
   return "";
@@ -87,7 +94,7 @@ std::string DataConfig::problem() const {
 
 MicroBatch MicroBatch::to(torch::Device device) const {
   MicroBatch m = *this;
-  for (torch::Tensor* t : {&m.ids, &m.images, &m.targets, &m.mask, &m.segments, &m.positions})
+  for (torch::Tensor* t : {&m.ids, &m.images, &m.targets, &m.mask, &m.segments, &m.positions, &m.labels})
     if (t->defined()) *t = t->to(device);
   return m;
 }
@@ -221,8 +228,12 @@ void RowStream::restore(const nlohmann::json& state) {
 }
 
 TrainingRows::TrainingRows(std::vector<std::unique_ptr<RowStream>> streams, std::vector<double> weights,
-                           const DataConfig& config)
-    : streams_(std::move(streams)), weights_(std::move(weights)), taken_(streams_.size(), 0), config_(config) {
+                           const DataConfig& config, std::vector<int64_t> labels)
+    : streams_(std::move(streams)),
+      weights_(std::move(weights)),
+      labels_(std::move(labels)),
+      taken_(streams_.size(), 0),
+      config_(config) {
   const double sum = std::accumulate(weights_.begin(), weights_.end(), 0.0);
   for (double& w : weights_) w /= sum;
 }
@@ -232,6 +243,7 @@ MicroBatch TrainingRows::next(int64_t rows) {
   Batch all;
   all.rows = rows;
   all.length = config_.length;
+  std::vector<int64_t> labels;
   for (int64_t i = 0; i < rows; ++i) {
     const auto total = static_cast<double>(std::accumulate(taken_.begin(), taken_.end(), int64_t{0}) + 1);
     size_t source = 0;
@@ -255,10 +267,13 @@ MicroBatch TrainingRows::next(int64_t rows) {
     append(all.loss, batch->loss);
     append(all.segments, batch->segments);
     append(all.positions, batch->positions);
+    if (!labels_.empty()) labels.push_back(labels_[source]);
   }
   std::vector<int64_t> order(static_cast<size_t>(rows));
   std::iota(order.begin(), order.end(), int64_t{0});
-  return micro_batch(all, order, config_.attention == "document");
+  auto out = micro_batch(all, order, config_.attention == "document");
+  if (!labels.empty()) out.labels = torch::tensor(labels, torch::kInt64);
+  return out;
 }
 
 int64_t TrainingRows::documents() const {
@@ -337,6 +352,7 @@ HeldOut held_out_rows(const DatasetPtr& data, const Encoder& encoder, const Data
 TrainingData open_data(const DataConfig& config, const Encoder& encoder, uint64_t seed) {
   TrainingData out;
   std::vector<DatasetPtr> training, held_out;
+  std::vector<const SourceConfig*> held_out_of;
   for (size_t i = 0; i < config.sources.size(); ++i) {
     const auto& source = config.sources[i];
     auto data = Dataset::open(source.path, source.options());
@@ -350,26 +366,46 @@ TrainingData open_data(const DataConfig& config, const Encoder& encoder, uint64_
             "held_out_sources",
             source.path, data->size());
       held_out.push_back(std::move(test));
+      held_out_of.push_back(&source);
       data = std::move(train);
     }
     training.push_back(std::move(data));
   }
-  for (const auto& source : config.held_out_sources) held_out.push_back(Dataset::open(source.path, source.options()));
+  for (const auto& source : config.held_out_sources) {
+    held_out.push_back(Dataset::open(source.path, source.options()));
+    held_out_of.push_back(&source);
+  }
   std::vector<std::unique_ptr<RowStream>> streams;
   std::vector<double> weights;
+  std::vector<int64_t> labels;
   if (config.sources[0].weight) {
     for (size_t i = 0; i < training.size(); ++i) {
       streams.push_back(
           std::make_unique<RowStream>(training[i], encoder, config, seed, fmt::format("data.sources[{}]", i)));
       weights.push_back(*config.sources[i].weight);
+      if (config.sources[i].label) labels.push_back(*config.sources[i].label);
     }
   } else {
     auto all = training.size() == 1 ? training[0] : concatenate(training);
     streams.push_back(std::make_unique<RowStream>(std::move(all), encoder, config, seed, "data.sources"));
     weights.push_back(1.0);
   }
-  out.rows = std::make_unique<TrainingRows>(std::move(streams), std::move(weights), config);
-  if (!held_out.empty()) out.held_out = held_out.size() == 1 ? held_out[0] : concatenate(held_out);
+  out.rows = std::make_unique<TrainingRows>(std::move(streams), std::move(weights), config, std::move(labels));
+  if (held_out.empty()) return out;
+  // Sources with a name or a label are scored apart, the others together.
+  const bool apart = std::any_of(held_out_of.begin(), held_out_of.end(),
+                                 [](const SourceConfig* s) { return s->label.has_value() || !s->name.empty(); });
+  if (!apart) {
+    out.held_out.push_back({"", {}, held_out.size() == 1 ? held_out[0] : concatenate(held_out)});
+    return out;
+  }
+  for (size_t i = 0; i < held_out.size(); ++i) {
+    const SourceConfig& source = *held_out_of[i];
+    const auto name = source.name.empty() ? std::filesystem::path(source.path).filename().string() : source.name;
+    check(std::none_of(out.held_out.begin(), out.held_out.end(), [&](const auto& h) { return h.name == name; }),
+          "two sources are called '{}': give them a `name` each, held-out losses are reported by it", name);
+    out.held_out.push_back({name, source.label, held_out[i]});
+  }
   return out;
 }
 

@@ -20,13 +20,18 @@ namespace moiety {
 struct SourceConfig {
   std::string path;
   std::optional<double> weight;
-  std::string format = "auto", document = "file", kind = "auto", labels;
+  std::optional<int64_t> label;
+  std::string name, format = "auto", document = "file", kind = "auto", labels;
   std::map<std::string, std::string> columns;
   bool header = true;
 
   void fields(Fields& f) {
     f("path", path, "a file, a folder or a pattern (see docs/data.md)").required();
     f("weight", weight, "share of the rows that come from this source; give it to all sources or to none").min(0);
+    f("name", name, "held-out losses are reported by it");
+    f("label", label,
+      "a number for the kind of its samples, for methods that tell kinds apart; for all sources or none")
+        .min(0);
     f("format", format, "what the files are").choices({"auto", "text", "jsonl", "json", "csv", "tsv", "idx", "images"});
     f("document", document, "what is one document in text: file, line, paragraph, or the text that separates them");
     f("kind", kind, "what a record is").choices({"auto", "text", "completion", "chat", "choice"});
@@ -63,6 +68,7 @@ struct MicroBatch {
   torch::Tensor mask;       ///< [B, T] bool, false for padding
   torch::Tensor segments;   ///< [B, T] int64
   torch::Tensor positions;  ///< [B, T] int64
+  torch::Tensor labels;     ///< [B] int64: `label` of the source a row comes from
   int64_t learned = 0;      ///< targets that count
   int64_t tokens = 0;       ///< real tokens; of images: images
 
@@ -131,7 +137,9 @@ class RowSource {
 /// Several sources by weight: the next row comes from the source that lags most behind its share.
 class TrainingRows : public RowSource {
  public:
-  TrainingRows(std::vector<std::unique_ptr<RowStream>> streams, std::vector<double> weights, const DataConfig& config);
+  /// `labels`: of the rows of every stream; none: rows have none.
+  TrainingRows(std::vector<std::unique_ptr<RowStream>> streams, std::vector<double> weights, const DataConfig& config,
+               std::vector<int64_t> labels = {});
   MicroBatch next(int64_t rows) override;
   int64_t epoch() const override { return streams_[0]->epoch(); }  ///< of the first source
   int64_t documents() const override;
@@ -143,6 +151,7 @@ class TrainingRows : public RowSource {
  private:
   std::vector<std::unique_ptr<RowStream>> streams_;
   std::vector<double> weights_;
+  std::vector<int64_t> labels_;
   std::vector<int64_t> taken_;
   DataConfig config_;
 };
@@ -158,10 +167,16 @@ struct HeldOut {
 HeldOut held_out_rows(const DatasetPtr& data, const Encoder& encoder, const DataConfig& config, int64_t rows,
                       int64_t limit, uint64_t seed);
 
-/// The sources opened: training rows, and the held-out documents (null when none are asked for).
+/// The sources opened: training rows, and the held-out documents, all together or, where sources have a name or a
+/// label, one set a source.
+struct HeldOutSource {
+  std::string name;
+  std::optional<int64_t> label;
+  DatasetPtr data;
+};
 struct TrainingData {
   std::unique_ptr<TrainingRows> rows;
-  DatasetPtr held_out;
+  std::vector<HeldOutSource> held_out;
 };
 TrainingData open_data(const DataConfig& config, const Encoder& encoder, uint64_t seed);
 

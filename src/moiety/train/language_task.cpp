@@ -23,6 +23,7 @@ void fill(Pass& pass, const MicroBatch& m) {
   pass.mask = m.mask;
   pass.segments = m.segments;
   pass.positions = m.positions;
+  pass.labels = m.labels;
 }
 
 Encoder encoder_of(const TrainConfig& config, const OpenRun& run) {
@@ -71,10 +72,14 @@ void LanguageTask::open_data() {
   const Encoder encoder = encoder_of(config_, run_);
   const auto seed = static_cast<uint64_t>(config_.train.seed);
   data_ = moiety::open_data(config_.data, encoder, seed);
-  if (data_.held_out)
-    held_out_ = held_out_rows(data_.held_out, encoder, config_.data,
+  for (const HeldOutSource& source : data_.held_out) {
+    auto rows = held_out_rows(source.data, encoder, config_.data,
                               config_.evaluation.batch > 0 ? config_.evaluation.batch : config_.train.batch,
-                              config_.evaluation.tokens, seed);
+                              config_.evaluation.tokens / static_cast<int64_t>(data_.held_out.size()), seed);
+    if (source.label)
+      for (MicroBatch& m : rows.batches) m.labels = torch::full({m.ids.size(0)}, *source.label, torch::kInt64);
+    held_out_.emplace_back(source.name, std::move(rows));
+  }
 }
 
 Tensor LanguageTask::loss(const MicroBatch& m, Pass& pass) {
@@ -83,7 +88,19 @@ Tensor LanguageTask::loss(const MicroBatch& m, Pass& pass) {
 }
 
 EvaluationResult LanguageTask::evaluate(torch::Device device, Ranks* ranks) {
-  return moiety::evaluate(*run_.model, *held_out_, device, ranks);
+  EvaluationResult all;
+  double bits = 0.0, bytes = 0.0;
+  for (const auto& [name, rows] : held_out_) {
+    const auto one = moiety::evaluate(*run_.model, rows, device, ranks);
+    all.loss += one.loss * static_cast<double>(one.tokens);
+    all.tokens += one.tokens;
+    bits += one.bits_per_byte * static_cast<double>(rows.bytes);
+    bytes += static_cast<double>(rows.bytes);
+    if (!name.empty()) all.by_source[name] = one.loss;
+  }
+  all.loss /= static_cast<double>(all.tokens);
+  all.bits_per_byte = bytes > 0.0 ? bits / bytes : 0.0;
+  return all;
 }
 
 void LanguageTask::write(const std::filesystem::path& folder, const std::string& dtype) const {

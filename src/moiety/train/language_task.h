@@ -1,6 +1,9 @@
 #pragma once
 // The task of a run that names none: text, of which every token is predicted from those before it.
 #include <memory>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "moiety/train/open_run.h"
 #include "moiety/train/task.h"
@@ -15,7 +18,7 @@ class LanguageTask : public TrainTask {
   CausalModel& model() override { return *run_.model; }
   void open_data() override;
   RowSource& rows() override { return *data_.rows; }
-  bool has_held_out() const override { return held_out_.has_value(); }
+  bool has_held_out() const override { return !held_out_.empty(); }
   torch::Tensor loss(const MicroBatch& batch, Pass& pass) override;
   EvaluationResult evaluate(torch::Device device, Ranks* ranks) override;
   void write(const std::filesystem::path& folder, const std::string& dtype) const override;
@@ -26,7 +29,7 @@ class LanguageTask : public TrainTask {
   TrainConfig config_;
   OpenRun run_;
   TrainingData data_;
-  std::optional<HeldOut> held_out_;
+  std::vector<std::pair<std::string, HeldOut>> held_out_;  // by source
 };
 
 /// The loss of one micro-batch: the sum of -log p over its learned targets. logits [B, T, V] f32.

@@ -8,9 +8,11 @@
 
 #include "moiety/base/error.h"
 #include "moiety/base/files.h"
+#include "moiety/base/registry.h"
 #include "moiety/base/text.h"
 #include "moiety/io/checkpoint_writer.h"
 #include "moiety/io/moduleformer_names.h"
+#include "moiety/io/peft.h"
 #include "moiety/models/vision.h"
 #include "moiety/nn/weights.h"
 #include "moiety/train/byte_tokenizer.h"
@@ -128,6 +130,32 @@ std::set<std::string> matched(const std::vector<std::string>& patterns, const st
 
 }  // namespace
 
+namespace {
+
+json own_parts(const json& config) {
+  return config.value("moiety", json::object()).value("parts", json());
+}
+
+// All parts stand beside matrices, so that the model itself need not learn.
+bool stands_beside(const json& parts) {
+  if (!parts.is_array() || parts.empty()) return false;
+  return std::all_of(parts.begin(), parts.end(), [](const json& part) {
+    if (!part.is_object() || !part.contains("slug") || !part["slug"].is_string()) return false;
+    const Method& method = get_method("part", part["slug"].get<std::string>());
+    const auto site = part.value("site", json());
+    return site.is_null() ? method.sites == std::vector<std::string>{"linear"} : site == "linear";
+  });
+}
+
+// What an adapter of this model is to call its base.
+std::string base_name(const std::string& location) {
+  const fs::path path = resolve_model(location);
+  if (!is_adapter(path)) return location;
+  return read_json_file(path / "adapter_config.json").value("base_model_name_or_path", location);
+}
+
+}  // namespace
+
 std::string parameter_name(const std::string& name) {
   static const std::regex layer("^layer([0-9]+)\\."), block("^body\\.block([0-9]+)_");
   return std::regex_replace(std::regex_replace(name, layer, "layers.$1."), block, "blocks.$1.");
@@ -136,8 +164,12 @@ std::string parameter_name(const std::string& name) {
 OpenRun open_run(const TrainConfig& config, torch::Device device, const fs::path& scratch, bool weights) {
   OpenRun run;
   std::shared_ptr<const Checkpoint> checkpoint;
+  bool adapting = false;
   if (!config.model.checkpoint.empty()) {
-    checkpoint = open_base(config.model.checkpoint, scratch, weights);
+    checkpoint = Checkpoint::open(config.model.checkpoint);
+    adapting = stands_beside(config.parts.is_null() ? own_parts(checkpoint->config()) : config.parts) &&
+               config.train.train.empty();
+    if (!adapting) checkpoint = open_base(config.model.checkpoint, scratch, weights);
     check(!is_encoder(checkpoint->config()),
           "{} is an encoder: `moiety train` trains models that predict the next token", config.model.checkpoint);
     check(!is_vision(checkpoint->config()), "{} classifies images: the run needs `task: image-classification`",
@@ -173,6 +205,11 @@ OpenRun open_run(const TrainConfig& config, torch::Device device, const fs::path
   options.dtype = config.train.dtype;
   options.device = device;
   options.trainable = true;
+  options.frozen_base = adapting;
+  if (adapting) {
+    run.adapted = checkpoint;
+    run.adapted_name = base_name(config.model.checkpoint);
+  }
   if (checkpoint && weights)
     run.model = load_causal(*checkpoint, run.config, options);
   else
@@ -204,13 +241,16 @@ std::vector<Slot> trained_slots(torch::nn::Module& model, const TrainConfig& con
   }
   // Beside adapters and modules that are added everything else is frozen, unless the run says what learns.
   const auto is_added = [](const std::string& name) {
-    return name.find(".adapter.") != std::string::npos || name.find(".new.") != std::string::npos;
+    static const std::regex beside("\\.adapter[0-9]*\\.");
+    return std::regex_search(name, beside) || name.find(".new.") != std::string::npos;
   };
   const bool added = std::any_of(names.begin(), names.end(), is_added);
   std::vector<Slot> slots;
   for (const auto& name : names) {
     auto& parameter = parameters[name];
-    const bool chosen = config.train.train.empty() ? !added || is_added(name) : train.count(name) != 0;
+    // What a part brings frozen stays so.
+    const bool chosen =
+        config.train.train.empty() ? (!added || (is_added(name) && parameter.requires_grad())) : train.count(name) != 0;
     const bool learns = chosen && freeze.count(name) == 0;
     parameter.set_requires_grad(learns);
     if (!learns) continue;
@@ -256,7 +296,26 @@ void write_stored(const fs::path& folder, const std::vector<StoredTensor>& tenso
   writer.finish();
 }
 
+namespace {
+
+void write_run_adapter(const fs::path& folder, const OpenRun& run) {
+  const torch::NoGradGuard frozen;
+  std::vector<AdapterTensor> tensors;
+  for (const StoredTensor& stored : run.model->stored()) {
+    if (stored.name.find(".adapters.") == std::string::npos) continue;
+    const auto t = stored.value().detach().to(torch::kCPU, torch::kFloat32).contiguous();
+    tensors.push_back({stored.name, t.sizes().vec(),
+                       std::vector<float>(t.const_data_ptr<float>(), t.const_data_ptr<float>() + t.numel())});
+  }
+  write_adapter(folder, own_parts(run.config), std::move(tensors), *run.adapted, run.adapted_name);
+  const auto chat = run.files.find("chat_template.jinja");
+  if (chat != run.files.end()) write_file(folder / chat->first, chat->second);
+}
+
+}  // namespace
+
 void write_model(const fs::path& folder, const OpenRun& run, const std::string& dtype) {
+  if (run.adapted) return write_run_adapter(folder, run);
   json config = run.config;
   config.erase("torch_dtype");
   config.erase("quantization_config");

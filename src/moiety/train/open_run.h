@@ -25,6 +25,9 @@ struct OpenRun {
   nlohmann::json config;                     ///< config.json of the checkpoints
   nlohmann::json generation_config;          ///< their generation_config.json
   std::map<std::string, std::string> files;  ///< name -> content: tokenizer.json and what else belongs to it
+  /// Parts beside matrices of a frozen base are all that learns: what is written is an adapter of this base.
+  std::shared_ptr<const Checkpoint> adapted;
+  std::string adapted_name;
 };
 
 /// Builds or loads the model that `config` describes, with all float parameters asking for gradients. `weights` false:
@@ -48,7 +51,8 @@ void write_stored(const std::filesystem::path& folder, const std::vector<StoredT
 /// `dtype` as config.json spells it: "float32", "bfloat16", "float16".
 std::string dtype_name(const std::string& dtype);
 
-/// Writes the model into `folder` as transformers reads it. `dtype`: f32, bf16, f16.
+/// Writes the model into `folder` as transformers reads it, or its adapter alone, as PEFT does where it can. `dtype`:
+/// f32, bf16, f16, of a model.
 void write_model(const std::filesystem::path& folder, const OpenRun& run, const std::string& dtype);
 
 }  // namespace moiety

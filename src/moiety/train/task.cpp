@@ -15,12 +15,16 @@ using nlohmann::json;
 
 json to_json(const EvaluationResult& e) {
   if (e.accuracy) return {{"loss", e.loss}, {"accuracy", *e.accuracy}, {"images", e.tokens}};
-  return {{"loss", e.loss}, {"perplexity", std::exp(e.loss)}, {"bits_per_byte", e.bits_per_byte}, {"tokens", e.tokens}};
+  json out = {
+      {"loss", e.loss}, {"perplexity", std::exp(e.loss)}, {"bits_per_byte", e.bits_per_byte}, {"tokens", e.tokens}};
+  if (!e.by_source.empty()) out["by_source"] = e.by_source;
+  return out;
 }
 
 EvaluationResult evaluation_from_json(const json& j) {
-  if (j.contains("accuracy")) return {j.at("loss"), 0.0, j.at("images"), j.at("accuracy").get<double>()};
-  return {j.at("loss"), j.at("bits_per_byte"), j.at("tokens"), {}};
+  if (j.contains("accuracy")) return {j.at("loss"), 0.0, j.at("images"), j.at("accuracy").get<double>(), {}};
+  return {
+      j.at("loss"), j.at("bits_per_byte"), j.at("tokens"), {}, j.value("by_source", std::map<std::string, double>())};
 }
 
 std::unique_ptr<TrainTask> open_task(const TrainConfig& config, const TaskContext& context) {

@@ -7,6 +7,7 @@
 
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -22,8 +23,9 @@ namespace moiety {
 struct EvaluationResult {
   double loss = 0;  ///< mean of -log p over what is scored, natural logarithm
   double bits_per_byte = 0;
-  int64_t tokens = 0;              ///< that are scored; of an image task: images
-  std::optional<double> accuracy;  ///< of an image task: share of images whose label is the likeliest one
+  int64_t tokens = 0;                       ///< that are scored; of an image task: images
+  std::optional<double> accuracy;           ///< of an image task: share of images whose label is the likeliest one
+  std::map<std::string, double> by_source;  ///< the loss of every source, where they are scored apart
 };
 /// As logs, checkpoints and `--json` show it.
 nlohmann::json to_json(const EvaluationResult& result);

@@ -1,0 +1,110 @@
+// moiety merge: folds an adapter into the model that it adapts.
+#include <iostream>
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "moiety/base/error.h"
+#include "moiety/base/files.h"
+#include "moiety/base/log.h"
+#include "moiety/base/text.h"
+#include "moiety/io/peft.h"
+#include "moiety/models/merged.h"
+#include "open_model.h"
+#include "verb.h"
+#include "write_checkpoint.h"
+
+using nlohmann::json;
+
+namespace moiety::cli {
+namespace {
+
+struct Options {
+  Common common;
+  std::string out, type, dtype;
+  bool overwrite = false, dry_run = false;
+};
+
+int run(const Options& o) {
+  const bool to_gguf = is_gguf(o.out);
+  check(to_gguf || o.type.empty(), "--type is for GGUF files, and '{}' does not end in .gguf", o.out);
+  check(!to_gguf || o.dtype.empty(), "--dtype is for directories; a GGUF file takes --type");
+  Common common = o.common;
+  // An adapter names its base.
+  const auto path = resolve_model(common.model);
+  if (is_adapter(path)) {
+    const json config = parse_json(read_text(path / "adapter_config.json"), (path / "adapter_config.json").string());
+    const auto base = config.value("base_model_name_or_path", json());
+    check(base.is_string(), "{} does not say which model it adapts; name the model, and the adapter with --adapter",
+          path.string());
+    common.adapters.insert(common.adapters.begin(), path.string());
+    const auto beside = path / base.get<std::string>();
+    common.model = !std::filesystem::exists(base.get<std::string>()) && std::filesystem::exists(beside)
+                       ? beside.string()
+                       : base.get<std::string>();
+  }
+  // Rows of a GGUF file lie in another order, and its blocks cannot take a sum: as a directory first.
+  std::unique_ptr<TemporaryFolder> folder;
+  if (const auto base = Checkpoint::open(common.model); base->gguf()) {
+    folder = std::make_unique<TemporaryFolder>("moiety-merge");
+    WriteOptions plain;
+    plain.dtype = "f32";
+    write_checkpoint(*base, (folder->path() / "base").string(), plain, "convert");
+    common.model = (folder->path() / "base").string();
+  }
+  const auto merged = merged_checkpoint(open_checkpoint(common));
+  WriteOptions write;
+  write.type = o.type;
+  write.dtype = o.dtype;
+  write.overwrite = o.overwrite;
+  write.dry_run = o.dry_run;
+  const WriteReport report = write_checkpoint(*merged, o.out, write, "merge");
+  for (const auto& w : report.warnings) log::warn("{}", w);
+  if (common.json)
+    std::cout << json{{"output", o.out},
+                      {"written", !o.dry_run},
+                      {"tensors", report.tensors.size()},
+                      {"bytes", report.bytes}}
+                     .dump(2)
+              << "\n";
+  else
+    fmt::print("{} {}: {} tensors, {:.1f} MiB\n", o.dry_run ? "would write" : "wrote", o.out, report.tensors.size(),
+               static_cast<double>(report.bytes) / 1048576);
+  return 0;
+}
+
+const Register verb({
+    "merge",
+    "Fold an adapter into the model that it adapts",
+    "moiety merge run/last -o merged\n"
+    "moiety merge ./my-model --adapter ./my-lora -o merged.gguf --type q8_0\n"
+    "moiety merge ./my-model --adapter-scaled ./my-lora:0.5 -o merged --dtype bf16",
+    [](CLI::App& app) -> std::function<int()> {
+      auto o = std::make_shared<Options>();
+      app.add_option(
+             "MODEL", o->common.model,
+             "The model: a directory, a .safetensors or .gguf file, or pip:PACKAGE; or an adapter that names it")
+          ->required();
+      add_adapters(app, o->common);
+      app.add_option("-o,--output", o->out,
+                     "What to write: a name ending in .gguf is a GGUF file, any other a directory")
+          ->required();
+      app.add_option("--type", o->type, "GGUF: the format of the large matrices");
+      app.add_option("--dtype", o->dtype, "Directory: the type of the weights; without it as the model stores them")
+          ->check(CLI::IsMember({"f32", "f16", "bf16"}));
+      app.add_flag("--dry-run", o->dry_run, "Say what would be written, write nothing");
+      app.add_flag("--overwrite", o->overwrite, "Replace a model that is there already");
+      app.add_flag("--json", o->common.json, "Print the result as JSON");
+      app.add_flag("-q,--quiet", o->common.quiet, "No progress, no remarks");
+      app.parse_complete_callback([o] {
+        if (o->common.json) set_progress_mode(ProgressMode::Json);
+        if (o->common.quiet) {
+          set_progress_mode(ProgressMode::None);
+          log::set_level(log::Level::Error);
+        }
+      });
+      return [o] { return run(*o); };
+    },
+});
+
+}  // namespace
+}  // namespace moiety::cli

@@ -1,0 +1,32 @@
+#include "moiety/adapt/soft_router.h"
+
+#include <torch/torch.h>
+
+#include "moiety/base/error.h"
+
+namespace moiety {
+
+SoftRouter::SoftRouter(Linear p) {
+  projection = register_module("projection", std::move(p));
+}
+
+Routing SoftRouter::route(const torch::Tensor& x, const Site& site, Pass& pass) {
+  Routing r;
+  r.logits = projection(x.scalar_type() == torch::kFloat64 ? x : x.to(torch::kFloat32));
+  edit_logits(r.logits, site, pass);
+  r.scores = torch::softmax(r.logits, -1);
+  edit_scores(r.scores, site, pass);
+  r.experts = every_expert(r.scores.size(0), experts());
+  r.gates = r.scores;
+  return finish(std::move(r), site, pass);
+}
+
+void SoftRouter::set_active(int64_t k) {
+  check(k == experts(), "this router gives every token all of its {} experts", experts());
+}
+
+torch::Tensor every_expert(int64_t n, int64_t experts) {
+  return torch::arange(experts, torch::kInt64).expand({n, experts});
+}
+
+}  // namespace moiety

@@ -1,0 +1,664 @@
+#include "moiety/io/peft.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <optional>
+#include <regex>
+#include <set>
+#include <unordered_map>
+
+#include "moiety/base/atomic_file.h"
+#include "moiety/base/config.h"
+#include "moiety/base/error.h"
+#include "moiety/base/files.h"
+#include "moiety/base/text.h"
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+namespace moiety {
+namespace {
+
+constexpr const char* kConfig = "adapter_config.json";
+constexpr const char* kWeights = "adapter_model.safetensors";
+constexpr const char* kFront = "base_model.model.";
+
+json read_config(const fs::path& folder) {
+  const fs::path file = folder / kConfig;
+  check(fs::exists(file), "{}: no {} in it: not an adapter", folder.string(), kConfig);
+  json out = parse_json(read_text(file), file.string());
+  check(out.is_object(), "{}: a JSON object was expected", file.string());
+  return out;
+}
+
+std::shared_ptr<const SafetensorsFile> read_weights(const fs::path& folder) {
+  const fs::path file = folder / kWeights;
+  check(!fs::exists(folder / "adapter_model.bin") || fs::exists(file),
+        "{}: the weights are a pickle (adapter_model.bin), which runs code when loaded; save the adapter again as "
+        "safetensors",
+        folder.string());
+  check(fs::exists(file), "{}: no {} in it", folder.string(), kWeights);
+  return SafetensorsFile::open(file);
+}
+
+bool set_in(const json& config, const char* key) {
+  const auto it = config.find(key);
+  if (it == config.end() || it->is_null()) return false;
+  if (it->is_boolean()) return it->get<bool>();
+  if (it->is_string()) return !it->get<std::string>().empty();
+  if (it->is_array() || it->is_object()) return !it->empty();
+  return true;
+}
+
+// The value of a pattern that matches a path as PEFT matches it, else `otherwise`.
+double by_pattern(const json& config, const char* key, const std::string& path, double otherwise,
+                  const std::string& where) {
+  const auto it = config.find(key);
+  if (it == config.end() || !it->is_object()) return otherwise;
+  for (const auto& [pattern, value] : it->items()) {
+    try {
+      if (std::regex_match(path, std::regex("(.*\\.)?(" + pattern + ")"))) {
+        check(value.is_number(), "{}: {} of '{}' is no number", where, key, shown(pattern));
+        return value.get<double>();
+      }
+    } catch (const std::regex_error&) {
+      fail("{}: {}: '{}' is no regular expression", where, key, shown(pattern));
+    }
+  }
+  return otherwise;
+}
+
+bool rslora(const json& config) {
+  return set_in(config, "use_rslora");
+}
+
+}  // namespace
+
+bool is_adapter(const fs::path& folder) {
+  return fs::is_directory(folder) && fs::exists(folder / kConfig) && !fs::exists(folder / "config.json");
+}
+
+bool PeftAdapter::dora() const {
+  return std::any_of(matrices_.begin(), matrices_.end(), [](const PeftMatrix& m) { return m.has_magnitude; });
+}
+
+const PeftMatrix* PeftAdapter::find(const std::string& path) const {
+  for (const auto& m : matrices_)
+    if (m.path == path) return &m;
+  return nullptr;
+}
+
+std::shared_ptr<const PeftAdapter> PeftAdapter::open(const fs::path& folder) {
+  auto out = std::make_shared<PeftAdapter>();
+  out->path_ = folder;
+  out->config_ = read_config(folder);
+  const json& c = out->config_;
+  const std::string where = (folder / kConfig).string();
+  const auto weights = read_weights(folder);
+  return reading_json(where, [&] {
+    const auto type = c.value("peft_type", std::string("LORA"));
+    check(type == "LORA", "{}: the adapter is of the type {}; LORA was expected", where, shown(type));
+    for (const char* key : {"modules_to_save", "layer_replication", "trainable_token_indices",
+                            "alora_invocation_tokens", "use_qalora", "arrow_config", "use_bdlora", "monteclora_config",
+                            "velora_config", "kasa_config", "fan_in_fan_out", "lora_bias"})
+      check(!set_in(c, key), "{}: `{}` is set, which LoRA here has no word for", where, key);
+    if (const auto it = c.find("init_lora_weights"); it != c.end() && it->is_string()) {
+      const auto init = it->get<std::string>();
+      check(init.rfind("pissa", 0) != 0 && init != "corda" && init != "olora" && init != "loftq",
+            "{}: the adapter began as {}, which changes the base; save it from PEFT with "
+            "path_initial_model_for_weight_conversion, so that it fits the base as it was",
+            where, shown(init));
+    }
+    const auto rank = c.value("r", json(8)), alpha = c.value("lora_alpha", json(8));
+    check(rank.is_number() && alpha.is_number(), "{}: `r` and `lora_alpha` are numbers", where);
+    std::map<std::string, PeftMatrix> by_path;  // by stored path, "base_layer" included
+    std::set<std::string> used;
+    for (const TensorInfo& t : weights->tensors()) {
+      const size_t at = t.name.find(".lora_");
+      check(at != std::string::npos, "{}: tensor '{}' is no part of a LoRA", folder.string(), shown(t.name));
+      std::string path = t.name.substr(0, at);
+      const std::string what = t.name.substr(at + 1);
+      if (path.rfind(kFront, 0) == 0) path = path.substr(std::strlen(kFront));
+      PeftMatrix& m = by_path[path];
+      if (what == "lora_A.weight")
+        m.a = weights->get(t.name);
+      else if (what == "lora_B.weight")
+        m.b = weights->get(t.name);
+      else if (what == "lora_magnitude_vector" || what == "lora_magnitude_vector.weight") {
+        m.magnitude = weights->get(t.name);
+        m.has_magnitude = true;
+      } else {
+        fail("{}: tensor '{}' is no part of a LoRA that is known here", folder.string(), shown(t.name));
+      }
+    }
+    check(!by_path.empty(), "{}: no tensors in it", (folder / kWeights).string());
+    for (auto& [stored, m] : by_path) {
+      check(m.a.shape.size() == 2 && m.b.shape.size() == 2, "{}: '{}' needs matrices lora_A and lora_B",
+            folder.string(), shown(stored));
+      m.path = stored;
+      static const std::regex inner("(\\.base_layer)+$");
+      m.path = std::regex_replace(m.path, inner, "");
+      m.experts = m.path.size() > 8 && m.path.compare(m.path.size() - 8, 8, ".experts") == 0;
+      check(m.experts || m.a.shape[0] == m.b.shape[1], "{}: '{}': lora_A has rank {}, lora_B {}", folder.string(),
+            shown(stored), m.a.shape[0], m.b.shape[1]);
+      check(m.a.shape[0] == m.b.shape[1], "{}: '{}': lora_A has {} rows, lora_B {} columns", folder.string(),
+            shown(stored), m.a.shape[0], m.b.shape[1]);
+      const double r = by_pattern(c, "rank_pattern", m.path, rank.get<double>(), where),
+                   a = by_pattern(c, "alpha_pattern", m.path, alpha.get<double>(), where);
+      check(r >= 1 && r == std::floor(r) && r <= 1e6, "{}: a rank of {} at {}", where, r, m.path);
+      m.rank = static_cast<int64_t>(r);
+      check(m.experts ? m.a.shape[0] % m.rank == 0 : m.a.shape[0] == m.rank,
+            "{}: '{}' has {} rows of lora_A, and the config says rank {}", folder.string(), shown(stored), m.a.shape[0],
+            m.rank);
+      m.scale = rslora(c) ? a / std::sqrt(r) : a / r;
+      out->matrices_.push_back(m);
+    }
+    return std::shared_ptr<const PeftAdapter>(out);
+  });
+}
+
+namespace {
+
+// ---- A checkpoint with more tensors ----
+
+struct Owned {
+  TensorInfo info;
+  std::shared_ptr<std::vector<float>> values;
+};
+
+class AdaptedCheckpoint : public Checkpoint {
+ public:
+  AdaptedCheckpoint(std::shared_ptr<const Checkpoint> base, json config, std::vector<Owned> own)
+      : base_(std::move(base)), config_(std::move(config)), tensors_(base_->tensors()) {
+    for (auto& o : own) {
+      check(!base_->has(o.info.name) && own_.emplace(o.info.name, o).second, "tensor '{}' is there twice",
+            shown(o.info.name));
+      tensors_.push_back(o.info);
+    }
+  }
+  const json& config() const override { return config_; }
+  const json& generation_config() const override { return base_->generation_config(); }
+  const std::vector<TensorInfo>& tensors() const override { return tensors_; }
+  bool has(const std::string& name) const override { return own_.count(name) != 0 || base_->has(name); }
+  TensorView get(const std::string& name) const override {
+    const auto it = own_.find(name);
+    if (it == own_.end()) return base_->get(name);
+    TensorView v;
+    static_cast<TensorInfo&>(v) = it->second.info;
+    v.data = std::as_bytes(std::span(*it->second.values));
+    v.owner = it->second.values;
+    return v;
+  }
+  fs::path path() const override { return base_->path(); }
+  std::shared_ptr<const GgufFile> gguf() const override { return base_->gguf(); }
+  int64_t bytes_on_disk() const override { return base_->bytes_on_disk(); }
+
+ private:
+  std::shared_ptr<const Checkpoint> base_;
+  json config_;
+  std::vector<TensorInfo> tensors_;
+  std::unordered_map<std::string, Owned> own_;
+};
+
+// What stands before "layers." in the names of a base.
+std::string front_of(const Checkpoint& base) {
+  for (const TensorInfo& t : base.tensors())
+    if (const size_t at = t.name.find("embed_tokens.weight"); at != std::string::npos) return t.name.substr(0, at);
+  return "model.";
+}
+
+int64_t number(const json& config, const char* key, int64_t otherwise) {
+  const auto it = config.find(key);
+  return it != config.end() && it->is_number_integer() ? it->get<int64_t>() : otherwise;
+}
+
+struct Heads {
+  int64_t q = 0, kv = 0, size = 0;
+};
+Heads heads_of(const json& config) {
+  Heads h;
+  h.q = std::max<int64_t>(1, number(config, "num_attention_heads", 1));
+  h.kv = number(config, "num_key_value_heads", h.q);
+  h.size = number(config, "head_dim", number(config, "hidden_size", 0) / h.q);
+  return h;
+}
+
+// Where row i of q or k of the Hugging Face order lies in a file whose rotary pairs are neighbours.
+int64_t interleaved_row(int64_t row, int64_t size) {
+  const int64_t head = row / size, i = row % size, half = size / 2;
+  return head * size + 2 * (i % half) + i / half;
+}
+
+// Rows of a matrix [n, width] or vector [n, 1], to the order of the file or back.
+void reorder(std::vector<float>& values, int64_t n, int64_t width, int64_t size, bool back) {
+  std::vector<float> out(values.size());
+  for (int64_t r = 0; r < n; ++r) {
+    const int64_t there = interleaved_row(r, size), from = back ? there : r, to = back ? r : there;
+    std::copy_n(values.begin() + from * width, width, out.begin() + to * width);
+  }
+  values = std::move(out);
+}
+
+bool interleaved(const json& config) {
+  return config.value("moiety_rope_interleaved", false);
+}
+bool turns(const std::string& name) {
+  return name == "q_proj" || name == "k_proj";
+}
+
+// "layers.3" and "q_proj" of "model.layers.3.self_attn.q_proj".
+struct Place {
+  int64_t layer = 0;
+  std::string name;
+};
+std::optional<Place> place_of(const std::string& path) {
+  static const std::regex layers("^(?:.*\\.)?layers\\.([0-9]{1,9})\\.(?:[a-z_]+\\.)?([a-z_]+)$");
+  std::smatch m;
+  if (!std::regex_match(path, m, layers)) return {};
+  return Place{std::stoll(m[1]), m[2]};
+}
+
+Owned owned(std::string name, std::vector<int64_t> shape, std::vector<float> values) {
+  Owned o;
+  o.info.name = std::move(name);
+  o.info.format = Format::F32;
+  o.info.shape = std::move(shape);
+  o.values = std::make_shared<std::vector<float>>(std::move(values));
+  return o;
+}
+
+// Collects parts with explicit places: every (layer, matrix) may have a rank and a scale of its own.
+struct Collected {
+  struct One {
+    int64_t rank;
+    double alpha;
+  };
+  std::map<std::string, std::map<int64_t, One>> by_name;  // matrix -> layer
+  bool dora = false;
+};
+
+std::string escaped(const std::string& path) {
+  std::string out;
+  for (const char c : path) out += c == '.' ? std::string("\\.") : std::string(1, c);
+  return out;
+}
+
+json part_of(const Collected& c, const std::string& adapter, double strength) {
+  json part = {{"slug", "lora"}, {"site", "linear"}};
+  if (!adapter.empty()) part["name"] = adapter;
+  // The most frequent rank and alpha stand for all, the others as patterns.
+  std::map<std::pair<int64_t, double>, int64_t> count;
+  std::set<int64_t> layers;
+  for (const auto& [name, places] : c.by_name)
+    for (const auto& [layer, one] : places) {
+      ++count[{one.rank, one.alpha}];
+      layers.insert(layer);
+    }
+  const auto most =
+      std::max_element(count.begin(), count.end(), [](auto& a, auto& b) { return a.second < b.second; })->first;
+  part["rank"] = most.first;
+  part["alpha"] = most.second;
+  bool grid = true;
+  for (const auto& [name, places] : c.by_name) grid = grid && places.size() == layers.size();
+  json targets = json::array(), ranks = json::object(), alphas = json::object();
+  const auto half_of = [](const std::string& name) {
+    return name.find("gate") != std::string::npos || name.find("up_") != std::string::npos ||
+                   name.find("down") != std::string::npos || name.find("experts") != std::string::npos
+               ? "mlp"
+               : "self_attn";
+  };
+  for (const auto& [name, places] : c.by_name) {
+    if (grid) targets.push_back(name);
+    for (const auto& [layer, one] : places) {
+      const auto path = escaped(fmt::format("model.layers.{}.{}.{}", layer, half_of(name), name));
+      if (!grid) targets.push_back(path);
+      if (one.rank != most.first) ranks[path] = one.rank;
+      if (one.alpha != most.second) alphas[path] = one.alpha;
+    }
+  }
+  part["target"] = std::move(targets);
+  part["layers"] = std::vector<int64_t>(layers.begin(), layers.end());
+  if (!ranks.empty()) part["rank_pattern"] = std::move(ranks);
+  if (!alphas.empty()) part["alpha_pattern"] = std::move(alphas);
+  if (c.dora) part["dora"] = true;
+  if (strength != 1.0) part["strength"] = strength;
+  return part;
+}
+
+void add_peft(const PeftAdapter& adapter, const Checkpoint& base, const std::string& adapter_name, double strength,
+              std::vector<Owned>& own, json& parts) {
+  const json& config = base.config();
+  const std::string front = front_of(base), middle = adapter_name.empty() ? "" : adapter_name + ".";
+  const Heads heads = heads_of(config);
+  const std::string where = adapter.path().string();
+  const int64_t layers = number(config, "num_hidden_layers", 0), hidden = number(config, "hidden_size", 0);
+  Collected collected;
+  for (const PeftMatrix& m : adapter.matrices()) {
+    if (m.experts) {
+      const auto place = place_of(m.path.substr(0, m.path.size() - 8));
+      check(place.has_value() && place->layer < layers, "{}: {} is no layer of this model, which has {}", where,
+            shown(m.path), layers);
+      const int64_t in = m.a.shape[1], rows = m.b.shape[0], experts = m.a.shape[0] / m.rank, r = m.rank;
+      const bool both = !(rows == hidden && in != hidden) && rows % 2 == 0 && in == hidden;
+      const std::string name = both ? "experts.gate_up_proj" : "experts.down_proj";
+      const auto a = m.a.to_float(), b = m.b.to_float();
+      const std::string at = fmt::format("{}layers.{}.adapters.{}{}.", front, place->layer, middle, name);
+      own.push_back(owned(at + "lora_A", {experts, r, in}, a));
+      // B [out, r E], rank slowest.
+      const auto part = [&](int64_t begin, int64_t step, int64_t count) {
+        std::vector<float> out(static_cast<size_t>(experts * count * r));
+        for (int64_t e = 0; e < experts; ++e)
+          for (int64_t o = 0; o < count; ++o)
+            for (int64_t i = 0; i < r; ++i)
+              out[static_cast<size_t>((e * count + o) * r + i)] =
+                  b[static_cast<size_t>(((begin + o * step) * r + i) * experts + e)];
+        return out;
+      };
+      if (both) {
+        const bool alternate = config.value("model_type", std::string()) == "gpt_oss";
+        const int64_t f = rows / 2;
+        own.push_back(owned(at + "lora_B_gate", {experts, f, r}, part(0, alternate ? 2 : 1, f)));
+        own.push_back(owned(at + "lora_B_up", {experts, f, r}, part(alternate ? 1 : f, alternate ? 2 : 1, f)));
+      } else {
+        own.push_back(owned(at + "lora_B", {experts, rows, r}, part(0, 1, rows)));
+      }
+      collected.by_name[name][place->layer] = {r, m.scale * static_cast<double>(r)};
+      continue;
+    }
+    const auto place = place_of(m.path);
+    check(place.has_value() && place->layer < layers, "{}: {} is no matrix of this model, which has {} layers", where,
+          shown(m.path), layers);
+    // Fused matrices of some families are several here, with one A.
+    struct Piece {
+      std::string name;
+      int64_t rows;
+    };
+    std::vector<Piece> pieces = {{place->name, m.b.shape[0]}};
+    if (place->name == "qkv_proj")
+      pieces = {{"q_proj", heads.q * heads.size}, {"k_proj", heads.kv * heads.size}, {"v_proj", heads.kv * heads.size}};
+    if (place->name == "gate_up_proj") pieces = {{"gate_proj", m.b.shape[0] / 2}, {"up_proj", m.b.shape[0] / 2}};
+    int64_t begin = 0;
+    for (const Piece& p : pieces) begin += p.rows;
+    check(begin == m.b.shape[0], "{}: {} has {} rows, and {} were expected", where, shown(m.path), m.b.shape[0], begin);
+    check(pieces.size() == 1 || !m.has_magnitude, "{}: DoRA of {} cannot be taken apart", where, shown(m.path));
+    const auto a = m.a.to_float(), b = m.b.to_float();
+    begin = 0;
+    for (const Piece& p : pieces) {
+      const std::string at = fmt::format("{}layers.{}.adapters.{}{}.", front, place->layer, middle, p.name);
+      std::vector<float> rows(b.begin() + begin * m.rank, b.begin() + (begin + p.rows) * m.rank);
+      begin += p.rows;
+      std::vector<float> magnitude = m.has_magnitude ? m.magnitude.to_float() : std::vector<float>();
+      if (interleaved(config) && turns(p.name)) {
+        reorder(rows, p.rows, m.rank, heads.size, false);
+        if (m.has_magnitude) reorder(magnitude, p.rows, 1, heads.size, false);
+      }
+      own.push_back(owned(at + "lora_A", {m.rank, m.a.shape[1]}, a));
+      own.push_back(owned(at + "lora_B", {p.rows, m.rank}, std::move(rows)));
+      if (m.has_magnitude) {
+        own.push_back(owned(at + "magnitude", {p.rows}, std::move(magnitude)));
+        collected.dora = true;
+      }
+      collected.by_name[p.name][place->layer] = {m.rank, m.scale * static_cast<double>(m.rank)};
+    }
+  }
+  check(!collected.dora || std::all_of(adapter.matrices().begin(), adapter.matrices().end(),
+                                       [](const PeftMatrix& m) { return m.has_magnitude; }),
+        "{}: some matrices have magnitudes (DoRA) and some have none", where);
+  parts.push_back(part_of(collected, adapter_name, strength));
+}
+
+bool is_own(const json& config) {
+  return config.value("peft_type", std::string()) == "MOIETY";
+}
+
+}  // namespace
+
+std::shared_ptr<const Checkpoint> with_adapters(std::shared_ptr<const Checkpoint> base,
+                                                const std::vector<AdapterChoice>& adapters) {
+  if (adapters.empty()) return base;
+  json config = base->config();
+  check(config.is_object(), "{}: a model without a config cannot take an adapter", base->path().string());
+  json& parts = config["moiety"]["parts"];
+  if (!parts.is_array()) parts = json::array();
+  std::vector<Owned> own;
+  std::set<std::string> names;
+  for (const AdapterChoice& choice : adapters) {
+    const json description = read_config(choice.folder);
+    std::string name;
+    if (adapters.size() > 1 || !parts.empty()) {
+      for (const char c : fs::absolute(choice.folder).lexically_normal().filename().string())
+        name += std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '-' || c == '_' ? c : '_';
+      if (name.empty()) name = "adapter";
+      const std::string stem = name.substr(0, 56);
+      for (int i = 2; !names.insert(name).second; ++i) name = fmt::format("{}-{}", stem, i);
+    }
+    const std::string where = (choice.folder / kConfig).string();
+    reading_json(where, [&] {
+      if (!is_own(description)) {
+        add_peft(*PeftAdapter::open(choice.folder), *base, name, choice.strength, own, parts);
+        return 0;
+      }
+      const auto list = description.value("moiety", json::object()).value("parts", json());
+      check(list.is_array() && !list.empty(), "{}: no `moiety.parts` in it", where);
+      check(adapters.size() == 1 && parts.empty(),
+            "{}: adapters of systems other than LoRA cannot share a model with another adapter", where);
+      check(choice.strength == 1.0, "{}: only LoRA has a strength", where);
+      parts = list;
+      const auto weights = read_weights(choice.folder);
+      const std::string front = front_of(*base);
+      for (const TensorInfo& t : weights->tensors())
+        own.push_back(owned(front + t.name, t.shape, weights->get(t.name).to_float()));
+      return 0;
+    });
+  }
+  return std::make_shared<AdaptedCheckpoint>(std::move(base), std::move(config), std::move(own));
+}
+
+std::shared_ptr<const Checkpoint> open_adapter(const fs::path& folder) {
+  const json config = read_config(folder);
+  const auto it = config.find("base_model_name_or_path");
+  check(it != config.end() && it->is_string() && !it->get<std::string>().empty(),
+        "{}: it does not say which model it adapts; name the model, and the adapter with --adapter",
+        (folder / kConfig).string());
+  const auto name = it->get<std::string>();
+  std::shared_ptr<const Checkpoint> base;
+  try {
+    // As written, else as seen from the adapter.
+    const fs::path beside = folder / name;
+    base = Checkpoint::open(!fs::exists(name) && fs::exists(beside) ? beside.string() : name);
+  } catch (const Error& e) {
+    fail("{} adapts {}, which cannot be opened ({}); name the model, and the adapter with --adapter", folder.string(),
+         shown(name), e.what());
+  }
+  return with_adapters(std::move(base), {{folder, 1.0}});
+}
+
+// ---- Writing ----
+
+namespace {
+
+const std::vector<float>* values_of(const std::vector<AdapterTensor>& tensors, const std::string& name,
+                                    std::vector<int64_t>& shape) {
+  for (const auto& t : tensors)
+    if (t.name == name) {
+      shape = t.shape;
+      return &t.values;
+    }
+  return nullptr;
+}
+
+// The LoRA as PEFT has it, or nothing where PEFT has no word for it.
+struct AsPeft {
+  json config;
+  std::vector<AdapterTensor> tensors;
+};
+std::optional<AsPeft> as_peft(const json& parts, const std::vector<AdapterTensor>& tensors, const Checkpoint& base) {
+  if (parts.size() != 1 || parts[0].value("slug", std::string()) != "lora") return {};
+  const json& part = parts[0];
+  if (part.value("bias", std::string("none")) != "none") return {};
+  const json& model = base.config();
+  const Heads heads = heads_of(model);
+  const std::string front = front_of(base), middle = part.contains("name") ? part["name"].get<std::string>() + "." : "";
+  static const std::regex shape_of("layers\\.([0-9]+)\\.adapters\\.(.*)\\.lora_A$");
+  AsPeft out;
+  std::set<std::string> modules, parameters;
+  std::map<std::string, std::set<int64_t>> layers;
+  int64_t model_layers = number(model, "num_hidden_layers", 0);
+  for (const AdapterTensor& t : tensors) {
+    if (t.name.rfind(front, 0) != 0) return {};
+    const std::string rest = t.name.substr(front.size());
+    std::smatch m;
+    if (!std::regex_match(rest, m, shape_of)) continue;
+    const int64_t layer = std::stoll(m[1]);
+    std::string name = m[2];
+    if (!middle.empty() && name.rfind(middle, 0) == 0) name = name.substr(middle.size());
+    const std::string at = t.name.substr(0, t.name.size() - 6);
+    layers[name].insert(layer);
+    std::vector<int64_t> shape;
+    if (name.rfind("experts.", 0) == 0) {
+      // One pair an expert; what experts share is written out for each.
+      int64_t experts = 0;
+      for (const char* key : {"num_local_experts", "num_experts", "n_routed_experts"})
+        if (experts == 0) experts = number(model, key, 0);
+      const int64_t r = t.shape[1], in = t.shape[2];
+      if (experts == 0) return {};
+      std::vector<const std::vector<float>*> bs;
+      std::vector<int64_t> rows;
+      const bool both = name == "experts.gate_up_proj";
+      for (const char* suffix : {"lora_B_gate", "lora_B_up", "lora_B"})
+        if (const auto* b = values_of(tensors, at + suffix, shape)) {
+          bs.push_back(b);
+          rows.push_back(shape[1]);
+        }
+      if (bs.size() != (both ? 2 : 1)) return {};
+      const bool alternate = both && model.value("model_type", std::string()) == "gpt_oss";
+      const int64_t all = both ? rows[0] + rows[1] : rows[0];
+      AdapterTensor a{"", {experts * r, in}, std::vector<float>(static_cast<size_t>(experts * r * in))};
+      AdapterTensor b{"", {all, r * experts}, std::vector<float>(static_cast<size_t>(all * r * experts))};
+      for (int64_t e = 0; e < experts; ++e) {
+        const int64_t ea = t.shape[0] == 1 ? 0 : e;
+        std::copy_n(t.values.begin() + ea * r * in, r * in, a.values.begin() + e * r * in);
+        for (size_t half = 0; half < bs.size(); ++half) {
+          const int64_t f = rows[half], eb = static_cast<int64_t>(bs[half]->size()) == f * r ? 0 : e;
+          for (int64_t o = 0; o < f; ++o) {
+            const int64_t h = static_cast<int64_t>(half), to = alternate ? 2 * o + h : h * rows[0] + o;
+            for (int64_t i = 0; i < r; ++i)
+              b.values[static_cast<size_t>((to * r + i) * experts + e)] =
+                  (*bs[half])[static_cast<size_t>((eb * f + o) * r + i)];
+          }
+        }
+      }
+      // PEFT wraps gate_up_proj first, down_proj around it.
+      const bool wrapped =
+          both &&
+          values_of(tensors, at.substr(0, at.size() - name.size() - 1) + "experts.down_proj.lora_A", shape) != nullptr;
+      const std::string place =
+          fmt::format("{}model.layers.{}.mlp.experts{}.", kFront, layer, wrapped ? ".base_layer" : "");
+      a.name = place + "lora_A.weight";
+      b.name = place + "lora_B.weight";
+      out.tensors.push_back(std::move(a));
+      out.tensors.push_back(std::move(b));
+      continue;
+    }
+    const bool attention = name.find("gate") == std::string::npos && name.find("up_") == std::string::npos &&
+                           name.find("down") == std::string::npos;
+    // Families whose file has q, k and v (gate and up) in one matrix: PEFT would know that one only.
+    const std::string stored =
+        fmt::format("{}layers.{}.{}.{}.weight", front, layer, attention ? "self_attn" : "mlp", name);
+    if (!base.has(stored)) return {};
+    const std::string place =
+        fmt::format("{}model.layers.{}.{}.{}.", kFront, layer, attention ? "self_attn" : "mlp", name);
+    const auto* b = values_of(tensors, at + "lora_B", shape);
+    if (b == nullptr) return {};
+    AdapterTensor second{place + "lora_B.weight", shape, *b};
+    if (interleaved(model) && turns(name)) reorder(second.values, shape[0], shape[1], heads.size, true);
+    out.tensors.push_back({place + "lora_A.weight", t.shape, t.values});
+    out.tensors.push_back(std::move(second));
+    if (const auto* m2 = values_of(tensors, at + "magnitude", shape)) {
+      AdapterTensor magnitude{place + "lora_magnitude_vector", shape, *m2};
+      if (interleaved(model) && turns(name)) reorder(magnitude.values, shape[0], 1, heads.size, true);
+      out.tensors.push_back(std::move(magnitude));
+    }
+  }
+  bool everywhere = true;
+  for (const auto& [name, of] : layers) everywhere = everywhere && static_cast<int64_t>(of.size()) == model_layers;
+  std::vector<std::string> patterns;
+  for (const auto& [name, of] : layers) {
+    const bool experts = name.rfind("experts.", 0) == 0;
+    if (experts) {
+      if (everywhere) parameters.insert("mlp." + name);
+      for (const int64_t l : of)
+        if (!everywhere) parameters.insert(fmt::format("model.layers.{}.mlp.{}", l, name));
+      continue;
+    }
+    modules.insert(name);
+    std::vector<std::string> numbers;
+    for (const int64_t l : of) numbers.push_back(std::to_string(l));
+    patterns.push_back(fmt::format(".*layers\\.({})\\.[a-z_]+\\.{}", fmt::join(numbers, "|"), name));
+  }
+  json& c = out.config;
+  c = {{"peft_type", "LORA"},
+       {"task_type", "CAUSAL_LM"},
+       {"inference_mode", true},
+       {"r", part.value("rank", json(8))},
+       {"lora_alpha", part.value("alpha", 8.0) * part.value("strength", 1.0)},
+       {"lora_dropout", part.value("dropout", 0.0)},
+       {"use_rslora", part.value("rslora", false)},
+       {"use_dora", part.value("dora", false)},
+       {"bias", "none"},
+       {"fan_in_fan_out", false},
+       {"init_lora_weights", part.value("init", std::string("uniform")) == "gaussian" ? json("gaussian") : json(true)},
+       {"rank_pattern", part.value("rank_pattern", json::object())},
+       {"alpha_pattern", json::object()}};
+  const json alphas = part.value("alpha_pattern", json::object());
+  for (const auto& [pattern, alpha] : alphas.items())
+    c["alpha_pattern"][pattern] = alpha.get<double>() * part.value("strength", 1.0);
+  // PEFT wants an integer where it is one.
+  if (const double alpha = c["lora_alpha"].get<double>(); alpha == std::floor(alpha))
+    c["lora_alpha"] = static_cast<int64_t>(alpha);
+  if (everywhere || modules.empty())
+    c["target_modules"] = std::vector<std::string>(modules.begin(), modules.end());
+  else
+    c["target_modules"] = fmt::format("{}", fmt::join(patterns, "|"));
+  c["target_parameters"] =
+      parameters.empty() ? json() : json(std::vector<std::string>(parameters.begin(), parameters.end()));
+  return out;
+}
+
+}  // namespace
+
+bool write_adapter(const fs::path& folder, const json& parts, std::vector<AdapterTensor> tensors,
+                   const Checkpoint& base, const std::string& base_name) {
+  check(parts.is_array() && !parts.empty(), "there is no part to write as an adapter");
+  std::optional<AsPeft> peft = as_peft(parts, tensors, base);
+  const bool readable = peft.has_value();
+  if (!readable) {
+    peft.emplace();
+    peft->config = {{"peft_type", "MOIETY"}, {"moiety", {{"parts", parts}}}};
+    const std::string front = front_of(base);
+    for (auto& t : tensors) {
+      if (t.name.rfind(front, 0) == 0) t.name = t.name.substr(front.size());
+      peft->tensors.push_back(std::move(t));
+    }
+  }
+  peft->config["base_model_name_or_path"] = base_name;
+  std::vector<TensorInfo> infos;
+  for (const auto& t : peft->tensors) {
+    TensorInfo info;
+    info.name = t.name;
+    info.format = Format::F32;
+    info.shape = t.shape;
+    infos.push_back(std::move(info));
+  }
+  fs::create_directories(folder);
+  SafetensorsWriter writer(folder / kWeights, infos, {{"format", "pt"}});
+  for (const auto& t : peft->tensors) writer.write(t.name, std::as_bytes(std::span(t.values)));
+  writer.finish();
+  write_file(folder / kConfig, peft->config.dump(2) + "\n");
+  return readable;
+}
+
+}  // namespace moiety

@@ -1,0 +1,70 @@
+#pragma once
+// Adapter folders: PEFT's LoRA (adapter_config.json, adapter_model.safetensors), and the same layout for systems that
+// PEFT does not know. A checkpoint with adapters is a checkpoint: its config names the parts, its tensors are theirs
+// too.
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "moiety/io/checkpoint.h"
+
+namespace moiety {
+
+/// One adapted matrix, or those of all experts of a layer, as stored.
+struct PeftMatrix {
+  std::string path;      ///< "model.layers.3.self_attn.q_proj"; of experts "model.layers.3.mlp.experts"
+  bool experts = false;  ///< A [E r, in], B [out, r E], rank slowest in B
+  TensorView a, b;       ///< [r, in], [out, r]
+  bool has_magnitude = false;
+  TensorView magnitude;  ///< DoRA: [out]
+  int64_t rank = 0;
+  double scale = 0.0;  ///< alpha / rank, or over its root (rsLoRA)
+};
+
+/// A LoRA adapter as PEFT writes it.
+class PeftAdapter {
+ public:
+  /// Throws Error: not an adapter, not LoRA, something that LoRA here has no word for (trained modules beside it, a
+  /// base that was changed, ...).
+  static std::shared_ptr<const PeftAdapter> open(const std::filesystem::path& folder);
+  const nlohmann::json& config() const { return config_; }
+  const std::filesystem::path& path() const { return path_; }
+  const std::vector<PeftMatrix>& matrices() const { return matrices_; }
+  const PeftMatrix* find(const std::string& path) const;
+  bool dora() const;
+
+ private:
+  nlohmann::json config_;
+  std::filesystem::path path_;
+  std::vector<PeftMatrix> matrices_;
+};
+
+/// A folder that holds an adapter and no model.
+bool is_adapter(const std::filesystem::path& folder);
+
+struct AdapterChoice {
+  std::filesystem::path folder;
+  double strength = 1.0;  ///< times what it adds; 1 for systems other than LoRA
+};
+/// `base` with these adapters: one has no name, several are called by their folders. Throws Error naming adapter and
+/// tensor where they do not fit.
+std::shared_ptr<const Checkpoint> with_adapters(std::shared_ptr<const Checkpoint> base,
+                                                const std::vector<AdapterChoice>& adapters);
+/// The adapter with the base that it names (as written, or relative to the adapter).
+std::shared_ptr<const Checkpoint> open_adapter(const std::filesystem::path& folder);
+
+/// A tensor of a part as the model has it: "model.layers.3.adapters.q_proj.lora_A", f32.
+struct AdapterTensor {
+  std::string name;
+  std::vector<int64_t> shape;
+  std::vector<float> values;
+};
+/// Writes the parts that stand beside matrices: as PEFT reads it where they are one LoRA that it knows, else in the
+/// same layout with a section `moiety`. `base_name`: what the user calls the base. Returns whether PEFT reads it.
+bool write_adapter(const std::filesystem::path& folder, const nlohmann::json& parts, std::vector<AdapterTensor> tensors,
+                   const Checkpoint& base, const std::string& base_name);
+
+}  // namespace moiety
