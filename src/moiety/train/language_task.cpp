@@ -7,6 +7,8 @@
 
 #include "moiety/base/error.h"
 #include "moiety/base/registry.h"
+#include "moiety/models/decoder.h"
+#include "moiety/train/head_loss.h"
 
 namespace moiety {
 namespace {
@@ -37,6 +39,14 @@ Encoder encoder_of(const TrainConfig& config, const OpenRun& run) {
   return e;
 }
 
+// The loss of a decoder without all of its logits at once.
+Tensor language_loss(CausalModel& model, const MicroBatch& m, Pass& pass) {
+  if (auto* decoder = dynamic_cast<Decoder*>(&model); decoder != nullptr && decoder->head->attached().empty())
+    return head_loss(decoder->hidden(m.ids, pass), decoder->head, m.targets, decoder->parsed.logits_scale,
+                     decoder->parsed.logits_softcap);
+  return token_loss(model.forward(m.ids, pass), m.targets);
+}
+
 }  // namespace
 
 Tensor token_loss(const Tensor& logits, const Tensor& targets) {
@@ -52,7 +62,7 @@ EvaluationResult evaluate(CausalModel& model, const HeldOut& data, torch::Device
         fill(pass, m);
         pass.edits = edits;
         if (counts) pass.trace = trace;
-        return {token_loss(model.forward(m.ids, pass), m.targets).item<double>()};
+        return {language_loss(model, m, pass).item<double>()};
       });
   EvaluationResult result;
   result.tokens = data.learned;
@@ -84,7 +94,7 @@ void LanguageTask::open_data() {
 
 Tensor LanguageTask::loss(const MicroBatch& m, Pass& pass) {
   fill(pass, m);
-  return token_loss(run_.model->forward(m.ids, pass), m.targets);
+  return language_loss(*run_.model, m, pass);
 }
 
 EvaluationResult LanguageTask::evaluate(torch::Device device, Ranks* ranks) {
