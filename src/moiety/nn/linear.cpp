@@ -20,6 +20,10 @@ namespace {
 // Elements of W decoded at a time: the f32 copy of a piece stays near the core until the matmul has read it.
 constexpr int64_t kPieceElements = int64_t{1} << 20;
 
+torch::Tensor cast(const torch::Tensor& t, torch::Dtype dtype) {
+  return t.scalar_type() == dtype ? t : t.to(dtype);
+}
+
 template <class Use>
 void for_pieces(const TensorView& blocks, torch::Device device, Use use) {
   const int64_t out = blocks.shape[0], piece = std::max<int64_t>(1, kPieceElements / blocks.shape[1]);
@@ -29,11 +33,11 @@ void for_pieces(const TensorView& blocks, torch::Device device, Use use) {
   }
 }
 
-// x [n, in] -> x W^T [n, out], in f32.
+// x [n, in] -> x W^T [n, out], in x's dtype.
 torch::Tensor times_transposed(const torch::Tensor& x, const TensorView& blocks) {
   auto y = torch::empty({x.size(0), blocks.shape[0]}, x.options());
   for_pieces(blocks, x.device(), [&](int64_t begin, int64_t end, const torch::Tensor& w) {
-    y.slice(1, begin, end).copy_(at::matmul(x, w.t()));
+    y.slice(1, begin, end).copy_(at::matmul(x, w.to(x.scalar_type()).t()));
   });
   return y;
 }
@@ -87,19 +91,20 @@ class FrozenMatmul : public torch::autograd::Function<FrozenMatmul> {
   static torch::autograd::tensor_list backward(torch::autograd::AutogradContext* context,
                                                torch::autograd::tensor_list grads) {
     const auto blocks = c10::static_intrusive_pointer_cast<Blocks>(context->saved_data["blocks"].toCapsule());
-    auto grad = torch::zeros({grads[0].size(0), blocks->view->shape[1]}, grads[0].options());
+    // Sums over pieces are taken in f32.
+    auto grad = torch::zeros({grads[0].size(0), blocks->view->shape[1]}, grads[0].options().dtype(torch::kFloat32));
+    const auto dtype = grads[0].scalar_type();
     for_pieces(*blocks->view, grad.device(), [&](int64_t begin, int64_t end, const torch::Tensor& w) {
-      grad.addmm_(grads[0].slice(1, begin, end), w);
+      if (dtype == torch::kFloat32)
+        grad.addmm_(grads[0].slice(1, begin, end), w);
+      else
+        grad.add_(at::matmul(grads[0].slice(1, begin, end), w.to(dtype)));
     });
-    return {grad, torch::Tensor()};
+    return {cast(grad, dtype), torch::Tensor()};
   }
 };
 
 BlockArithmetic current = BlockArithmetic::automatic;
-
-torch::Tensor cast(const torch::Tensor& t, torch::Dtype dtype) {
-  return t.scalar_type() == dtype ? t : t.to(dtype);
-}
 
 torch::Tensor initial(torch::IntArrayRef shape, int64_t in) {
   const double bound = 1.0 / std::sqrt(static_cast<double>(in));
@@ -237,14 +242,15 @@ torch::Tensor LinearImpl::multiply(const torch::Tensor& x) {
   const auto& blocks = streamed ? place_->blocks : blocks_;
   auto shape = x.sizes().vec();
   shape.back() = out_;
-  const auto flat = cast(x.reshape({-1, in_}), torch::kFloat32);
   const bool graph = torch::GradMode::is_enabled() && x.requires_grad();
+  // A graph computes in x's type, as plain weights would; without one there is f32 for nothing.
+  const auto flat = graph ? x.reshape({-1, in_}) : cast(x.reshape({-1, in_}), torch::kFloat32);
   const bool rounded = !exact && may_shorten({x}) && flat.device().is_cpu() &&
                        (flat.size(0) <= kKernelRows || current == BlockArithmetic::rounded);
   auto y = graph     ? FrozenMatmul::apply(flat, c10::make_intrusive<Blocks>(blocks))
            : rounded ? times_kernel(flat, *blocks)
                      : times_transposed(flat, *blocks);
-  if (bias.defined()) y = y + cast(bias, torch::kFloat32);
+  if (bias.defined()) y = y + cast(bias, y.scalar_type());
   return cast(y.view(shape), x.scalar_type());
 }
 
