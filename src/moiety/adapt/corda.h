@@ -4,6 +4,7 @@
 #include <torch/types.h>
 
 #include <string>
+#include <vector>
 
 #include "moiety/base/config.h"
 #include "moiety/nn/beside.h"
@@ -20,19 +21,23 @@ class CordaCovariance {
   torch::Tensor value() const;  ///< [in, in]; Error without samples
   void restore(torch::Tensor sum, int64_t samples);
   const torch::Tensor& sum() const { return sum_; }
+  /// The sum over samples of the mean of |X| over tokens, what ASVD scales by: [in].
+  const torch::Tensor& mean_sizes() const { return sizes_; }
 
  private:
   std::string site_;
-  torch::Tensor sum_;
+  torch::Tensor sum_, sizes_;
   int64_t samples_ = 0;
 };
 
 /// Stands beside a matrix and watches its inputs; changes nothing.
 class CordaWatch : public Beside {
  public:
-  explicit CordaWatch(std::string site) : covariance(std::move(site)) {}
+  explicit CordaWatch(std::string site, std::vector<std::string> paths = {})
+      : covariance(std::move(site)), paths(std::move(paths)) {}
   void apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs, Pass& pass) override;
   CordaCovariance covariance;
+  std::vector<std::string> paths;  ///< of the matrices
 };
 
 /// C + lambda mean(diag C) I and its inverse, lambda 0.01 and doubled while ||C C^-1 - I|| is 0.05 or more. Error: a
@@ -51,6 +56,8 @@ struct CordaAdapter {
   torch::Tensor residual;  ///< [out, in]
   int64_t skipped = 0;     ///< components at the end that are as good as zero and were left out (kpm)
 };
+CordaAdapter corda_decompose(const torch::Tensor& weight, const Damped& damped, const std::string& method, int64_t rank,
+                             double alpha, const std::string& site = "the matrix");
 /// In f32 over f64. Error: a rank beyond what there is, another method.
 CordaAdapter corda_decompose(const torch::Tensor& weight, const torch::Tensor& covariance, const std::string& method,
                              int64_t rank, double alpha, const std::string& site = "the matrix");

@@ -15,6 +15,7 @@
 #include "moiety/base/error.h"
 #include "moiety/base/files.h"
 #include "moiety/base/text.h"
+#include "moiety/io/overlay.h"
 
 namespace fs = std::filesystem;
 using nlohmann::json;
@@ -164,45 +165,6 @@ namespace {
 
 // ---- A checkpoint with more tensors ----
 
-struct Owned {
-  TensorInfo info;
-  std::shared_ptr<std::vector<float>> values;
-};
-
-class AdaptedCheckpoint : public Checkpoint {
- public:
-  AdaptedCheckpoint(std::shared_ptr<const Checkpoint> base, json config, std::vector<Owned> own)
-      : base_(std::move(base)), config_(std::move(config)), tensors_(base_->tensors()) {
-    for (auto& o : own) {
-      check(!base_->has(o.info.name) && own_.emplace(o.info.name, o).second, "tensor '{}' is there twice",
-            shown(o.info.name));
-      tensors_.push_back(o.info);
-    }
-  }
-  const json& config() const override { return config_; }
-  const json& generation_config() const override { return base_->generation_config(); }
-  const std::vector<TensorInfo>& tensors() const override { return tensors_; }
-  bool has(const std::string& name) const override { return own_.count(name) != 0 || base_->has(name); }
-  TensorView get(const std::string& name) const override {
-    const auto it = own_.find(name);
-    if (it == own_.end()) return base_->get(name);
-    TensorView v;
-    static_cast<TensorInfo&>(v) = it->second.info;
-    v.data = std::as_bytes(std::span(*it->second.values));
-    v.owner = it->second.values;
-    return v;
-  }
-  fs::path path() const override { return base_->path(); }
-  std::shared_ptr<const GgufFile> gguf() const override { return base_->gguf(); }
-  int64_t bytes_on_disk() const override { return base_->bytes_on_disk(); }
-
- private:
-  std::shared_ptr<const Checkpoint> base_;
-  json config_;
-  std::vector<TensorInfo> tensors_;
-  std::unordered_map<std::string, Owned> own_;
-};
-
 // What stands before "layers." in the names of a base.
 std::string front_of(const Checkpoint& base) {
   for (const TensorInfo& t : base.tensors())
@@ -259,15 +221,6 @@ std::optional<Place> place_of(const std::string& path) {
   std::smatch m;
   if (!std::regex_match(path, m, layers)) return {};
   return Place{std::stoll(m[1]), m[2]};
-}
-
-Owned owned(std::string name, std::vector<int64_t> shape, std::vector<float> values) {
-  Owned o;
-  o.info.name = std::move(name);
-  o.info.format = Format::F32;
-  o.info.shape = std::move(shape);
-  o.values = std::make_shared<std::vector<float>>(std::move(values));
-  return o;
 }
 
 // Collects parts with explicit places: every (layer, matrix) may have a rank and a scale of its own.
@@ -329,7 +282,7 @@ json part_of(const Collected& c, const std::string& adapter, double strength) {
 }
 
 void add_peft(const PeftAdapter& adapter, const Checkpoint& base, const std::string& adapter_name, double strength,
-              std::vector<Owned>& own, json& parts) {
+              std::vector<OverlayTensor>& own, json& parts) {
   const json& config = base.config();
   const std::string front = front_of(base), middle = adapter_name.empty() ? "" : adapter_name + ".";
   const Heads heads = heads_of(config);
@@ -346,7 +299,7 @@ void add_peft(const PeftAdapter& adapter, const Checkpoint& base, const std::str
       const std::string name = both ? "experts.gate_up_proj" : "experts.down_proj";
       const auto a = m.a.to_float(), b = m.b.to_float();
       const std::string at = fmt::format("{}layers.{}.adapters.{}{}.", front, place->layer, middle, name);
-      own.push_back(owned(at + "lora_A", {experts, r, in}, a));
+      own.push_back(overlay_of(at + "lora_A", {experts, r, in}, a));
       // B [out, r E], rank slowest.
       const auto part = [&](int64_t begin, int64_t step, int64_t count) {
         std::vector<float> out(static_cast<size_t>(experts * count * r));
@@ -360,10 +313,10 @@ void add_peft(const PeftAdapter& adapter, const Checkpoint& base, const std::str
       if (both) {
         const bool alternate = config.value("model_type", std::string()) == "gpt_oss";
         const int64_t f = rows / 2;
-        own.push_back(owned(at + "lora_B_gate", {experts, f, r}, part(0, alternate ? 2 : 1, f)));
-        own.push_back(owned(at + "lora_B_up", {experts, f, r}, part(alternate ? 1 : f, alternate ? 2 : 1, f)));
+        own.push_back(overlay_of(at + "lora_B_gate", {experts, f, r}, part(0, alternate ? 2 : 1, f)));
+        own.push_back(overlay_of(at + "lora_B_up", {experts, f, r}, part(alternate ? 1 : f, alternate ? 2 : 1, f)));
       } else {
-        own.push_back(owned(at + "lora_B", {experts, rows, r}, part(0, 1, rows)));
+        own.push_back(overlay_of(at + "lora_B", {experts, rows, r}, part(0, 1, rows)));
       }
       collected.by_name[name][place->layer] = {r, m.scale * static_cast<double>(r)};
       continue;
@@ -395,10 +348,10 @@ void add_peft(const PeftAdapter& adapter, const Checkpoint& base, const std::str
         reorder(rows, p.rows, m.rank, heads.size, false);
         if (m.has_magnitude) reorder(magnitude, p.rows, 1, heads.size, false);
       }
-      own.push_back(owned(at + "lora_A", {m.rank, m.a.shape[1]}, a));
-      own.push_back(owned(at + "lora_B", {p.rows, m.rank}, std::move(rows)));
+      own.push_back(overlay_of(at + "lora_A", {m.rank, m.a.shape[1]}, a));
+      own.push_back(overlay_of(at + "lora_B", {p.rows, m.rank}, std::move(rows)));
       if (m.has_magnitude) {
-        own.push_back(owned(at + "magnitude", {p.rows}, std::move(magnitude)));
+        own.push_back(overlay_of(at + "magnitude", {p.rows}, std::move(magnitude)));
         collected.dora = true;
       }
       collected.by_name[p.name][place->layer] = {m.rank, m.scale * static_cast<double>(m.rank)};
@@ -423,7 +376,7 @@ std::shared_ptr<const Checkpoint> with_adapters(std::shared_ptr<const Checkpoint
   check(config.is_object(), "{}: a model without a config cannot take an adapter", base->path().string());
   json& parts = config["moiety"]["parts"];
   if (!parts.is_array()) parts = json::array();
-  std::vector<Owned> own;
+  std::vector<OverlayTensor> own;
   std::set<std::string> names;
   for (const AdapterChoice& choice : adapters) {
     const json description = read_config(choice.folder);
@@ -450,11 +403,13 @@ std::shared_ptr<const Checkpoint> with_adapters(std::shared_ptr<const Checkpoint
       const auto weights = read_weights(choice.folder);
       const std::string front = front_of(*base);
       for (const TensorInfo& t : weights->tensors())
-        own.push_back(owned(front + t.name, t.shape, weights->get(t.name).to_float()));
+        own.push_back(overlay_of(front + t.name, t.shape, weights->get(t.name).to_float()));
       return 0;
     });
   }
-  return std::make_shared<AdaptedCheckpoint>(std::move(base), std::move(config), std::move(own));
+  for (const auto& t : own)
+    check(!base->has(t.info.name), "{}: tensor '{}' is there already", base->path().string(), shown(t.info.name));
+  return overlay(std::move(base), std::move(config), std::move(own));
 }
 
 std::shared_ptr<const Checkpoint> open_adapter(const fs::path& folder) {

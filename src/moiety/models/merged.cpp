@@ -3,9 +3,11 @@
 #include <torch/torch.h>
 
 #include <map>
+#include <set>
 #include <utility>
 
 #include "moiety/base/error.h"
+#include "moiety/io/overlay.h"
 #include "moiety/models/model.h"
 #include "moiety/models/weights_source.h"
 #include "moiety/nn/part.h"
@@ -16,53 +18,33 @@ namespace {
 
 using nlohmann::json;
 
-class MergedCheckpoint : public Checkpoint {
- public:
-  MergedCheckpoint(std::shared_ptr<const Checkpoint> adapted, json config)
-      : adapted_(std::move(adapted)), config_(std::move(config)), model_(load_causal(*adapted_)) {
-    for (auto& stored : model_->stored()) values_[stored.name] = std::move(stored.value);
-    for (TensorInfo t : adapted_->tensors()) {
-      if (t.name.find(".adapters.") != std::string::npos) continue;
-      if (is_block(t.format)) t.format = Format::F32;
-      infos_[t.name] = t;
-      tensors_.push_back(std::move(t));
+// Everything that the model stores, merged, in the base's formats.
+std::shared_ptr<const Checkpoint> merged(std::shared_ptr<const Checkpoint> adapted, json config) {
+  const std::shared_ptr<CausalModel> model = load_causal(*adapted);
+  std::map<std::string, std::function<torch::Tensor()>> values;
+  for (auto& stored : model->stored()) values[stored.name] = std::move(stored.value);
+  std::vector<OverlayTensor> tensors;
+  std::set<std::string> removed;
+  for (const TensorInfo& t : adapted->tensors()) {
+    if (t.name.find(".adapters.") != std::string::npos) {
+      removed.insert(t.name);
+      continue;
     }
+    const auto value = values.find(t.name);
+    if (value == values.end()) continue;
+    OverlayTensor out;
+    out.info = t;
+    if (is_block(t.format)) out.info.format = Format::F32;
+    // The model lives as long as its values.
+    out.get = [model, value = value->second, info = out.info] {
+      const torch::NoGradGuard frozen;
+      const StoreMerged all;
+      return view_of(value(), info.format);
+    };
+    tensors.push_back(std::move(out));
   }
-  const json& config() const override { return config_; }
-  const json& generation_config() const override { return adapted_->generation_config(); }
-  const std::vector<TensorInfo>& tensors() const override { return tensors_; }
-  bool has(const std::string& name) const override { return infos_.count(name) != 0; }
-  TensorView get(const std::string& name) const override {
-    const auto value = values_.find(name);
-    const auto info = infos_.find(name);
-    check(info != infos_.end(), "{}: there is no tensor '{}'", path().string(), name);
-    if (value == values_.end()) return adapted_->get(name);
-    const torch::NoGradGuard frozen;
-    torch::Tensor t;
-    {
-      const StoreMerged merged;
-      t = value->second();
-    }
-    auto held =
-        std::make_shared<torch::Tensor>(t.detach().to(torch::kCPU, torch_dtype(info->second.format)).contiguous());
-    TensorView v;
-    static_cast<TensorInfo&>(v) = info->second;
-    check(v.shape == held->sizes().vec(), "tensor '{}' has changed its shape", name);
-    v.data = {static_cast<const std::byte*>(held->const_data_ptr()), static_cast<size_t>(held->nbytes())};
-    v.owner = held;
-    return v;
-  }
-  std::filesystem::path path() const override { return adapted_->path(); }
-  int64_t bytes_on_disk() const override { return adapted_->bytes_on_disk(); }
-
- private:
-  std::shared_ptr<const Checkpoint> adapted_;
-  json config_;
-  std::shared_ptr<CausalModel> model_;
-  std::map<std::string, std::function<torch::Tensor()>> values_;
-  std::map<std::string, TensorInfo> infos_;
-  std::vector<TensorInfo> tensors_;
-};
+  return overlay(std::move(adapted), std::move(config), std::move(tensors), removed);
+}
 
 }  // namespace
 
@@ -81,7 +63,7 @@ std::shared_ptr<const Checkpoint> merged_checkpoint(std::shared_ptr<const Checkp
   config["moiety"]["parts"] = rest;
   if (rest.empty()) config["moiety"].erase("parts");
   if (config["moiety"].empty()) config.erase("moiety");
-  return std::make_shared<MergedCheckpoint>(std::move(adapted), std::move(config));
+  return merged(std::move(adapted), std::move(config));
 }
 
 }  // namespace moiety

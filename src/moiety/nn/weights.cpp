@@ -59,6 +59,16 @@ torch::Tensor as_tensor(const TensorView& view) {
   return aligned && data != nullptr ? tensor : tensor.clone();
 }
 
+TensorView view_of(const torch::Tensor& t, Format format) {
+  const auto held = std::make_shared<torch::Tensor>(t.detach().to(torch::kCPU, torch_dtype(format)).contiguous());
+  TensorView v;
+  v.format = format;
+  v.shape = held->sizes().vec();
+  v.data = {static_cast<const std::byte*>(held->const_data_ptr()), static_cast<size_t>(held->nbytes())};
+  v.owner = held;
+  return v;
+}
+
 torch::Tensor dequantize(const TensorView& view) {
   auto out = torch::empty(view.shape, torch::kFloat32);
   const int64_t rows = view.rows(), cols = view.cols();
