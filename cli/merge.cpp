@@ -7,8 +7,10 @@
 #include "moiety/base/files.h"
 #include "moiety/base/log.h"
 #include "moiety/base/text.h"
+#include "moiety/adapt/corda.h"
 #include "moiety/io/peft.h"
 #include "moiety/models/merged.h"
+#include "moiety/nn/weights.h"
 #include "open_model.h"
 #include "verb.h"
 #include "write_checkpoint.h"
@@ -20,11 +22,50 @@ namespace {
 
 struct Options {
   Common common;
-  std::string out, type, dtype;
+  std::string out, type, dtype, lora_of;
   bool overwrite = false, dry_run = false;
 };
 
+// What CorDA's LoRA has learned, as a LoRA of twice the rank over the model before.
+int run_lora_of(const Options& o) {
+  const auto path = resolve_model(o.common.model);
+  check(is_adapter(path), "--lora-of takes an adapter that was trained over a model of `moiety convert --method corda`");
+  const auto after = Checkpoint::open(path.string());  // the adapter's tensors stand before those of its base
+  const json config = parse_json(read_text(path / "adapter_config.json"), (path / "adapter_config.json").string());
+  const auto name = config.at("base_model_name_or_path").get<std::string>();
+  const auto beside = path / name;
+  const auto start = Checkpoint::open(!std::filesystem::exists(name) && std::filesystem::exists(beside) ? beside.string() : name);
+  const auto original = Checkpoint::open(o.lora_of);
+  json parts = start->config().value("moiety", json::object()).value("parts", json::array());
+  check(parts.size() == 1 && parts[0].value("slug", std::string()) == "lora",
+        "{} is no model of `moiety convert --method corda`: no LoRA stands in it", name);
+  std::vector<AdapterTensor> tensors;
+  for (const TensorInfo& t : start->tensors()) {
+    const size_t end = t.name.rfind(".lora_A");
+    if (t.name.find(".adapters.") == std::string::npos || end == std::string::npos) continue;
+    const std::string front = t.name.substr(0, end);
+    const auto pair = [&](const Checkpoint& c) {
+      return LoraPair{as_tensor(c.get(front + ".lora_A")).to(torch::kFloat32),
+                      as_tensor(c.get(front + ".lora_B")).to(torch::kFloat32)};
+    };
+    const LoraPair both = corda_to_lora(pair(*start), pair(*after));
+    for (const auto& [last, m] : {std::pair<const char*, torch::Tensor>{".lora_A", both.a}, {".lora_B", both.b}}) {
+      const auto f = m.contiguous();
+      tensors.push_back({front + last, f.sizes().vec(),
+                         std::vector<float>(f.const_data_ptr<float>(), f.const_data_ptr<float>() + f.numel())});
+    }
+  }
+  parts[0]["rank"] = 2 * parts[0].value("rank", int64_t{8});
+  parts[0]["alpha"] = 2.0 * parts[0].value("alpha", 8.0);
+  check(o.overwrite || !std::filesystem::exists(o.out), "{} exists already: --overwrite replaces it", o.out);
+  if (!o.dry_run) write_adapter(o.out, parts, std::move(tensors), *original, o.lora_of);
+  fmt::print("{} {}: a LoRA of rank {} over {}\n", o.dry_run ? "would write" : "wrote", o.out,
+             parts[0]["rank"].get<int64_t>(), o.lora_of);
+  return 0;
+}
+
 int run(const Options& o) {
+  if (!o.lora_of.empty()) return run_lora_of(o);
   const bool to_gguf = is_gguf(o.out);
   check(to_gguf || o.type.empty(), "--type is for GGUF files, and '{}' does not end in .gguf", o.out);
   check(!to_gguf || o.dtype.empty(), "--dtype is for directories; a GGUF file takes --type");
@@ -91,6 +132,9 @@ const Register verb({
       app.add_option("--type", o->type, "GGUF: the format of the large matrices");
       app.add_option("--dtype", o->dtype, "Directory: the type of the weights; without it as the model stores them")
           ->check(CLI::IsMember({"f32", "f16", "bf16"}));
+      app.add_option("--lora-of", o->lora_of,
+                     "Write a LoRA over this model instead: what was trained over its CorDA decomposition, at twice the "
+                     "rank");
       app.add_flag("--dry-run", o->dry_run, "Say what would be written, write nothing");
       app.add_flag("--overwrite", o->overwrite, "Replace a model that is there already");
       app.add_flag("--json", o->common.json, "Print the result as JSON");

@@ -40,12 +40,20 @@ heading "Perplexity on real text: chapters of Python's language reference, which
 run .venv/bin/python tools/sample_text.py "$text" --bytes 10000
 run moiety eval $smollm --text "$text" --context 512
 
+heading 'It learns: LoRA beside the frozen 4-bit matrices, a few steps of the Perl manual; a chapter that it does not see, before and after'
+chapter=$(ls /usr/share/perl/5.*.*/pod/perlretut.pod | head -1)
+learned=$(mktemp -d)
+trap 'rm -rf "$learned"' EXIT
+run moiety eval $smollm --text "$chapter" --limit-tokens 1500 --context 512
+run moiety train examples/adapt-smollm2.yaml --set train.steps=12 --set output.folder="$learned/run"
+run moiety eval "$learned/run/last" --text "$chapter" --limit-tokens 1500 --context 512
+
 heading 'A sentence encoder: MiniLM tells what means the same'
 run moiety embed $minilm --similarity --text 'A man is eating food.' --text 'Someone has a meal.' --text 'The stock market fell.'
 
 heading 'A mixture larger than the memory it may have: experts stay on disk, and are read when a token needs them'
 scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+trap 'rm -rf "$scratch" "$learned"' EXIT
 cd "$scratch"
 run moiety make-model --family mixtral --params 600M --experts 32 --top-k 4 --format q8_0 -o mixture.gguf -q
 run moiety bench mixture.gguf -p 0 -n 32 -r 1 --memory 480MiB --offload hobbit --t1 1 --t2 1

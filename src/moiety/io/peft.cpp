@@ -14,6 +14,7 @@
 #include "moiety/base/config.h"
 #include "moiety/base/error.h"
 #include "moiety/base/files.h"
+#include "moiety/base/registry.h"
 #include "moiety/base/text.h"
 #include "moiety/io/overlay.h"
 
@@ -363,6 +364,13 @@ void add_peft(const PeftAdapter& adapter, const Checkpoint& base, const std::str
   parts.push_back(part_of(collected, adapter_name, strength));
 }
 
+bool stands_beside_matrices(const json& part) {
+  if (part.contains("site")) return part["site"] == "linear";
+  for (const Method* m : find_methods(part.value("slug", std::string())))
+    if (m->kind == "part") return m->sites == std::vector<std::string>{"linear"};
+  return false;
+}
+
 bool is_own(const json& config) {
   return config.value("peft_type", std::string()) == "MOIETY";
 }
@@ -427,6 +435,17 @@ std::shared_ptr<const Checkpoint> open_adapter(const fs::path& folder) {
   } catch (const Error& e) {
     fail("{} adapts {}, which cannot be opened ({}); name the model, and the adapter with --adapter", folder.string(),
          shown(name), e.what());
+  }
+  // What stood beside the base's matrices is what was trained on: the adapter takes its place.
+  if (json own = base->config(); own.contains("moiety") && own["moiety"].contains("parts")) {
+    json rest = json::array();
+    std::set<std::string> removed;
+    for (const TensorInfo& t : base->tensors())
+      if (t.name.find(".adapters.") != std::string::npos) removed.insert(t.name);
+    for (const auto& part : own["moiety"]["parts"])
+      if (!stands_beside_matrices(part)) rest.push_back(part);
+    own["moiety"]["parts"] = rest;
+    if (!removed.empty()) base = overlay(std::move(base), std::move(own), {}, removed);
   }
   return with_adapters(std::move(base), {{folder, 1.0}});
 }

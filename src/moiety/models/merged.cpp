@@ -39,7 +39,11 @@ std::shared_ptr<const Checkpoint> merged(std::shared_ptr<const Checkpoint> adapt
     out.get = [model, value = value->second, info = out.info] {
       const torch::NoGradGuard frozen;
       const StoreMerged all;
-      return view_of(value(), info.format);
+      try {
+        return view_of(value(), info.format);
+      } catch (const Error& e) {
+        fail("{}: {}", info.name, e.what());
+      }
     };
     tensors.push_back(std::move(out));
   }
