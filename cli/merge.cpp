@@ -8,6 +8,7 @@
 #include "moiety/base/log.h"
 #include "moiety/base/text.h"
 #include "moiety/adapt/corda.h"
+#include "moiety/adapt/flylora.h"
 #include "moiety/io/peft.h"
 #include "moiety/models/merged.h"
 #include "moiety/nn/weights.h"
@@ -23,6 +24,7 @@ namespace {
 struct Options {
   Common common;
   std::string out, type, dtype, lora_of;
+  std::vector<std::string> average;
   bool overwrite = false, dry_run = false;
 };
 
@@ -64,7 +66,57 @@ int run_lora_of(const Options& o) {
   return 0;
 }
 
+// FlyLoRA adapters of one seed as one.
+int run_average(const Options& o) {
+  std::vector<std::string> folders = {o.common.model};
+  folders.insert(folders.end(), o.average.begin(), o.average.end());
+  std::vector<std::shared_ptr<const Checkpoint>> models;
+  json parts, base;
+  for (const auto& folder : folders) {
+    const auto path = resolve_model(folder);
+    check(is_adapter(path), "--average takes adapters, and {} is none", folder);
+    const json config = parse_json(read_text(path / "adapter_config.json"), (path / "adapter_config.json").string());
+    const json own = config.value("moiety", json::object()).value("parts", json());
+    check(own.is_array() && own.size() == 1 && own[0].value("slug", std::string()) == "flylora",
+          "{} is no FlyLoRA adapter: only those share the matrix A, which an average needs", folder);
+    check(parts.is_null() || parts == own, "{} has other settings than {}", folder, folders[0]);
+    check(base.is_null() || base == config.at("base_model_name_or_path"), "{} adapts another model than {}", folder,
+          folders[0]);
+    parts = own;
+    base = config.at("base_model_name_or_path");
+    models.push_back(Checkpoint::open(path.string()));
+  }
+  std::vector<AdapterTensor> tensors;
+  for (const TensorInfo& t : models[0]->tensors()) {
+    const size_t end = t.name.rfind(".lora_A");
+    if (t.name.find(".adapters.") == std::string::npos || end == std::string::npos) continue;
+    const std::string front = t.name.substr(0, end);
+    std::vector<FlyAdapter> all;
+    for (const auto& m : models) {
+      const auto get = [&](const char* last) { return as_tensor(m->get(front + last)).to(torch::kFloat32); };
+      all.push_back({get(".lora_A"), get(".lora_B"), get(".bias")});
+    }
+    FlyAdapter one;
+    try {
+      one = fly_average(all);
+    } catch (const Error& e) {
+      fail("{}: {}", front, e.what());
+    }
+    for (const auto& [last, value] : std::vector<std::pair<std::string, torch::Tensor>>{
+             {".lora_A", one.a}, {".lora_B", one.b}, {".bias", one.bias}}) {
+      const auto f = value.contiguous();
+      tensors.push_back({front + last, f.sizes().vec(),
+                         std::vector<float>(f.const_data_ptr<float>(), f.const_data_ptr<float>() + f.numel())});
+    }
+  }
+  check(o.overwrite || !std::filesystem::exists(o.out), "{} exists already: --overwrite replaces it", o.out);
+  if (!o.dry_run) write_adapter(o.out, parts, std::move(tensors), *models[0], base.get<std::string>());
+  fmt::print("{} {}: the average of {} adapters\n", o.dry_run ? "would write" : "wrote", o.out, folders.size());
+  return 0;
+}
+
 int run(const Options& o) {
+  if (!o.average.empty()) return run_average(o);
   if (!o.lora_of.empty()) return run_lora_of(o);
   const bool to_gguf = is_gguf(o.out);
   check(to_gguf || o.type.empty(), "--type is for GGUF files, and '{}' does not end in .gguf", o.out);
@@ -135,6 +187,9 @@ const Register verb({
       app.add_option("--lora-of", o->lora_of,
                      "Write a LoRA over this model instead: what was trained over its CorDA decomposition, at twice the "
                      "rank");
+      app.add_option("--average", o->average,
+                     "Write, instead of a model, the average of the FlyLoRA adapter MODEL and these ones, which have its "
+                     "seed");
       app.add_flag("--dry-run", o->dry_run, "Say what would be written, write nothing");
       app.add_flag("--overwrite", o->overwrite, "Replace a model that is there already");
       app.add_flag("--json", o->common.json, "Print the result as JSON");

@@ -125,6 +125,7 @@ int run_train(const TrainArguments& a) {
     json out = {{"ended", r.ended},       {"step", r.step},       {"steps", r.steps},         {"loss", r.loss},
                 {r.unit + "s", r.tokens}, {"seconds", r.seconds}, {"model", r.model.string()}};
     if (r.evaluation) out["evaluation"] = to_json(*r.evaluation);
+    if (r.before) out["evaluation_before"] = to_json(*r.before);
     if (r.best_step > 0) out["best"] = {{"loss", r.best}, {"step", r.best_step}};
     std::cout << out.dump(2) << "\n";
     return 0;
@@ -148,6 +149,16 @@ int run_train(const TrainArguments& a) {
         "held out       loss {:.4f}, perplexity {:.3f}, {:.4f} bits a byte ({} tokens); best {:.4f} at step {}\n",
         r.evaluation->loss, std::exp(r.evaluation->loss), r.evaluation->bits_per_byte, r.evaluation->tokens, r.best,
         r.best_step);
+  if (r.evaluation && r.before)
+    std::cout << fmt::format("before         loss {:.4f}; changed by {:+.4f}\n", r.before->loss,
+                             r.evaluation->loss - r.before->loss);
+  if (r.evaluation)
+    for (const auto& [source, loss] : r.evaluation->by_source) {
+      const auto first = r.before ? r.before->by_source.find(source) : r.evaluation->by_source.end();
+      const bool known = r.before && first != r.before->by_source.end();
+      std::cout << fmt::format("  {:<12} loss {:.4f}{}\n", source, loss,
+                               known ? fmt::format(", changed by {:+.4f}", loss - first->second) : "");
+    }
   std::cout << fmt::format("time           {:.1f} s, {:.0f} {}s/s\nmodel          {}\nreport         {}\n", r.seconds,
                            static_cast<double>(r.tokens) / std::max(r.seconds, 1e-9), r.unit, r.model.string(),
                            (std::filesystem::path(config.output.folder) / "report.html").string());

@@ -3,10 +3,13 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "moiety/base/error.h"
 #include "moiety/io/checkpoint.h"
+#include "moiety/train/byte_tokenizer.h"
+#include "moiety/train/data.h"
 #include "tiny.h"
 
 namespace moiety {
@@ -256,6 +259,59 @@ TEST(Trainer, StopsEarly) {
   EXPECT_EQ(result.step, 15);
   EXPECT_EQ(result.best_step, 5);
   EXPECT_EQ(Trainer(config).run().ended, "already complete");
+}
+
+TEST(Trainer, SaysHowTheLossOfEverySourceChanged) {
+  const TemporaryFolder folder;
+  auto config = tiny::run(folder, "run", 8);
+  config.evaluation.start = true;
+  config.data.sources[0].name = "words";
+  config.data.sources[0].label = 1;
+  config.data.sources[0].weight = 1.0;
+  auto other = config.data.sources[0];
+  other.name = "again";
+  other.label = 0;
+  config.data.sources.push_back(other);
+  TrainOptions options;
+  int steps = 0;
+  options.stop = [&] { return ++steps == 3; };
+  EXPECT_EQ(Trainer(config, options).run().ended, "stopped");
+  const auto result = Trainer(config).run();
+  ASSERT_TRUE(result.before.has_value() && result.evaluation.has_value());
+  for (const char* name : {"words", "again"})
+    EXPECT_GT(result.before->by_source.at(name), result.evaluation->by_source.at(name) + 0.01) << name;
+  // Once, and before the first step.
+  const auto trace = tiny::trace(config.output.folder);
+  EXPECT_EQ(trace.front()["step"], 0);
+  EXPECT_EQ(std::count_if(trace.begin(), trace.end(), [](const auto& r) { return r.contains("evaluation"); }), 2);
+}
+
+TEST(Labels, RowsCarryThoseOfTheirSources) {
+  const TemporaryFolder folder;
+  auto config = tiny::run(folder, "run", 1);
+  write_file(folder / "other.txt", "zzz zzz zzz zzz zzz zzz zzz zzz zzz zzz zzz zzz zzz zzz\n");
+  config.data.sources[0].label = 3;
+  config.data.sources[0].weight = 1.0;
+  auto other = config.data.sources[0];
+  other.path = (folder / "other.txt").string();
+  other.label = 5;
+  other.document = "file";
+  config.data.sources.push_back(other);
+  config.data.held_out = 0.0;
+  config.evaluation.every = 0;
+  Trainer trainer(config);
+  Encoder encoder;
+  encoder.tokenizer = Tokenizer::from_json(nlohmann::json(byte_tokenizer()), nlohmann::json(byte_tokenizer_config()));
+  const int64_t z = encoder.tokenizer->encode("z", false).at(0);
+  auto data = open_data(config.data, encoder, 1);
+  const auto batch = data.rows->next(6);
+  ASSERT_EQ(batch.labels.sizes(), (std::vector<int64_t>{6}));
+  for (int64_t i = 0; i < 6; ++i) {
+    const bool zs = (batch.ids[i] == z).sum().item<int64_t>() > 10;
+    EXPECT_EQ(batch.labels[i].item<int64_t>(), zs ? 5 : 3) << i;
+  }
+  config.data.sources[1].label.reset();
+  EXPECT_NE(config.data.problem().find("label"), std::string::npos);
 }
 
 TEST(Trainer, CountsEpochs) {

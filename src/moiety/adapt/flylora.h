@@ -14,7 +14,7 @@ namespace moiety {
 
 struct FlyLoraConfig {
   int64_t rank = 32, top_k = 8, seed = 23;
-  double alpha = 64.0, dropout = 0.0, bias_rate = 1e-3;
+  double alpha = 64.0, dropout = 0.0, bias_rate = 1e-3, strength = 1.0;
   std::string select = "signed";
   bool grad_through_a = true, update_in_eval = false;
 
@@ -46,7 +46,7 @@ class FlyLora : public Beside {
   std::string not_one_matrix() const override { return "every token uses ranks of its own"; }
 
  private:
-  double scale() const { return config_.alpha / static_cast<double>(a_.size(0)); }
+  double scale() const { return config_.strength * config_.alpha / static_cast<double>(a_.size(0)); }
 
   std::string site_;
   FlyLoraConfig config_;

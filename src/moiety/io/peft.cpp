@@ -404,14 +404,27 @@ std::shared_ptr<const Checkpoint> with_adapters(std::shared_ptr<const Checkpoint
       }
       const auto list = description.value("moiety", json::object()).value("parts", json());
       check(list.is_array() && !list.empty(), "{}: no `moiety.parts` in it", where);
-      check(adapters.size() == 1 && parts.empty(),
-            "{}: adapters of systems other than LoRA cannot share a model with another adapter", where);
-      check(choice.strength == 1.0, "{}: only LoRA has a strength", where);
-      parts = list;
+      for (json part : list) {
+        check(part.is_object() && part.contains("slug"), "{}: `moiety.parts` holds something that is no part", where);
+        if (!name.empty()) {
+          check(!part.contains("name"), "{}: its parts have names already, so that it cannot stand beside another", where);
+          part["name"] = name;
+        }
+        if (choice.strength != 1.0) {
+          check(part["slug"] == "lora" || part["slug"] == "flylora", "{}: only LoRA and FlyLoRA have a strength", where);
+          part["strength"] = part.value("strength", 1.0) * choice.strength;
+        }
+        parts.push_back(std::move(part));
+      }
       const auto weights = read_weights(choice.folder);
       const std::string front = front_of(*base);
-      for (const TensorInfo& t : weights->tensors())
-        own.push_back(overlay_of(front + t.name, t.shape, weights->get(t.name).to_float()));
+      for (const TensorInfo& t : weights->tensors()) {
+        std::string own_name = t.name;
+        const size_t at = own_name.find(".adapters.");
+        check(at != std::string::npos, "{}: tensor '{}' is no adapter's", where, shown(t.name));
+        if (!name.empty()) own_name.insert(at + 10, name + ".");
+        own.push_back(overlay_of(front + own_name, t.shape, weights->get(t.name).to_float()));
+      }
       return 0;
     });
   }

@@ -47,7 +47,7 @@ bool is_adapter(const std::filesystem::path& folder);
 
 struct AdapterChoice {
   std::filesystem::path folder;
-  double strength = 1.0;  ///< times what it adds; 1 for systems other than LoRA
+  double strength = 1.0;  ///< times what it adds; 1 for systems other than LoRA and FlyLoRA
 };
 /// `base` with these adapters: one has no name, several are called by their folders. Throws Error naming adapter and
 /// tensor where they do not fit.

@@ -129,6 +129,7 @@ struct ParallelConfig {
 
 struct EvaluationConfig {
   int64_t every = 0;
+  bool start = false;
   int64_t tokens = 65536;
   int64_t batch = 0;
   int64_t patience = 0;
@@ -136,6 +137,9 @@ struct EvaluationConfig {
 
   void fields(Fields& f) {
     f("every", every, "steps between evaluations on held-out data; 0: at the end only").min(0);
+    f("start", start,
+      "evaluate before the first step, too: what a run then reports of each source is how it changed, and with it what "
+      "was forgotten");
     f("tokens", tokens, "evaluate on about so many held-out tokens; of an image task: images").min(2);
     f("batch", batch, "rows of one forward pass; 0: as in training").min(0);
     f("patience", patience, "stop after so many evaluations in a row without a better loss; 0: never").min(0);

@@ -229,6 +229,7 @@ void Trainer::restore(int64_t step) {
     if (config_.train.steps == 0 && before.at("epochs") == config_.train.epochs)
       steps_ = state.at("steps").get<int64_t>();
     if (const auto& e = state.at("evaluation"); !e.is_null()) last_evaluation_ = evaluation_from_json(e);
+    if (const auto e = state.value("first_evaluation", json()); !e.is_null()) first_evaluation_ = evaluation_from_json(e);
     if (const int64_t threads = state.at("threads"); threads != at::get_num_threads())
       log::warn("the run used {} threads so far and uses {} now: sums are rounded differently", threads,
                 at::get_num_threads());
@@ -436,6 +437,7 @@ void Trainer::save() {
                         {"best_step", best_step_},
                         {"bad_evaluations", bad_evaluations_},
                         {"evaluation", last_evaluation_ ? to_json(*last_evaluation_) : json()},
+                        {"first_evaluation", first_evaluation_ ? to_json(*first_evaluation_) : json()},
                         {"ended", ended_},
                         {"threads", at::get_num_threads()},
                         {"processes", processes()},
@@ -478,6 +480,10 @@ TrainResult Trainer::run() {
   } else {
     task_->model().train();
     ended_.clear();
+    if (step_ == 0 && config_.evaluation.start && task_->has_held_out() && !first_evaluation_) {
+      first_evaluation_ = task_->evaluate(options_.device, options_.ranks);
+      if (log_) log_->add({{"step", 0}, {"time", unix_time()}, {"evaluation", to_json(*first_evaluation_)}});
+    }
     while (step_ < steps_) {
       const auto start = Clock::now();
       const bool last = step_ + 1 == steps_;
@@ -519,6 +525,7 @@ TrainResult Trainer::run() {
   result.steps = steps_;
   result.loss = last_loss_;
   result.evaluation = last_evaluation_;
+  result.before = first_evaluation_;
   result.best = best_;
   result.best_step = best_step_;
   result.tokens = tokens_;

@@ -55,6 +55,7 @@ struct TrainResult {
   int64_t step = 0, steps = 0;
   double loss = 0;  ///< of the last record of the log
   std::optional<EvaluationResult> evaluation;
+  std::optional<EvaluationResult> before;  ///< the first step, where the run asks for it
   double best = 0;        ///< lowest held-out loss, with `best_step`
   int64_t best_step = 0;  ///< 0: none
   int64_t tokens = 0;     ///< learned in all sittings; of an image task: images
@@ -122,7 +123,7 @@ class Trainer {
   int64_t step_tokens_ = 0;
   double best_ = 0, last_loss_ = 0;
   int64_t best_step_ = 0, bad_evaluations_ = 0;
-  std::optional<EvaluationResult> last_evaluation_;
+  std::optional<EvaluationResult> last_evaluation_, first_evaluation_;
   std::string ended_;
 };
 
