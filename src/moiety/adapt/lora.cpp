@@ -3,13 +3,12 @@
 #include <torch/torch.h>
 
 #include <cmath>
-#include <regex>
 
 #include "moiety/adapt/low_rank.h"
 #include "moiety/adapt/routed_lora.h"
 #include "moiety/base/error.h"
 #include "moiety/base/registry.h"
-#include "moiety/base/text.h"
+#include "moiety/io/peft.h"
 #include "moiety/moe/grouped.h"
 
 namespace moiety {
@@ -19,13 +18,8 @@ using torch::Tensor;
 
 template <class T>
 const T* by_pattern(const std::map<std::string, T>& patterns, const std::string& path, const char* key) {
-  for (const auto& [pattern, value] : patterns) {
-    try {
-      if (std::regex_match(path, std::regex("(.*\\.)?(" + pattern + ")"))) return &value;
-    } catch (const std::regex_error& e) {
-      fail("{}: '{}' is no regular expression: {}", key, shown(pattern), e.what());
-    }
-  }
+  for (const auto& [pattern, value] : patterns)
+    if (means_path(pattern, path, key)) return &value;
   return nullptr;
 }
 
