@@ -78,6 +78,7 @@ Lora::Lora(Tensor first, Tensor second, double scale, double dropout, LinearImpl
   a = register_parameter("lora_A", first, first.requires_grad());
   b = register_parameter("lora_B", second, second.requires_grad());
   check((!m.defined() && !own_bias.defined()) || matrix != nullptr, "magnitudes and biases need the matrix");
+  check(!own_bias.defined() || matrix->bias.defined(), "a bias can take the place of one only");
   if (m.defined()) magnitude = register_parameter("magnitude", m, m.requires_grad());
   if (own_bias.defined()) bias = register_parameter("bias", own_bias, own_bias.requires_grad());
 }
@@ -98,7 +99,10 @@ void Lora::apply(const Tensor& x, std::vector<Tensor>& outputs, Pass& pass) {
       norms = row_norms();
       norms_ = Tensor();
     } else {
-      if (!norms_.defined()) norms_ = row_norms();
+      const std::tuple<const void*, const void*, int64_t> now{a.const_data_ptr(), b.const_data_ptr(),
+                                                              int64_t{a._version()} + int64_t{b._version()}};
+      if (!norms_.defined() || now != of_) norms_ = row_norms();
+      of_ = now;
       norms = norms_;
     }
     y = y * like(magnitude / norms, y);
