@@ -64,7 +64,7 @@ Damped damped(const Tensor& covariance, const std::string& site) {
         site);
   check(finite(covariance), "the second moment at {} is not finite", site);
   const auto c = covariance.to(torch::kFloat32);
-  const auto one = torch::eye(c.size(0));
+  const auto one = torch::eye(c.size(0), c.options());
   const double level = c.diagonal().mean().item<double>();
   Damped out;
   // As the authors test it: in single precision.
@@ -138,7 +138,7 @@ Tensor corda_compress(const Tensor& weight, const std::string& kind, const Tenso
     back = torch::diag(scale.reciprocal());
   } else {
     check(kind == "svd", "unknown kind `{}`; known are corda, asvd and svd", kind);
-    forth = back = torch::eye(weight.size(1), torch::kFloat64);
+    forth = back = torch::eye(weight.size(1), w.options());
   }
   const auto [u, s, v] = torch::linalg_svd(torch::matmul(w, forth), /*full_matrices=*/false);
   const int64_t kept = q - drop;

@@ -64,7 +64,7 @@ DynMoleChoice dynmole_choose(const torch::Tensor& p, const DynMoleRule& rule) {
   DynMoleChoice out;
   out.entropy = entropy(p, rule.entropy_index, rule.entropy_eps, true, rule.entropy_type);
   const auto [sorted, order] = top_k(p.detach(), experts);
-  auto keep = torch::arange(experts) < rule.keep_top_k;
+  auto keep = torch::arange(experts, order.options()) < rule.keep_top_k;
   // A running sum may be rounded above 1.
   keep = rule.top_p >= 1.0 ? torch::ones_like(sorted, torch::kBool) : (sorted.cumsum(-1) <= rule.top_p) | keep;
   out.mask = torch::zeros_like(sorted, torch::kBool).scatter(-1, order, keep);
@@ -111,7 +111,7 @@ Routing DynMoleRouter::route(const torch::Tensor& x, const Site& site, Pass& pas
   r.scores = torch::softmax(r.logits, -1);
   edit_scores(r.scores, site, pass);
   const auto choice = dynmole_choose(r.scores, rule);
-  r.experts = every_expert(r.scores.size(0), experts()).masked_fill(~choice.mask, -1);
+  r.experts = every_expert(r.scores.size(0), experts(), r.scores.device()).masked_fill(~choice.mask, -1);
   r.gates = choice.weights;
   if (pass.training && has_rule()) {
     const std::string key = "dynmole." + std::to_string(experts());

@@ -106,7 +106,7 @@ void FlyLora::apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs,
 torch::Tensor FlyLora::merged(const torch::Tensor& weight, int64_t place) const {
   if (config_.top_k < a_.size(0)) return Beside::merged(weight, place);
   const torch::NoGradGuard frozen;
-  return torch::addmm(weight, b_, a_, 1.0, scale());
+  return torch::addmm(weight, b_.to(torch::kFloat32), a_.to(torch::kFloat32), 1.0, scale());
 }
 
 FlyAdapter fly_average(const std::vector<FlyAdapter>& adapters) {

@@ -19,8 +19,6 @@ std::string key_of(const Pass& pass) {
   return fmt::format("llava-mole.{}.{}", pass.block, pass.round);
 }
 
-constexpr const char* kAll = "llava-mole.p";
-
 }  // namespace
 
 void LlavaMoleConfig::fields(Fields& f) {
@@ -50,7 +48,7 @@ torch::Tensor mole_gates(const torch::Tensor& p, bool dense, const std::string& 
 torch::Tensor mole_balance_loss(const torch::Tensor& p, const torch::Tensor& mask) {
   const int64_t layers = p.size(0), rows = p.size(1), tokens = p.size(2);
   const auto chosen = torch::zeros_like(p.detach()).scatter_(-1, top_k(p.detach(), 1).second, 1.0);
-  const auto real = (mask.defined() ? mask != 0 : torch::ones({rows, tokens}, torch::kBool)).to(p.scalar_type());
+  const auto real = (mask.defined() ? mask != 0 : torch::ones({rows, tokens}, p.options().dtype(torch::kBool))).to(p.scalar_type());
   const auto count = real.sum(1) * static_cast<double>(layers);
   check((count > 0).all().item<bool>(), "a sample has no real token to balance experts over");
   const auto mean = [&](const torch::Tensor& t) {
@@ -76,15 +74,17 @@ torch::Tensor MoleRouter::route(const torch::Tensor& x, Pass& pass) {
   if (pass.trace) {
     Routing r{top_k(p, 1).second, {}, p, logits};
     r.gates = gates.gather(1, r.experts);
-    if (dense_) r = {every_expert(x.size(0), experts), p, p, logits};
+    if (dense_) r = {every_expert(x.size(0), experts, p.device()), p, p, logits};
     report(pass, site, r, experts, x, {});
   }
   if (pass.training && coef_ > 0.0 && experts > 1) {
-    auto& all = pass.state[kAll];
+    // Layers of one number of experts pool.
+    const std::string key = fmt::format("llava-mole.p.{}.{}", experts, coef_);
+    auto& all = pass.state[key];
     const auto own = p.view({1, pass.batch, -1, experts});
     all = all.defined() ? torch::cat({all, own}) : own;
-    pass.at_end(kAll, [coef = coef_](Pass& q) {
-      q.add_loss("llava-mole.balance", coef * mole_balance_loss(q.state.at(kAll), q.mask));
+    pass.at_end(key, [key, coef = coef_](Pass& q) {
+      q.add_loss("llava-mole.balance", coef * mole_balance_loss(q.state.at(key), q.mask));
     });
   }
   return gates;

@@ -3,13 +3,12 @@
 #include <torch/torch.h>
 
 #include <cmath>
-#include <regex>
 
 #include "moiety/adapt/low_rank.h"
 #include "moiety/adapt/routed_lora.h"
 #include "moiety/base/error.h"
 #include "moiety/base/registry.h"
-#include "moiety/base/text.h"
+#include "moiety/io/peft.h"
 #include "moiety/moe/grouped.h"
 
 namespace moiety {
@@ -19,13 +18,8 @@ using torch::Tensor;
 
 template <class T>
 const T* by_pattern(const std::map<std::string, T>& patterns, const std::string& path, const char* key) {
-  for (const auto& [pattern, value] : patterns) {
-    try {
-      if (std::regex_match(path, std::regex("(.*\\.)?(" + pattern + ")"))) return &value;
-    } catch (const std::regex_error& e) {
-      fail("{}: '{}' is no regular expression: {}", key, shown(pattern), e.what());
-    }
-  }
+  for (const auto& [pattern, value] : patterns)
+    if (means_path(pattern, path, key)) return &value;
   return nullptr;
 }
 
@@ -84,6 +78,7 @@ Lora::Lora(Tensor first, Tensor second, double scale, double dropout, LinearImpl
   a = register_parameter("lora_A", first, first.requires_grad());
   b = register_parameter("lora_B", second, second.requires_grad());
   check((!m.defined() && !own_bias.defined()) || matrix != nullptr, "magnitudes and biases need the matrix");
+  check(!own_bias.defined() || matrix->bias.defined(), "a bias can take the place of one only");
   if (m.defined()) magnitude = register_parameter("magnitude", m, m.requires_grad());
   if (own_bias.defined()) bias = register_parameter("bias", own_bias, own_bias.requires_grad());
 }
@@ -104,7 +99,10 @@ void Lora::apply(const Tensor& x, std::vector<Tensor>& outputs, Pass& pass) {
       norms = row_norms();
       norms_ = Tensor();
     } else {
-      if (!norms_.defined()) norms_ = row_norms();
+      const std::tuple<const void*, const void*, int64_t> now{a.const_data_ptr(), b.const_data_ptr(),
+                                                              int64_t{a._version()} + int64_t{b._version()}};
+      if (!norms_.defined() || now != of_) norms_ = row_norms();
+      of_ = now;
       norms = norms_;
     }
     y = y * like(magnitude / norms, y);

@@ -5,6 +5,7 @@
 
 #include <map>
 #include <string>
+#include <tuple>
 
 #include "moiety/base/config.h"
 #include "moiety/nn/beside.h"
@@ -46,7 +47,8 @@ class Lora : public Beside {
 
   double scale_, dropout_;
   LinearImpl* matrix_;
-  torch::Tensor norms_;  // what inference keeps
+  torch::Tensor norms_;  // what inference keeps, while A and B are these: memory and version
+  std::tuple<const void*, const void*, int64_t> of_;
 };
 
 /// The row norms of W [out, in] that DoRA's magnitude starts from.

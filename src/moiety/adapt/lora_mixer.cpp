@@ -152,7 +152,7 @@ void LoraMixer::apply(const torch::Tensor& x, std::vector<torch::Tensor>& output
     }
     outputs[i] = add_low_rank(outputs[i], v, joined_a(t.a), joined_b(t.b), weights * t.scale, 1.0);
     if (pass.trace) {
-      Routing r{every_expert(flat.size(0), experts), weights, torch::softmax(logits, -1), logits};
+      Routing r{every_expert(flat.size(0), experts, weights.device()), weights, torch::softmax(logits, -1), logits};
       r.experts = r.experts.masked_fill(weights == 0, -1);
       report(pass, site, r, experts, flat, outputs[i].view({-1, outputs[i].size(-1)}));
     }
@@ -166,7 +166,7 @@ torch::Tensor LoraMixer::merged(const torch::Tensor& weight, int64_t place) cons
   const Target& t = targets_.at(static_cast<size_t>(place));
   if (t.a.size(0) != 1) return Beside::merged(weight, place);
   const torch::NoGradGuard frozen;
-  return torch::addmm(weight, t.b[0], t.a[0], 1.0, t.scale[0].item<double>());
+  return torch::addmm(weight, t.b[0].to(torch::kFloat32), t.a[0].to(torch::kFloat32), 1.0, t.scale[0].item<double>());
 }
 
 namespace {

@@ -30,8 +30,8 @@ LocalizedBalance localized_balance(const torch::Tensor& gates, const torch::Tens
   check(types.dim() == 1 && types.size(0) == rows, "{} rows need as many types", rows);
   check(((types == 0) | (types == 1)).all().item<bool>(), "types of samples are 0 and 1: there is a {}",
         types.max().item<int64_t>() > 1 ? types.max().item<int64_t>() : types.min().item<int64_t>());
-  const auto of_expert = (torch::arange(experts) < experts / 2).to(torch::kInt64);
-  const auto same = of_expert.unsqueeze(0) == types.unsqueeze(1);
+  const auto of_expert = (torch::arange(experts, gates.device()) < experts / 2).to(torch::kInt64);
+  const auto same = of_expert.unsqueeze(0) == types.to(gates.device()).unsqueeze(1);
   const auto weight = torch::where(same, 1.0 + delta, 1.0 - delta).to(gates.scalar_type());
   LocalizedBalance out;
   out.z = weight * gates.sum(1);

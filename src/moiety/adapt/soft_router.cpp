@@ -16,7 +16,7 @@ Routing SoftRouter::route(const torch::Tensor& x, const Site& site, Pass& pass) 
   edit_logits(r.logits, site, pass);
   r.scores = torch::softmax(r.logits, -1);
   edit_scores(r.scores, site, pass);
-  r.experts = every_expert(r.scores.size(0), experts());
+  r.experts = every_expert(r.scores.size(0), experts(), r.scores.device());
   r.gates = r.scores;
   return finish(std::move(r), site, pass);
 }
@@ -25,8 +25,8 @@ void SoftRouter::set_active(int64_t k) {
   check(k == experts(), "this router gives every token all of its {} experts", experts());
 }
 
-torch::Tensor every_expert(int64_t n, int64_t experts) {
-  return torch::arange(experts, torch::kInt64).expand({n, experts});
+torch::Tensor every_expert(int64_t n, int64_t experts, torch::Device device) {
+  return torch::arange(experts, torch::TensorOptions(torch::kInt64).device(device)).expand({n, experts});
 }
 
 }  // namespace moiety

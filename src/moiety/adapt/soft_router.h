@@ -17,6 +17,6 @@ class SoftRouter : public Router {
 };
 
 /// 0 ... experts - 1 for each of n rows: [n, experts] int64.
-torch::Tensor every_expert(int64_t n, int64_t experts);
+torch::Tensor every_expert(int64_t n, int64_t experts, torch::Device device);
 
 }  // namespace moiety

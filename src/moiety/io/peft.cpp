@@ -17,6 +17,7 @@
 #include "moiety/base/registry.h"
 #include "moiety/base/text.h"
 #include "moiety/io/overlay.h"
+#include "moiety/io/regex.h"
 
 namespace fs = std::filesystem;
 using nlohmann::json;
@@ -27,11 +28,17 @@ namespace {
 constexpr const char* kConfig = "adapter_config.json";
 constexpr const char* kWeights = "adapter_model.safetensors";
 constexpr const char* kFront = "base_model.model.";
+constexpr size_t kLongestName = 512;
+
+std::string config_text(const fs::path& folder) {
+  const fs::path file = folder / kConfig;
+  check(fs::exists(file), "{}: no {} in it: not an adapter", folder.string(), kConfig);
+  return read_text(file);
+}
 
 json read_config(const fs::path& folder) {
   const fs::path file = folder / kConfig;
-  check(fs::exists(file), "{}: no {} in it: not an adapter", folder.string(), kConfig);
-  json out = parse_json(read_text(file), file.string());
+  json out = parse_json(config_text(folder), file.string());
   check(out.is_object(), "{}: a JSON object was expected", file.string());
   return out;
 }
@@ -55,20 +62,24 @@ bool set_in(const json& config, const char* key) {
   return true;
 }
 
-// The value of a pattern that matches a path as PEFT matches it, else `otherwise`.
-double by_pattern(const json& config, const char* key, const std::string& path, double otherwise,
-                  const std::string& where) {
+// Patterns in the order of the file, in which PEFT tries them.
+using Patterns = std::vector<std::pair<std::string, json>>;
+Patterns patterns_of(const std::string& text, const char* key) {
+  const auto config = nlohmann::ordered_json::parse(text);
+  Patterns out;
   const auto it = config.find(key);
-  if (it == config.end() || !it->is_object()) return otherwise;
-  for (const auto& [pattern, value] : it->items()) {
-    try {
-      if (std::regex_match(path, std::regex("(.*\\.)?(" + pattern + ")"))) {
-        check(value.is_number(), "{}: {} of '{}' is no number", where, key, shown(pattern));
-        return value.get<double>();
-      }
-    } catch (const std::regex_error&) {
-      fail("{}: {}: '{}' is no regular expression", where, key, shown(pattern));
-    }
+  if (it == config.end() || !it->is_object()) return out;
+  for (const auto& [pattern, value] : it->items()) out.emplace_back(pattern, value);
+  return out;
+}
+
+// The value of the first pattern that matches a path, else `otherwise`.
+double by_pattern(const Patterns& patterns, const char* key, const std::string& path, double otherwise,
+                  const std::string& where) {
+  for (const auto& [pattern, value] : patterns) {
+    if (!means_path(pattern, path, fmt::format("{}: {}", where, key))) continue;
+    check(value.is_number(), "{}: {} of '{}' is no number", where, key, shown(pattern));
+    return value.get<double>();
   }
   return otherwise;
 }
@@ -78,6 +89,30 @@ bool rslora(const json& config) {
 }
 
 }  // namespace
+
+bool means_path(const std::string& pattern, const std::string& path, const std::string& where) {
+  // Most patterns are names, whose dots may be escaped: no need for an expression.
+  std::string plain;
+  std::vector<bool> any;
+  for (size_t i = 0; i < pattern.size(); ++i) {
+    const bool escaped = pattern[i] == '\\' && i + 1 < pattern.size() && pattern[i + 1] == '.';
+    if (escaped) ++i;
+    const char c = pattern[i];
+    if (std::isalnum(static_cast<unsigned char>(c)) == 0 && c != '_' && c != '.') {
+      const Regex regex("\\A(?:.*\\.)?(?:" + pattern + ")\\z", where);
+      size_t begin = 0, end = 0;
+      return Regex::Matches(regex, path).next(begin, end);
+    }
+    plain += c;
+    any.push_back(c == '.' && !escaped);
+  }
+  if (plain.size() > path.size()) return false;
+  const size_t begin = path.size() - plain.size();
+  if (begin > 0 && path[begin - 1] != '.') return false;
+  for (size_t i = 0; i < plain.size(); ++i)
+    if (!any[i] && plain[i] != path[begin + i]) return false;
+  return true;
+}
 
 bool is_adapter(const fs::path& folder) {
   return fs::is_directory(folder) && fs::exists(folder / kConfig) && !fs::exists(folder / "config.json");
@@ -116,9 +151,12 @@ std::shared_ptr<const PeftAdapter> PeftAdapter::open(const fs::path& folder) {
     }
     const auto rank = c.value("r", json(8)), alpha = c.value("lora_alpha", json(8));
     check(rank.is_number() && alpha.is_number(), "{}: `r` and `lora_alpha` are numbers", where);
+    const std::string text = config_text(folder);
+    const auto ranks = patterns_of(text, "rank_pattern"), alphas = patterns_of(text, "alpha_pattern");
     std::map<std::string, PeftMatrix> by_path;  // by stored path, "base_layer" included
-    std::set<std::string> used;
     for (const TensorInfo& t : weights->tensors()) {
+      check(t.name.size() <= kLongestName, "{}: tensor '{}' has a name of {} bytes", folder.string(), shown(t.name),
+            t.name.size());
       const size_t at = t.name.find(".lora_");
       check(at != std::string::npos, "{}: tensor '{}' is no part of a LoRA", folder.string(), shown(t.name));
       std::string path = t.name.substr(0, at);
@@ -148,13 +186,16 @@ std::shared_ptr<const PeftAdapter> PeftAdapter::open(const fs::path& folder) {
             shown(stored), m.a.shape[0], m.b.shape[1]);
       check(m.a.shape[0] == m.b.shape[1], "{}: '{}': lora_A has {} rows, lora_B {} columns", folder.string(),
             shown(stored), m.a.shape[0], m.b.shape[1]);
-      const double r = by_pattern(c, "rank_pattern", m.path, rank.get<double>(), where),
-                   a = by_pattern(c, "alpha_pattern", m.path, alpha.get<double>(), where);
+      const double r = by_pattern(ranks, "rank_pattern", m.path, rank.get<double>(), where),
+                   a = by_pattern(alphas, "alpha_pattern", m.path, alpha.get<double>(), where);
       check(r >= 1 && r == std::floor(r) && r <= 1e6, "{}: a rank of {} at {}", where, r, m.path);
       m.rank = static_cast<int64_t>(r);
       check(m.experts ? m.a.shape[0] % m.rank == 0 : m.a.shape[0] == m.rank,
             "{}: '{}' has {} rows of lora_A, and the config says rank {}", folder.string(), shown(stored), m.a.shape[0],
             m.rank);
+      check(!m.has_magnitude || m.magnitude.elements() == m.b.shape[0],
+            "{}: '{}' has {} magnitudes for {} rows of lora_B", folder.string(), shown(stored), m.magnitude.elements(),
+            m.b.shape[0]);
       m.scale = rslora(c) ? a / std::sqrt(r) : a / r;
       out->matrices_.push_back(m);
     }
@@ -296,7 +337,9 @@ void add_peft(const PeftAdapter& adapter, const Checkpoint& base, const std::str
       check(place.has_value() && place->layer < layers, "{}: {} is no layer of this model, which has {}", where,
             shown(m.path), layers);
       const int64_t in = m.a.shape[1], rows = m.b.shape[0], experts = m.a.shape[0] / m.rank, r = m.rank;
-      const bool both = !(rows == hidden && in != hidden) && rows % 2 == 0 && in == hidden;
+      // Gate and up read the hidden size, down its own; where an expert is as wide as the model, the rows tell.
+      const int64_t width = number(config, "moe_intermediate_size", number(config, "intermediate_size", 0));
+      const bool both = in == hidden && rows % 2 == 0 && (rows != hidden || 2 * width == hidden);
       const std::string name = both ? "experts.gate_up_proj" : "experts.down_proj";
       const auto a = m.a.to_float(), b = m.b.to_float();
       const std::string at = fmt::format("{}layers.{}.adapters.{}{}.", front, place->layer, middle, name);
@@ -346,6 +389,8 @@ void add_peft(const PeftAdapter& adapter, const Checkpoint& base, const std::str
       begin += p.rows;
       std::vector<float> magnitude = m.has_magnitude ? m.magnitude.to_float() : std::vector<float>();
       if (interleaved(config) && turns(p.name)) {
+        check(heads.size > 0 && heads.size % 2 == 0 && p.rows % heads.size == 0,
+              "{}: {} has {} rows, which are no heads of {}", where, shown(m.path), p.rows, heads.size);
         reorder(rows, p.rows, m.rank, heads.size, false);
         if (m.has_magnitude) reorder(magnitude, p.rows, 1, heads.size, false);
       }
@@ -386,6 +431,8 @@ std::shared_ptr<const Checkpoint> with_adapters(std::shared_ptr<const Checkpoint
   if (!parts.is_array()) parts = json::array();
   std::vector<OverlayTensor> own;
   std::set<std::string> names;
+  for (const json& part : parts)
+    if (part.is_object() && part.contains("name") && part["name"].is_string()) names.insert(part["name"]);
   for (const AdapterChoice& choice : adapters) {
     const json description = read_config(choice.folder);
     std::string name;
@@ -393,6 +440,7 @@ std::shared_ptr<const Checkpoint> with_adapters(std::shared_ptr<const Checkpoint
       for (const char c : fs::absolute(choice.folder).lexically_normal().filename().string())
         name += std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '-' || c == '_' ? c : '_';
       if (name.empty()) name = "adapter";
+      name = name.substr(0, 64);
       const std::string stem = name.substr(0, 56);
       for (int i = 2; !names.insert(name).second; ++i) name = fmt::format("{}-{}", stem, i);
     }
@@ -444,7 +492,9 @@ std::shared_ptr<const Checkpoint> open_adapter(const fs::path& folder) {
   try {
     // As written, else as seen from the adapter.
     const fs::path beside = folder / name;
-    base = Checkpoint::open(!fs::exists(name) && fs::exists(beside) ? beside.string() : name);
+    const std::string at = !fs::exists(name) && fs::exists(beside) ? beside.string() : name;
+    check(!is_adapter(at), "that is an adapter itself: merge it into its base first");
+    base = Checkpoint::open(at);
   } catch (const Error& e) {
     fail("{} adapts {}, which cannot be opened ({}); name the model, and the adapter with --adapter", folder.string(),
          shown(name), e.what());

@@ -42,6 +42,10 @@ class PeftAdapter {
   std::vector<PeftMatrix> matrices_;
 };
 
+/// Whether a pattern of `rank_pattern` or `alpha_pattern` means a path, as PEFT reads it: it matches the whole path, or
+/// what follows a dot of it. Throws Error naming `where`: it is no regular expression, or takes too many steps.
+bool means_path(const std::string& pattern, const std::string& path, const std::string& where);
+
 /// A folder that holds an adapter and no model.
 bool is_adapter(const std::filesystem::path& folder);
 

@@ -1,0 +1,180 @@
+#include "moiety/models/merged.h"
+
+#include <gtest/gtest.h>
+
+#include "adapt/adapt_tools.h"
+#include "message_of.h"
+#include "moiety/base/files.h"
+#include "moiety/nn/weights.h"
+#include "moiety/train/open_run.h"
+
+namespace moiety {
+namespace {
+
+using nlohmann::json;
+using torch::Tensor;
+
+// A model with parts whose B is not zero, as a checkpoint, and what it becomes when it is merged.
+struct Merging {
+  TemporaryFolder folder{"moiety-test"};
+  json config;
+  std::shared_ptr<const Checkpoint> adapted;
+  Tensor ids = torch::arange(18, torch::kInt64).view({2, 9});
+
+  explicit Merging(const json& parts, const json& more = json::object(), const std::string& dtype = "f32")
+      : config(model_with(parts, more)) {
+    torch::manual_seed(3);
+    const auto model = make_causal(config, {.trainable = true});
+    stir(*model);
+    config["dtype"] = dtype == "bf16" ? "bfloat16" : "float32";
+    std::filesystem::create_directories(folder.path());
+    write_file(folder / "config.json", config.dump());
+    write_stored(folder.path(), model->stored(), dtype);
+    adapted = Checkpoint::open(folder.path().string());
+  }
+  std::shared_ptr<const Checkpoint> merged() const { return merged_checkpoint(adapted); }
+  // Largest difference of logits, over their deviation.
+  double difference(const LoadOptions& options = {}) const {
+    const auto before = logits_of(*load_causal(*adapted, options), ids),
+               after = logits_of(*load_causal(*merged(), options), ids);
+    EXPECT_GT(distance(before, logits_of(*load_causal(*Plain::of(*this), options), ids)), 1e-3);
+    return distance(before, after) / before.std().item<double>();
+  }
+  std::string refusal() const {
+    return message_of([&] {
+      const auto m = merged();
+      for (const TensorInfo& t : m->tensors()) m->get(t.name);
+    });
+  }
+
+ private:
+  // The same checkpoint without what stands beside its matrices.
+  class Plain : public Checkpoint {
+   public:
+    static std::shared_ptr<const Checkpoint> of(const Merging& m) {
+      auto out = std::make_shared<Plain>();
+      out->under_ = m.adapted;
+      out->config_ = m.merged()->config();
+      for (const auto& t : m.adapted->tensors())
+        if (t.name.find(".adapters.") == std::string::npos) out->tensors_.push_back(t);
+      return out;
+    }
+    const json& config() const override { return config_; }
+    const json& generation_config() const override { return under_->generation_config(); }
+    const std::vector<TensorInfo>& tensors() const override { return tensors_; }
+    bool has(const std::string& name) const override {
+      return name.find(".adapters.") == std::string::npos && under_->has(name);
+    }
+    TensorView get(const std::string& name) const override { return under_->get(name); }
+    std::filesystem::path path() const override { return under_->path(); }
+    int64_t bytes_on_disk() const override { return 0; }
+
+   private:
+    std::shared_ptr<const Checkpoint> under_;
+    json config_;
+    std::vector<TensorInfo> tensors_;
+  };
+};
+
+json lora(const json& more = json::object()) {
+  json part = {{"slug", "lora"}, {"rank", 2}, {"alpha", 3.0}};
+  part.update(more);
+  return part;
+}
+
+// Sums in another order, and products that are rounded in between.
+constexpr double kRounding = 5e-5;
+
+const json kMixtral = {{"model_type", "mixtral"}, {"num_local_experts", 4}, {"num_experts_per_tok", 2}};
+
+TEST(Merged, AnswersAsTheAdaptedModel) {
+  const Merging m(json::array({lora()}));
+  EXPECT_LT(m.difference(), kRounding);
+  const auto merged = m.merged();
+  EXPECT_EQ(merged->config().count("moiety"), 0u);
+  for (const TensorInfo& t : merged->tensors()) EXPECT_EQ(t.name.find("adapters"), std::string::npos);
+}
+
+TEST(Merged, SoDoDoraAndSeveralTogether) {
+  EXPECT_LT(Merging(json::array({lora({{"dora", true}})})).difference(), kRounding);
+  EXPECT_LT(Merging(json::array({lora({{"name", "a"}}), lora({{"name", "b"}, {"target", "q_proj"}, {"rslora", true}})}))
+                .difference(),
+            kRounding);
+  // The second DoRA divides by the norms of what the first has left.
+  EXPECT_LT(Merging(json::array({lora({{"name", "a"}}), lora({{"name", "b"}, {"strength", -0.5}})})).difference(),
+            kRounding);
+}
+
+TEST(Merged, SoDoMatricesOfExperts) {
+  for (const char* experts : {"own", "shared", "all"})
+    EXPECT_LT(Merging(json::array({lora({{"target", {"experts.gate_up_proj", "experts.down_proj", "v_proj"}},
+                                         {"experts", experts}})}),
+                      kMixtral)
+                  .difference(),
+              kRounding);
+}
+
+TEST(Merged, SoDoFusedMatrices) {
+  EXPECT_LT(Merging(json::array({lora()}), {{"model_type", "phi3"}, {"pad_token_id", 0}}).difference(), kRounding);
+}
+
+TEST(Merged, SoDoMixturesOfOneExpert) {
+  EXPECT_LT(Merging(json::array({{{"slug", "mola"}, {"experts", 1}, {"top_k", 1}, {"rank", 2}}})).difference(),
+            kRounding);
+  EXPECT_LT(Merging(json::array({{{"slug", "lora-mixer"}, {"experts", 1}, {"rank", 2}}})).difference(), kRounding);
+  EXPECT_LT(Merging(json::array({{{"slug", "flylora"}, {"rank", 4}, {"top_k", 4}}})).difference(), kRounding);
+}
+
+TEST(Merged, SoDoWeightsOfSixteenBits) {
+  for (const json& part : {lora(), json{{"slug", "lora-mixer"}, {"experts", 1}, {"rank", 2}},
+                           json{{"slug", "flylora"}, {"rank", 4}, {"top_k", 4}}}) {
+    const Merging m(json::array({part}), json::object(), "bf16");
+    for (const TensorInfo& t : m.merged()->tensors()) EXPECT_EQ(t.format, Format::BF16);
+    // Sums are rounded to 8 bits.
+    EXPECT_LT(m.difference({.dtype = "f32"}), 0.1) << part;
+  }
+}
+
+TEST(Merged, KeepsPartsAtOtherSites) {
+  const Merging m(
+      json::array({json{{"slug", "deepseekmoe"}, {"layers", 0}, {"experts", 3}, {"shared", 1}, {"top_k", 2}},
+                   lora({{"target", "q_proj"}})}));
+  EXPECT_LT(m.difference(), kRounding);
+  EXPECT_EQ(m.merged()->config()["moiety"]["parts"].size(), 1u);
+}
+
+TEST(Merged, LeavesWhatIsNotAdaptedAsItIs) {
+  const Merging m(json::array({lora({{"target", "q_proj"}, {"layers", 1}})}));
+  const auto merged = m.merged();
+  for (const TensorInfo& t : merged->tensors()) {
+    const bool same = merged->get(t.name).to_float() == m.adapted->get(t.name).to_float();
+    EXPECT_EQ(same, t.name != "model.layers.1.self_attn.q_proj.weight") << t.name;
+  }
+}
+
+TEST(Merged, SaysWhatCannotBe) {
+  const auto says = [](const json& part, const json& more = json::object()) {
+    return Merging(json::array({part}), more).refusal();
+  };
+  EXPECT_NE(says({{"slug", "mola"}, {"experts", 3}, {"rank", 2}}).find("its router gives every token"),
+            std::string::npos);
+  EXPECT_NE(says({{"slug", "loramoe"}, {"experts", 2}, {"rank", 2}}).find("its router gives every token"),
+            std::string::npos);
+  EXPECT_NE(says({{"slug", "dynmole"}, {"experts", 3}, {"rank", 2}}).find("its router gives every token"),
+            std::string::npos);
+  EXPECT_NE(says({{"slug", "lora-mixer"}, {"experts", 2}, {"rank", 2}}).find("its router gives every token"),
+            std::string::npos);
+  EXPECT_NE(says({{"slug", "llava-mole"}, {"target", {"gate_proj", "up_proj", "down_proj"}}, {"rank", 2}})
+                .find("an expert of its own"),
+            std::string::npos);
+  EXPECT_NE(says({{"slug", "smora"}, {"rank", 4}, {"active", 2}}).find("ranks of its own"), std::string::npos);
+  EXPECT_NE(says({{"slug", "mora"}, {"rank", 4}, {"top_k", 2}}).find("depends on the token"), std::string::npos);
+  EXPECT_NE(says({{"slug", "flylora"}, {"rank", 4}, {"top_k", 2}}).find("ranks of its own"), std::string::npos);
+  EXPECT_NE(says(lora({{"bias", "lora_only"}, {"target", "q_proj"}}), {{"model_type", "qwen2"}}).find("trained bias"),
+            std::string::npos);
+  EXPECT_NE(message_of([] { merged_checkpoint(Merging(json::array()).adapted); }).find("nothing stands beside"),
+            std::string::npos);
+}
+
+}  // namespace
+}  // namespace moiety
