@@ -21,21 +21,11 @@ struct LanguageSettings {
   void fields(Fields& f) { f("slug", slug, "the task's name"); }
 };
 
-void fill(Pass& pass, const MicroBatch& m) {
-  pass.mask = m.mask;
-  pass.segments = m.segments;
-  pass.positions = m.positions;
-  pass.labels = m.labels;
-}
-
 Encoder encoder_of(const TrainConfig& config, const OpenRun& run) {
   Encoder e;
   e.tokenizer = run.tokenizer;
   e.chat_template = run.chat_template;
-  e.options.max_length = config.data.cut ? config.data.length : 0;
-  e.options.add_eos = config.data.add_end;
-  e.options.loss_on_prompt = config.data.learn_prompts;
-  e.options.last_answer_only = config.data.last_answer_only;
+  e.options = encode_options(config);
   return e;
 }
 
@@ -49,6 +39,22 @@ Tensor language_loss(CausalModel& model, const MicroBatch& m, Pass& pass) {
 
 }  // namespace
 
+void set_rows(Pass& pass, const MicroBatch& m) {
+  pass.mask = m.mask;
+  pass.segments = m.segments;
+  pass.positions = m.positions;
+  pass.labels = m.labels;
+}
+
+EncodeOptions encode_options(const TrainConfig& config) {
+  EncodeOptions o;
+  o.max_length = config.data.cut ? config.data.length : 0;
+  o.add_eos = config.data.add_end;
+  o.loss_on_prompt = config.data.learn_prompts;
+  o.last_answer_only = config.data.last_answer_only;
+  return o;
+}
+
 Tensor token_loss(const Tensor& logits, const Tensor& targets) {
   return at::cross_entropy_loss(logits.reshape({-1, logits.size(-1)}), targets.reshape({-1}), {}, at::Reduction::Sum,
                                 /*ignore_index=*/-100);
@@ -59,7 +65,7 @@ EvaluationResult evaluate(CausalModel& model, const HeldOut& data, torch::Device
   const auto sums =
       score_batches(model, data, device, ranks, [&](const MicroBatch& m, bool counts) -> std::vector<double> {
         Pass pass;
-        fill(pass, m);
+        set_rows(pass, m);
         pass.edits = edits;
         if (counts) pass.trace = trace;
         return {language_loss(model, m, pass).item<double>()};
@@ -93,7 +99,7 @@ void LanguageTask::open_data() {
 }
 
 Tensor LanguageTask::loss(const MicroBatch& m, Pass& pass) {
-  fill(pass, m);
+  set_rows(pass, m);
   return language_loss(*run_.model, m, pass);
 }
 

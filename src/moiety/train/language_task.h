@@ -32,6 +32,10 @@ class LanguageTask : public TrainTask {
   std::vector<std::pair<std::string, HeldOut>> held_out_;  // by source
 };
 
+/// What a pass has to know of its rows.
+void set_rows(Pass& pass, const MicroBatch& batch);
+/// How a run turns samples into tokens.
+EncodeOptions encode_options(const TrainConfig& config);
 /// The loss of one micro-batch: the sum of -log p over its learned targets. logits [B, T, V] f32.
 torch::Tensor token_loss(const torch::Tensor& logits, const torch::Tensor& targets);
 
