@@ -50,6 +50,47 @@ def make_safetensors():
     put("safetensors", "spaces", safetensors(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}      ', b"x"))
 
 
+# ---- adapters ----
+
+def adapter(config, tensors):
+    """`tensors`: name -> shape; f32 counting up."""
+    header, data = {}, b""
+    for name, shape in tensors.items():
+        values = np.arange(int(np.prod(shape)), dtype="<f4").tobytes()
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + len(values)]}
+        data += values
+    text = json.dumps(config) if not isinstance(config, str) else config
+    return text.encode() + b"\0" + safetensors(header, data)
+
+
+def make_peft():
+    def pair(path, a, b, **more):
+        front = f"base_model.model.model.layers.{path}."
+        return {front + "lora_A.weight": a, front + "lora_B.weight": b} | {front + k: v for k, v in more.items()}
+
+    lora = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    q = pair("0.self_attn.q_proj", [2, 8], [8, 2])
+    put("peft", "lora", adapter(lora, q))
+    put("peft", "rslora", adapter(lora | {"use_rslora": True, "bias": "none", "modules_to_save": None}, q))
+    put("peft", "dora", adapter(lora | {"use_dora": True}, pair("0.self_attn.k_proj", [2, 8], [4, 2], lora_magnitude_vector=[4])))
+    put("peft", "dora_short", adapter(lora, pair("0.self_attn.q_proj", [2, 8], [8, 2], lora_magnitude_vector=[3])))
+    put("peft", "no_heads", adapter(lora, pair("0.self_attn.q_proj", [2, 8], [7, 2])))
+    put("peft", "patterns", adapter(lora | {"rank_pattern": {"down_proj": 1, "layers\\.1\\..*": 3}, "alpha_pattern": {"q_proj": 1}},
+                                    q | pair("1.mlp.down_proj", [1, 6], [8, 1]) | pair("1.mlp.gate_proj", [3, 8], [6, 3])))
+    put("peft", "slow_pattern", adapter(lora | {"rank_pattern": {"(.*)*x": 2, "(a|aa)*b": 3}}, q))
+    put("peft", "fused", adapter(lora, pair("1.self_attn.qkv_proj", [2, 8], [16, 2]) | pair("1.mlp.gate_up_proj", [2, 8], [12, 2])))
+    put("peft", "experts", adapter(lora, pair("0.mlp.experts.base_layer", [6, 8], [12, 6]) | pair("0.mlp.experts", [6, 6], [8, 6])))
+    put("peft", "embedding", adapter(lora, q | {"base_model.model.model.embed_tokens.lora_embedding_A": [2, 4]}))
+    put("peft", "half", adapter(lora, {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": [2, 8]}))
+    put("peft", "empty", adapter({}, {}))
+    put("peft", "other", adapter({"peft_type": "LOHA"}, q))
+    put("peft", "pissa", adapter(lora | {"init_lora_weights": "pissa"}, q))
+    own = {"peft_type": "MOIETY", "moiety": {"parts": [{"slug": "mola", "target": "q_proj"}]}}
+    put("peft", "own", adapter(own, {"layers.0.adapters.q_proj.lora_A": [2, 1, 8], "layers.0.adapters.q_proj.router.weight": [2, 8]}))
+    put("peft", "own_empty", adapter(own | {"moiety": 3}, {}))
+    put("peft", "wrong_types", adapter('{"r": "2", "lora_alpha": null, "rank_pattern": [], "peft_type": {}}', q))
+
+
 # ---- GGUF ----
 
 TYPES = {"u8": (0, "<B"), "i8": (1, "<b"), "u16": (2, "<H"), "i16": (3, "<h"), "u32": (4, "<I"), "i32": (5, "<i"),
@@ -383,7 +424,7 @@ def make_dataset():
     put("dataset", "idx", bytes([6, 0, 0]) + b"\0\0\x08\x03" + struct.pack(">III", 1, 2, 2) + b"abcd")
 
 
-MAKERS = [make_chat_template, make_image, make_dataset, make_tokenizer, make_safetensors, make_gguf, make_format, make_yaml, make_config]
+MAKERS = [make_chat_template, make_image, make_dataset, make_tokenizer, make_safetensors, make_peft, make_gguf, make_format, make_yaml, make_config]
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:

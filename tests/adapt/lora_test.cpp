@@ -168,6 +168,24 @@ TEST(LoraInModel, SeveralWithNamesAddUp) {
   EXPECT_TRUE(torch::equal(logits_of(*alone, ids()), code));
 }
 
+TEST(LoraInModel, TracesKeepWhatEachOfThemGave) {
+  torch::manual_seed(14);
+  const torch::NoGradGuard frozen;
+  const auto part = [](const char* name) {
+    return json{{"slug", "mola"}, {"name", name}, {"target", "q_proj"}, {"experts", 2}, {"rank", 2}, {"layers", 0}};
+  };
+  const auto model = make_causal(model_with({part("one"), part("two")}));
+  stir(*model);
+  model->eval();
+  Trace trace;
+  trace.keep_outputs = true;
+  Pass pass;
+  pass.trace = &trace;
+  model->forward(ids(), pass);
+  ASSERT_EQ(trace.records.size(), 2u);
+  EXPECT_GT(distance(trace.records[0].output, trace.records[1].output), 1e-4);
+}
+
 std::vector<std::string> places(const CausalModel& model) {
   std::vector<std::string> out;
   for (const auto& t : model.stored())

@@ -79,11 +79,6 @@ TEST(LoraMoe, ConstraintIsZeroWhereTheMatchingHalfGetsLess) {
   gates[0].slice(1, 0, 2).fill_(0.7 / 4.0);
   gates[0].slice(1, 2, 4).fill_(1.3 / 4.0);
   gates[1] = gates[0].flip(1);
-  EXPECT_NEAR(loss(gates, types(), 0.3), 0.029, 0.03);
-  // Z is constant where gates are as 1 / I.
-  gates[0].slice(1, 0, 2).fill_(0.25 / 1.3);
-  gates[0].slice(1, 2, 4).fill_(0.25 / 0.7);
-  gates[1] = gates[0].flip(1);
   EXPECT_NEAR(loss(gates, types(), 0.3), 0.0, 1e-6);
   // And not where it gets more.
   EXPECT_GT(loss(gates.flip(0), types(), 0.3), 0.1);

@@ -31,6 +31,15 @@ json part_of(const std::string& slug) {
       {"dynamic-routing", {{"experts", 4}}},
       {"adamoe", {{"experts", 4}, {"null_experts", 4}, {"top_k", 3}}},
       {"adamoe-linear", {{"experts", 3}, {"null_experts", 2}, {"top_k", 2}, {"rank", 2}, {"dropout", 0.0}}},
+      {"lora", {{"rank", 2}, {"dora", true}}},
+      {"mola", {{"experts", 3}, {"rank", 2}, {"dropout", 0.0}, {"coef", 0.1}}},
+      {"llava-mole", {{"target", {"gate_proj", "up_proj", "down_proj"}}, {"rank", 2}, {"dropout", 0.0}}},
+      {"dynmole", {{"experts", 3}, {"rank", 2}, {"dropout", 0.0}}},
+      {"loramoe", {{"experts", 2}, {"rank", 2}, {"dropout", 0.0}}},
+      {"lora-mixer", {{"experts", 3}, {"rank", 2}, {"top_k", 2}}},
+      {"smora", {{"rank", 6}, {"active", 2}}},
+      {"mora", {{"rank", 4}, {"top_k", 3}}},
+      {"flylora", {{"rank", 6}, {"top_k", 2}}},
       {"smoe-dropout", {{"experts", 4}, {"k_min", 2}, {"k_max", 4}}},
       {"rmoe", {{"experts", 4}, {"width", 6}, {"bias", true}, {"shared_width", 8}}},
       {"chain-of-experts", {{"experts", 5}, {"top_k", 2}}},
@@ -97,9 +106,10 @@ TEST_P(Parts, PackedSequencesDoNotSeeEachOther) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Parts,
-                         testing::Values("deepseekmoe", "dynamic-routing", "adamoe", "adamoe-linear", "smoe-dropout",
-                                         "rmoe", "chain-of-experts", "moduleformer", "moduleformer-attention",
-                                         "widenet"),
+                         testing::Values("deepseekmoe", "dynamic-routing", "adamoe", "adamoe-linear", "lora", "mola",
+                                         "llava-mole", "dynmole", "loramoe", "lora-mixer", "smora", "mora", "flylora",
+                                         "smoe-dropout", "rmoe", "chain-of-experts", "moduleformer",
+                                         "moduleformer-attention", "widenet"),
                          [](const auto& info) {
                            std::string name = info.param;
                            for (char& c : name)

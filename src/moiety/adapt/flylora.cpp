@@ -7,7 +7,6 @@
 #include "moiety/base/error.h"
 #include "moiety/base/random.h"
 #include "moiety/base/registry.h"
-#include "moiety/moe/mixture.h"
 #include "moiety/moe/topk.h"
 
 namespace moiety {
@@ -100,7 +99,7 @@ void FlyLora::apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs,
   if (pass.training || config_.update_in_eval) bias_.move(r.experts, pass);
   auto& y = outputs.at(0);
   y = add_low_rank(y, v, a_, b_, gate_table(r, a_.size(0)), scale());
-  report(pass, site, r, a_.size(0), flat, y.view({-1, y.size(-1)}));
+  report_beside(pass, site, r, a_.size(0), flat, y);
 }
 
 torch::Tensor FlyLora::merged(const torch::Tensor& weight, int64_t place) const {

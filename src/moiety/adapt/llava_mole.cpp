@@ -48,7 +48,8 @@ torch::Tensor mole_gates(const torch::Tensor& p, bool dense, const std::string& 
 torch::Tensor mole_balance_loss(const torch::Tensor& p, const torch::Tensor& mask) {
   const int64_t layers = p.size(0), rows = p.size(1), tokens = p.size(2);
   const auto chosen = torch::zeros_like(p.detach()).scatter_(-1, top_k(p.detach(), 1).second, 1.0);
-  const auto real = (mask.defined() ? mask != 0 : torch::ones({rows, tokens}, p.options().dtype(torch::kBool))).to(p.scalar_type());
+  const auto real =
+      mask.defined() ? (mask != 0).to(p.scalar_type()) : torch::ones({rows, tokens}, p.options().requires_grad(false));
   const auto count = real.sum(1) * static_cast<double>(layers);
   check((count > 0).all().item<bool>(), "a sample has no real token to balance experts over");
   const auto mean = [&](const torch::Tensor& t) {

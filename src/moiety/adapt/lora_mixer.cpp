@@ -13,7 +13,6 @@
 #include "moiety/base/log.h"
 #include "moiety/base/registry.h"
 #include "moiety/moe/losses.h"
-#include "moiety/moe/mixture.h"
 #include "moiety/moe/topk.h"
 
 namespace moiety {
@@ -154,7 +153,7 @@ void LoraMixer::apply(const torch::Tensor& x, std::vector<torch::Tensor>& output
     if (pass.trace) {
       Routing r{every_expert(flat.size(0), experts, weights.device()), weights, torch::softmax(logits, -1), logits};
       r.experts = r.experts.masked_fill(weights == 0, -1);
-      report(pass, site, r, experts, flat, outputs[i].view({-1, outputs[i].size(-1)}));
+      report_beside(pass, site, r, experts, flat, outputs[i]);
     }
     if (pass.training && config_.stage != "hard" && !start_.empty())
       pass.add_loss("lora-mixer.preserve", preserve_loss({t.a, t.b}, {start_[2 * i], start_[2 * i + 1]},
@@ -183,6 +182,8 @@ const RegisterMethod registered(
      .make = MakeBeside{
          .per_input = true, .make = [](LinearSite& site, const nlohmann::json& settings) -> std::shared_ptr<Beside> {
            auto c = parse<LoraMixerConfig>(settings, "lora-mixer");
+           if (site.layer == 0 && site.targets[0].name == "q_proj" && c.top_k > c.experts && c.adapters.empty())
+             log::warn("lora-mixer: top_k is {}, and there are {} experts: a token takes all", c.top_k, c.experts);
            if (!c.adapters.empty()) c.experts = static_cast<int64_t>(c.adapters.size());
            if (c.experts == 1 && site.layer == 0 && c.stage != "hard" && site.targets[0].name == "q_proj")
              log::warn("lora-mixer: with one expert its balance loss says nothing");

@@ -108,7 +108,7 @@ Tensor add_routed(Tensor y, const Tensor& v, const Tensor& a, const Tensor& b, c
   if (scale.defined()) {
     std::vector<int64_t> of;
     for (int64_t e = 0; e < experts; ++e) of.insert(of.end(), static_cast<size_t>(d.counts[static_cast<size_t>(e)]), e);
-    d.gates = d.gates * scale.index_select(0, torch::tensor(of, torch::TensorOptions(torch::kInt64).device(scale.device())));
+    d.gates = d.gates * scale.index_select(0, torch::tensor(of, torch::kInt64).to(scale.device()));
   }
   const auto x = v.reshape({-1, v.size(-1)});
   const auto u = grouped_linear(d.gather(x), like(a, x), {}, d.counts);

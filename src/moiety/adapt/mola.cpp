@@ -48,8 +48,7 @@ void MolaBalance::value(const Routing& r, const Site& site, Pass& pass) {
   const auto real = token_groups(pass, r.scores.size(0), false).real;
   // Matrices of one layer that have the same number of experts and of choices pool.
   const int64_t k = r.experts.size(1);
-  const std::string key =
-      fmt::format("{}.{}.{}.{}.{}.{}", name_, site.block, site.round, r.scores.size(1), k, coef_);
+  const std::string key = fmt::format("{}.{}.{}.{}.{}.{}", name_, site.block, site.round, r.scores.size(1), k, coef_);
   const auto pool = [&](const char* what, const torch::Tensor& t) {
     auto& held = pass.state[key + what];
     held = held.defined() ? torch::cat({held, t}) : t;

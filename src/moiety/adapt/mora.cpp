@@ -9,7 +9,6 @@
 #include "moiety/adapt/routed_lora.h"
 #include "moiety/base/error.h"
 #include "moiety/base/registry.h"
-#include "moiety/moe/mixture.h"
 #include "moiety/moe/topk.h"
 
 namespace moiety {
@@ -73,7 +72,7 @@ void Mora::apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs, Pa
     Routing r{top_k(choice.weights, kept).second, {}, choice.scores, z};
     r.gates = choice.weights.gather(1, r.experts);
     r.experts = r.experts.masked_fill(r.gates == 0, -1);
-    report(pass, pass.at(site_), r, z.size(1), flat, y.view({-1, y.size(-1)}));
+    report_beside(pass, pass.at(site_), r, z.size(1), flat, y);
   }
 }
 

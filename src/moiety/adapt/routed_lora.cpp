@@ -14,6 +14,12 @@ torch::Tensor dropped(const torch::Tensor& x, double p, bool training) {
   return p > 0.0 && training ? torch::dropout(x, p, true) : x;
 }
 
+void report_beside(Pass& pass, const Site& site, const Routing& routing, int64_t experts, const torch::Tensor& x,
+                   const torch::Tensor& y) {
+  const auto flat = y.view({-1, y.size(-1)});
+  report(pass, site, routing, experts, x, pass.trace && pass.trace->keep_outputs ? flat.clone() : flat);
+}
+
 RoutedLora::RoutedLora(std::string site, std::shared_ptr<Router> r, torch::Tensor first, torch::Tensor second,
                        double scale, double dropout)
     : site_(std::move(site)), scale_(scale), dropout_(dropout) {
@@ -31,7 +37,7 @@ void RoutedLora::apply(const torch::Tensor& x, std::vector<torch::Tensor>& outpu
   const Routing routing = router->route(flat, pass.at(site_), pass);
   auto& y = outputs.at(0);
   y = add_routed(y, dropped(x, dropout_, pass.training), a, b, routing, scale_, expert_scale);
-  report(pass, pass.at(site_), routing, router->experts(), flat, y.view({-1, y.size(-1)}));
+  report_beside(pass, pass.at(site_), routing, router->experts(), flat, y);
 }
 
 torch::Tensor RoutedLora::merged(const torch::Tensor& weight, int64_t place) const {

@@ -45,6 +45,10 @@ LoraMatrices lora_experts(LinearSite& site, int64_t experts, int64_t rank);
 /// |x|: dropout where a module trains, x itself elsewhere.
 torch::Tensor dropped(const torch::Tensor& x, double p, bool training);
 
+/// report() of a part beside a matrix: outputs that the trace keeps stay as they are now, whatever other parts add.
+void report_beside(Pass& pass, const Site& site, const Routing& routing, int64_t experts, const torch::Tensor& x,
+                   const torch::Tensor& y);
+
 /// Mean over a layer's pairs of experts of ||B_i A_i - B_j A_j||_F, and that over the mean ||B_e A_e||_F (0 for one
 /// expert, or none that adds anything). From [r, r] products alone.
 struct ExpertDistance {

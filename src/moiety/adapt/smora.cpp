@@ -6,7 +6,6 @@
 #include "moiety/adapt/routed_lora.h"
 #include "moiety/base/error.h"
 #include "moiety/base/registry.h"
-#include "moiety/moe/mixture.h"
 #include "moiety/moe/topk.h"
 
 namespace moiety {
@@ -69,7 +68,7 @@ void Smora::apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs, P
   if (pass.training) bias_.move(r.experts, pass);
   auto& y = outputs.at(0);
   y = add_low_rank(y, v, a_, b_, gate_table(r, a_.size(0)), config_.alpha / static_cast<double>(config_.active));
-  report(pass, site, r, a_.size(0), flat, y.view({-1, y.size(-1)}));
+  report_beside(pass, site, r, a_.size(0), flat, y);
 }
 
 SmoraBlocks smora_blocks(const torch::Tensor& x, const torch::Tensor& a, const torch::Tensor& b,

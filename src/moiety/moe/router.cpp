@@ -61,13 +61,13 @@ void Router::check_active(int64_t k) const {
 }
 
 void set_active_experts(torch::nn::Module& model, int64_t k) {
-  int64_t routers = 0;
-  for (const auto& module : model.modules())
-    if (auto* router = dynamic_cast<Router*>(module.get())) {
-      router->set_active(k);
-      ++routers;
-    }
-  check(routers > 0, "the model has no mixture of experts, so the number of active experts cannot be chosen");
+  // Routers of adapters are asked only where the model has no others.
+  std::vector<Router*> own, beside;
+  for (const auto& module : model.named_modules())
+    if (auto* router = dynamic_cast<Router*>(module.value().get()))
+      (module.key().find(".adapter") == std::string::npos ? own : beside).push_back(router);
+  for (Router* router : own.empty() ? beside : own) router->set_active(k);
+  check(!own.empty() || !beside.empty(), "the model has no mixture of experts, so the number of active experts cannot be chosen");
 }
 
 void Router::edit_logits(torch::Tensor& logits, const Site& site, Pass& pass) {

@@ -390,6 +390,7 @@ TrainingData open_data(const DataConfig& config, const Encoder& encoder, uint64_
     streams.push_back(std::make_unique<RowStream>(std::move(all), encoder, config, seed, "data.sources"));
     weights.push_back(1.0);
   }
+  check(labels.empty() || labels.size() == weights.size(), "some sources have a label and some have none");
   out.rows = std::make_unique<TrainingRows>(std::move(streams), std::move(weights), config, std::move(labels));
   if (held_out.empty()) return out;
   // Sources with a name or a label are scored apart, the others together.
