@@ -189,7 +189,33 @@ def offload():
     return lines
 
 
-PARTS = {"systems": systems, "offload": offload, "speed": speed, "perplexity": perplexity, "parity": parity, "load": load_time, "moe": moe_layer, "train": train_step}
+def adapt_step():
+    record = load("results/adapt_step.json")
+    if not record:
+        return ["Not measured yet: `python3 bench/side_by_side_adapt.py --write`."]
+    names = {"lora": "LoRA, against PEFT", "mola": f"{record['chosen']} of {record['experts']} LoRA experts, against eager torch"}
+    lines = ["| what | type | moiety | peer | ratio | memory | of the peer's |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    for r in record["results"]:
+        lines.append(f"| {names[r['method']]} | {r['dtype']} | {r['moiety']['tokens_per_second']:.0f} tokens/s | {r['peer']['tokens_per_second']:.0f} tokens/s | "
+                     f"{r['ratio']:.2f}x | {r['moiety']['memory_mib']:.0f} MiB | {r['memory_ratio']:.2f}x |")
+    lines += ["", f"{record['model']}, all matrices, rank {record['rank']}, {record['batch']} rows of {record['length']} tokens a step; best step of {record['rounds']} "
+              f"round{'s' if record['rounds'] > 1 else ''}; PEFT {record['peft']}, transformers {record['transformers']}, torch {record['torch']}; {where(record)}."]
+    return lines
+
+
+def peft():
+    record = load("results/peft.json")
+    if not record:
+        return ["Not measured yet: `python3 tools/peft_interop.py --out results/peft.json`."]
+    lines = ["| case | model | from PEFT | to PEFT | merged, in transformers | over GGUF |", "| --- | --- | --- | --- | --- | --- |"]
+    for r in record["results"]:
+        values = [f"{r[k]:.0e}" if r.get(k) is not None else "" for k in ("from_peft", "to_peft", "merged", "gguf_base")]
+        lines.append(f"| {r['case']} | {r['model']} | " + " | ".join(values) + " |")
+    lines += ["", f"Largest difference of logits, of unit scale; PEFT {record['peft']}, transformers {record['transformers']}; {where(record)}."]
+    return lines
+
+
+PARTS = {"adapt_step": adapt_step, "peft": peft, "systems": systems, "offload": offload, "speed": speed, "perplexity": perplexity, "parity": parity, "load": load_time, "moe": moe_layer, "train": train_step}
 
 
 def render(text, name):
@@ -211,7 +237,7 @@ def main():
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     stale = 0
-    for name in ["README.md", "docs/offload.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs/systems").glob("*.md")))]:
+    for name in ["README.md", "docs/adapters.md", "docs/offload.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs/systems").glob("*.md")))]:
         old = (ROOT / name).read_text(encoding="utf-8")
         new = render(old, name)
         if new != old and args.check:
