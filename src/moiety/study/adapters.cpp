@@ -11,8 +11,10 @@
 
 #include "moiety/base/error.h"
 #include "moiety/base/files.h"
+#include "moiety/io/dataset.h"
 #include "moiety/io/sha256.h"
 #include "moiety/models/model.h"
+#include "moiety/train/byte_tokenizer.h"
 #include "moiety/train/open_run.h"
 
 namespace moiety {
@@ -23,6 +25,8 @@ using nlohmann::json;
 namespace {
 
 constexpr int64_t kBaseSteps = 500, kShortBaseSteps = 150, kTuningSeed = 1000;
+// Of every kind, and of one document: none is to rule what is measured.
+constexpr int64_t kHeldOutTokens = 8192, kDocumentTokens = 2560;
 constexpr double kRates[] = {1e-3, 3e-3, 1e-2, 3e-2, 1e-1};  // the middle ones first
 
 StudySource source_of(const std::string& name) {
@@ -38,7 +42,7 @@ LanguageRecipe adapter_recipe() {
   r.hidden = 96;
   r.width = 192;
   r.sources = {"prose", "manual-en"};
-  r.held_out_tokens = 16384;  // half to tune on, half to measure
+  r.held_out_tokens = 16384;
   return r;
 }
 
@@ -50,6 +54,7 @@ json adapter_settings() {
   json out = adapter_recipe().settings();
   out["base_steps"] = {kBaseSteps, kShortBaseSteps};
   out["rates"] = kRates;
+  out["held_out"] = {kHeldOutTokens, kDocumentTokens};
   return out;
 }
 
@@ -62,7 +67,8 @@ std::string adapter_setup() {
       "a "
       "step; every arm has a peak rate of its own, the best of 0.003, 0.01 and 0.03 (and 0.001 or 0.1 when the best "
       "one "
-      "lies at the edge) on the base of seed 0, other rows than those that are measured, and half of the steps",
+      "lies at the edge) on the base of seed 0, other held-out documents than those that are measured, and half of the "
+      "steps",
       r.layers, r.hidden, kBaseSteps, kShortBaseSteps, r.length);
 }
 
@@ -124,19 +130,21 @@ std::unique_ptr<Trainer> adapt(const StudyCell& cell, const Adaptation& run, con
 }
 
 std::map<std::string, HeldOut> adapter_text(const std::vector<std::string>& kinds, Half half) {
-  auto r = adapter_recipe();
-  r.sources = kinds;
-  auto text = held_out_text(r);
-  for (auto& [name, rows] : text) {
-    HeldOut own;
-    own.documents = rows.documents;
-    for (size_t i = 0; i < rows.batches.size(); ++i)
-      if ((i % 2 == 0) == (half == Half::test)) own.batches.push_back(rows.batches[i]);
-    check(!own.batches.empty(), "there is too little of {} to choose rates by", name);
-    for (const auto& b : own.batches) own.learned += b.learned;
-    rows = own;
+  const auto r = adapter_recipe();
+  Encoder encoder;
+  encoder.tokenizer = Tokenizer::from_json(json(byte_tokenizer()), json(byte_tokenizer_config()), "the byte tokenizer");
+  encoder.options.max_length = kDocumentTokens;
+  DataConfig config;
+  config.length = r.length;
+  std::map<std::string, HeldOut> out;
+  for (const auto& kind : kinds) {
+    const auto data = Dataset::open(source_of(kind).held_out.string());
+    std::vector<int64_t> own;
+    for (int64_t i = half == Half::test ? 0 : 1; i < data->size(); i += 2) own.push_back(i);
+    check(!own.empty(), "there is too little of {} to choose rates by", kind);
+    out[kind] = held_out_rows(subset(data, own), encoder, config, 4096 / r.length, kHeldOutTokens, 1);
   }
-  return text;
+  return out;
 }
 
 json measure_bits(CausalModel& model, const std::map<std::string, HeldOut>& text, const Edits& edits) {

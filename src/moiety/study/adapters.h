@@ -44,7 +44,8 @@ struct Adaptation {
 /// Trains; the run stands in a folder of the cell called `name`. Throws Error.
 std::unique_ptr<Trainer> adapt(const StudyCell& cell, const Adaptation& run, const std::string& name = "run");
 
-/// Held-out rows of kinds of text: one half to choose rates by, the other to measure on.
+/// Held-out rows of kinds of text, the beginnings of documents: of one half of them to choose rates by, of the other to
+/// measure on.
 enum class Half { tuning, test };
 std::map<std::string, HeldOut> adapter_text(const std::vector<std::string>& kinds, Half half);
 
