@@ -138,7 +138,7 @@ json measure(const StudyCell& cell) {
   if (cell.arm == "uniform")
     return measure_bits(*opened(folder, mixer({{"top_k", experts()}})), text, {std::make_shared<Fixed>(-1)});
   if (cell.arm == "single") {
-    const auto model = opened(folder, mixer({}));
+    const auto model = opened(folder, mixer(json::object()));
     json best, all = json::array();
     for (int64_t e = 0; e < experts(); ++e) {
       const json now = measure_bits(*model, text, {std::make_shared<Fixed>(e)});
@@ -149,7 +149,7 @@ json measure(const StudyCell& cell) {
     return best;
   }
   if (cell.arm == "merged") {
-    const auto from = opened(folder, mixer({}));
+    const auto from = opened(folder, mixer(json::object()));
     const auto model = open_base_model(adapter_base(cell, cell.seed));
     const auto into = matrices_of(*model);
     for (const auto& [name, m] : matrices_of(*from)) {

@@ -27,7 +27,8 @@ namespace {
 constexpr int64_t kBaseSteps = 500, kShortBaseSteps = 150, kTuningSeed = 1000;
 // Of every kind, and of one document: none is to rule what is measured.
 constexpr int64_t kHeldOutTokens = 8192, kDocumentTokens = 2560;
-constexpr double kRates[] = {1e-3, 3e-3, 1e-2, 3e-2, 1e-1};  // the middle ones first
+constexpr double kRates[] = {1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1};
+constexpr int64_t kFirst = 3, kLast = 5;  // of those that are tried in any case
 
 StudySource source_of(const std::string& name) {
   for (const auto& s : study_text().sources)
@@ -65,10 +66,10 @@ std::string adapter_setup() {
       "({} "
       "in a short run), frozen, learns other kinds of text. AdamW with a cosine and without decay, 8 rows of {} bytes "
       "a "
-      "step; every arm has a peak rate of its own, the best of 0.003, 0.01 and 0.03 (and 0.001 or 0.1 when the best "
-      "one "
-      "lies at the edge) on the base of seed 0, other held-out documents than those that are measured, and half of the "
-      "steps",
+      "step; every arm has a peak rate of its own, the best of 0.003, 0.01 and 0.03 (and of rates beyond, from 0.0001 "
+      "to "
+      "0.1, while the best one lies at the edge) on the base of seed 0, other held-out documents than those that are "
+      "measured, and half of the steps",
       r.layers, r.hidden, kBaseSteps, kShortBaseSteps, r.length);
 }
 
@@ -209,14 +210,15 @@ json tuned_rate(const StudyCell& cell, const std::string& name,
       tried[rate] = std::isfinite(got) ? got : 1e9;
       fs::remove_all(half.folder);
     };
-    for (const size_t i : {1, 2, 3}) attempt(kRates[i]);
+    for (int64_t i = kFirst; i <= kLast; ++i) attempt(kRates[i]);
     const auto best = [&] {
       return std::min_element(tried.begin(), tried.end(),
                               [](const auto& a, const auto& b) { return a.second < b.second; })
           ->first;
     };
-    if (best() == kRates[1]) attempt(kRates[0]);
-    if (best() == kRates[3]) attempt(kRates[4]);
+    constexpr int64_t count = std::size(kRates);
+    for (int64_t i = kFirst - 1; i >= 0 && best() == kRates[i + 1]; --i) attempt(kRates[i]);
+    for (int64_t i = kLast + 1; i < count && best() == kRates[i - 1]; ++i) attempt(kRates[i]);
     check(tried.at(best()) < 1e9, "{} does not learn at any rate. {}", name, why);
     json list = json::object();
     for (const auto& [rate, value] : tried) list[fmt::format("{}", rate)] = value;

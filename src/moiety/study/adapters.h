@@ -56,9 +56,9 @@ double exact_share(CausalModel& model, const std::vector<std::pair<std::string, 
 /// Thousands of parameters that learn.
 double thousand_trained(CausalModel& model);
 
-/// The rate of 0.003, 0.01 and 0.03 with the lowest score, and 0.001 or 0.1 while the best one lies at the edge: tried
-/// once for `name` by the first cell that asks. `score` gets a cell whose budget has half of the steps (at least 1).
-/// {rate, tried: {rate: score}}.
+/// The rate of 0.003, 0.01 and 0.03 with the lowest score, and of those beyond (0.0001 to 0.1) while the best one lies
+/// at the edge: tried once for `name` by the first cell that asks. `score` gets a cell whose budget has half of the
+/// steps (at least 1). {rate, tried: {rate: score}}.
 nlohmann::json tuned_rate(const StudyCell& cell, const std::string& name,
                           const std::function<double(const StudyCell& half, double rate)>& score);
 /// For most arms: parts on the base of seed 0, from a seed of their own, on `kinds`.
