@@ -44,7 +44,7 @@ struct Adaptation {
 /// Trains; the run stands in a folder of the cell called `name`. Throws Error.
 std::unique_ptr<Trainer> adapt(const StudyCell& cell, const Adaptation& run, const std::string& name = "run");
 
-/// Held-out rows of kinds of text, the beginnings of documents: of one half of them to choose rates by, of the other to
+/// Held-out rows of kinds of text, the beginnings of documents: one half of these to choose rates by, the other to
 /// measure on.
 enum class Half { tuning, test };
 std::map<std::string, HeldOut> adapter_text(const std::vector<std::string>& kinds, Half half);
@@ -57,7 +57,7 @@ double exact_share(CausalModel& model, const std::vector<std::pair<std::string, 
 double thousand_trained(CausalModel& model);
 
 /// The rate of 0.003, 0.01 and 0.03 with the lowest score, and of those beyond (0.0001 to 0.1) while the best one lies
-/// at the edge: tried once for `name` by the first cell that asks. `score` gets a cell whose budget has half of the
+/// at the edge: tried once for `name`, by the first cell that asks. `score` gets a cell whose budget has half of the
 /// steps (at least 1). {rate, tried: {rate: score}}.
 nlohmann::json tuned_rate(const StudyCell& cell, const std::string& name,
                           const std::function<double(const StudyCell& half, double rate)>& score);
