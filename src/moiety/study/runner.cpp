@@ -31,9 +31,12 @@ using nlohmann::json;
 
 namespace {
 
+fs::path root_folder(const StudyOptions& options) {
+  return options.work.empty() ? cache_folder() / "studies" : options.work;
+}
+
 fs::path study_folder(const Study& study, const StudyOptions& options, const StudyBudget& budget) {
-  const fs::path root = options.work.empty() ? cache_folder() / "studies" : options.work;
-  return root / study.slug / budget.name;
+  return root_folder(options) / study.slug / budget.name;
 }
 
 json settings_of(const Study& study) {
@@ -123,7 +126,8 @@ void measure_cell(const Study& study, const StudyOptions& options, const std::st
         study.slug, shown(arm), budget.name, list_of(names, "and"));
   const fs::path folder = study_folder(study, options, budget), file = cell_file(folder, arm, seed);
   if (!kept(study, budget, file).is_null()) return;
-  StudyCell cell{arm, seed, budget, folder / "running" / fmt::format("{}-{}", arm, seed), folder / "shared"};
+  StudyCell cell{arm, seed, budget, folder / "running" / fmt::format("{}-{}", arm, seed), folder / "shared",
+                 root_folder(options) / "common"};
   // What cells share depends on the settings too.
   const std::string print = fingerprint(study, budget).dump();
   Sha256 hash;

@@ -42,6 +42,7 @@ struct StudyCell {
   StudyBudget budget;
   std::filesystem::path folder;  ///< of its own, empty at the start, removed afterwards
   std::filesystem::path shared;  ///< of the study at this budget; stays
+  std::filesystem::path common;  ///< of all studies; stays
   /// A folder that several cells use, say a base model: filled by `make` by the cell that needs it first, while others
   /// wait; it is there whole or not at all. `name` has to tell apart what differs (seed included).
   std::filesystem::path once(const std::string& name,
