@@ -9,7 +9,6 @@
 #include "moiety/base/text.h"
 #include "moiety/adapt/corda.h"
 #include "moiety/adapt/flylora.h"
-#include "moiety/io/peft.h"
 #include "moiety/models/merged.h"
 #include "moiety/nn/weights.h"
 #include "open_model.h"
@@ -33,10 +32,8 @@ int run_lora_of(const Options& o) {
   const auto path = resolve_model(o.common.model);
   check(is_adapter(path), "--lora-of takes an adapter that was trained over a model of `moiety convert --method corda`");
   const auto after = Checkpoint::open(path.string());  // the adapter's tensors stand before those of its base
-  const json config = parse_json(read_text(path / "adapter_config.json"), (path / "adapter_config.json").string());
-  const auto name = config.at("base_model_name_or_path").get<std::string>();
-  const auto beside = path / name;
-  const auto start = Checkpoint::open(!std::filesystem::exists(name) && std::filesystem::exists(beside) ? beside.string() : name);
+  const std::string name = adapter_base(path);
+  const auto start = Checkpoint::open(name);
   const auto original = Checkpoint::open(o.lora_of);
   json parts = start->config().value("moiety", json::object()).value("parts", json::array());
   check(parts.size() == 1 && parts[0].value("slug", std::string()) == "lora",
@@ -121,30 +118,20 @@ int run(const Options& o) {
   const bool to_gguf = is_gguf(o.out);
   check(to_gguf || o.type.empty(), "--type is for GGUF files, and '{}' does not end in .gguf", o.out);
   check(!to_gguf || o.dtype.empty(), "--dtype is for directories; a GGUF file takes --type");
-  Common common = o.common;
-  // An adapter names its base.
-  const auto path = resolve_model(common.model);
-  if (is_adapter(path)) {
-    const json config = parse_json(read_text(path / "adapter_config.json"), (path / "adapter_config.json").string());
-    const auto base = config.value("base_model_name_or_path", json());
-    check(base.is_string(), "{} does not say which model it adapts; name the model, and the adapter with --adapter",
-          path.string());
-    common.adapters.insert(common.adapters.begin(), path.string());
-    const auto beside = path / base.get<std::string>();
-    common.model = !std::filesystem::exists(base.get<std::string>()) && std::filesystem::exists(beside)
-                       ? beside.string()
-                       : base.get<std::string>();
-  }
+  const auto path = resolve_model(o.common.model);
+  const bool adapter = is_adapter(path);
+  auto base = Checkpoint::open(adapter ? adapter_base(path) : o.common.model);
   // Rows of a GGUF file lie in another order, and its blocks cannot take a sum: as a directory first.
   std::unique_ptr<TemporaryFolder> folder;
-  if (const auto base = Checkpoint::open(common.model); base->gguf()) {
+  if (base->gguf()) {
     folder = std::make_unique<TemporaryFolder>("moiety-merge");
     WriteOptions plain;
     plain.dtype = "f32";
     write_checkpoint(*base, (folder->path() / "base").string(), plain, "convert");
-    common.model = (folder->path() / "base").string();
+    base = Checkpoint::open((folder->path() / "base").string());
   }
-  const auto merged = merged_checkpoint(open_checkpoint(common));
+  if (adapter) base = open_adapter(path, base);
+  const auto merged = merged_checkpoint(with_adapters(base, adapters_of(o.common)));
   WriteOptions write;
   write.type = o.type;
   write.dtype = o.dtype;
@@ -152,7 +139,7 @@ int run(const Options& o) {
   write.dry_run = o.dry_run;
   const WriteReport report = write_checkpoint(*merged, o.out, write, "merge");
   for (const auto& w : report.warnings) log::warn("{}", w);
-  if (common.json)
+  if (o.common.json)
     std::cout << json{{"output", o.out},
                       {"written", !o.dry_run},
                       {"tensors", report.tensors.size()},

@@ -9,13 +9,12 @@
 #include "moiety/base/memory.h"
 #include "moiety/base/text.h"
 #include "moiety/io/edge_experts.h"
-#include "moiety/io/peft.h"
 #include "moiety/models/vision.h"
 #include "moiety/moe/router.h"
 
 namespace moiety::cli {
 
-std::shared_ptr<const Checkpoint> open_checkpoint(const Common& common) {
+std::vector<AdapterChoice> adapters_of(const Common& common) {
   std::vector<AdapterChoice> adapters;
   for (const auto& folder : common.adapters) adapters.push_back({folder, 1.0});
   for (const auto& scaled : common.scaled_adapters) {
@@ -28,7 +27,11 @@ std::shared_ptr<const Checkpoint> open_checkpoint(const Common& common) {
           "--adapter-scaled {}: FOLDER:STRENGTH is wanted, as {}:0.5", shown(scaled), shown(scaled.substr(0, colon)));
     adapters.push_back({scaled.substr(0, colon), strength});
   }
-  return with_adapters(Checkpoint::open(common.model), adapters);
+  return adapters;
+}
+
+std::shared_ptr<const Checkpoint> open_checkpoint(const Common& common) {
+  return with_adapters(Checkpoint::open(common.model), adapters_of(common));
 }
 
 OpenModel open_causal(const Common& common, bool tokenizer, const OffloadArguments& offload) {

@@ -1,8 +1,10 @@
 #pragma once
 // What the verbs over a language model open: the checkpoint, its tokenizer and the model itself.
 #include <memory>
+#include <vector>
 
 #include "moiety/io/checkpoint.h"
+#include "moiety/io/peft.h"
 #include "moiety/io/tokenizer.h"
 #include "moiety/models/model.h"
 #include "moiety/offload/offload.h"
@@ -22,6 +24,8 @@ struct OpenModel {
   int64_t start(OffloadWork work) const;
 };
 
+/// What --adapter and --adapter-scaled name. Throws Error.
+std::vector<AdapterChoice> adapters_of(const Common& common);
 /// The model with its adapters. Throws Error.
 std::shared_ptr<const Checkpoint> open_checkpoint(const Common& common);
 

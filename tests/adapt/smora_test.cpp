@@ -210,5 +210,25 @@ TEST(SmoraInModel, GradientsOfBlocksThatRunAgainThoughTheBiasMoves) {
   check_recomputed(smora({{"bias_rate", 0.2}, {"dropout", 0.3}}));
 }
 
+TEST(Smora, ReportsAScoreForEveryRankWhereBlocksAreRouted) {
+  torch::manual_seed(11);
+  const torch::NoGradGuard frozen;
+  SmoraConfig config;
+  config.rank = 6;
+  config.active = 2;
+  config.block = 2;
+  Linear matrix(torch::randn({4, 5}));
+  matrix->attach(std::make_shared<Smora>("q_proj", Linear(torch::randn({3, 5})), torch::randn({6, 5}),
+                                         torch::randn({4, 6}), torch::zeros({6}), config));
+  Trace trace;
+  Pass pass;
+  pass.trace = &trace;
+  project(matrix, torch::randn({1, 7, 5}), pass);
+  const auto& record = trace.records.at(0);
+  EXPECT_EQ(record.experts, 6);
+  ASSERT_EQ(record.routing.scores.sizes(), (std::vector<int64_t>{7, 6}));
+  EXPECT_TRUE(torch::equal(record.routing.scores.select(1, 2), record.routing.scores.select(1, 3)));
+}
+
 }  // namespace
 }  // namespace moiety

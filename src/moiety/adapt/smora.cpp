@@ -63,7 +63,8 @@ void Smora::apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs, P
   const auto choice = smora_choose(r.logits, bias_.now(pass), config_.active, config_.bias_in_gate);
   r.experts = choice.indices;
   r.gates = choice.gates;
-  r.scores = torch::sigmoid(r.logits);
+  // A column a rank, as the choice has it.
+  r.scores = torch::sigmoid(r.logits).repeat_interleave(a_.size(0) / r.logits.size(1), 1);
   for (const auto& edit : pass.edits) edit->choice(site, pass, r);
   if (pass.training) bias_.move(r.experts, pass);
   auto& y = outputs.at(0);

@@ -466,6 +466,12 @@ std::shared_ptr<const Checkpoint> with_adapters(std::shared_ptr<const Checkpoint
       }
       const auto weights = read_weights(choice.folder);
       const std::string front = front_of(*base);
+      const bool turned = description["moiety"].value("rope_interleaved", false);
+      for (const TensorInfo& t : weights->tensors())
+        check(turned == interleaved(base->config()) ||
+                  (t.name.find("q_proj") == std::string::npos && t.name.find("k_proj") == std::string::npos),
+              "{}: it was trained over a {}, whose rows of queries and keys lie in another order than this model's", where,
+              turned ? "GGUF file" : "directory");
       for (const TensorInfo& t : weights->tensors()) {
         std::string own_name = t.name;
         const size_t at = own_name.find(".adapters.");
@@ -481,23 +487,27 @@ std::shared_ptr<const Checkpoint> with_adapters(std::shared_ptr<const Checkpoint
   return overlay(std::move(base), std::move(config), std::move(own));
 }
 
-std::shared_ptr<const Checkpoint> open_adapter(const fs::path& folder) {
+std::string adapter_base(const fs::path& folder) {
   const json config = read_config(folder);
   const auto it = config.find("base_model_name_or_path");
   check(it != config.end() && it->is_string() && !it->get<std::string>().empty(),
         "{}: it does not say which model it adapts; name the model, and the adapter with --adapter",
         (folder / kConfig).string());
   const auto name = it->get<std::string>();
-  std::shared_ptr<const Checkpoint> base;
-  try {
-    // As written, else as seen from the adapter.
-    const fs::path beside = folder / name;
-    const std::string at = !fs::exists(name) && fs::exists(beside) ? beside.string() : name;
-    check(!is_adapter(at), "that is an adapter itself: merge it into its base first");
-    base = Checkpoint::open(at);
-  } catch (const Error& e) {
-    fail("{} adapts {}, which cannot be opened ({}); name the model, and the adapter with --adapter", folder.string(),
-         shown(name), e.what());
+  const fs::path beside = folder / name;
+  return !fs::exists(name) && fs::exists(beside) ? beside.string() : name;
+}
+
+std::shared_ptr<const Checkpoint> open_adapter(const fs::path& folder, std::shared_ptr<const Checkpoint> base) {
+  if (!base) {
+    const std::string at = adapter_base(folder);
+    try {
+      check(!is_adapter(at), "that is an adapter itself: merge it into its base first");
+      base = Checkpoint::open(at);
+    } catch (const Error& e) {
+      fail("{} adapts {}, which cannot be opened ({}); name the model, and the adapter with --adapter", folder.string(),
+           shown(at), e.what());
+    }
   }
   // What stood beside the base's matrices is what was trained on: the adapter takes its place.
   if (json own = base->config(); own.contains("moiety") && own["moiety"].contains("parts")) {
@@ -675,6 +685,7 @@ bool write_adapter(const fs::path& folder, const json& parts, std::vector<Adapte
   if (!readable) {
     peft.emplace();
     peft->config = {{"peft_type", "MOIETY"}, {"moiety", {{"parts", parts}}}};
+    if (interleaved(base.config())) peft->config["moiety"]["rope_interleaved"] = true;
     const std::string front = front_of(base);
     for (auto& t : tensors) {
       if (t.name.rfind(front, 0) == 0) t.name = t.name.substr(front.size());

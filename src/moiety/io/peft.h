@@ -57,8 +57,12 @@ struct AdapterChoice {
 /// tensor where they do not fit.
 std::shared_ptr<const Checkpoint> with_adapters(std::shared_ptr<const Checkpoint> base,
                                                 const std::vector<AdapterChoice>& adapters);
-/// The adapter with the base that it names (as written, or relative to the adapter).
-std::shared_ptr<const Checkpoint> open_adapter(const std::filesystem::path& folder);
+/// Where the base of an adapter lies: as the adapter names it, or as seen from its folder. Throws Error: it names none.
+std::string adapter_base(const std::filesystem::path& folder);
+/// The adapter with its base, or with another one in its place. What stands beside the base's own matrices is what the
+/// adapter was trained on, and gives way to it.
+std::shared_ptr<const Checkpoint> open_adapter(const std::filesystem::path& folder,
+                                               std::shared_ptr<const Checkpoint> base = nullptr);
 
 /// A tensor of a part as the model has it: "model.layers.3.adapters.q_proj.lora_A", f32.
 struct AdapterTensor {
