@@ -129,7 +129,8 @@ TEST(Merged, SoDoWeightsOfSixteenBits) {
   for (const json& part : {lora(), json{{"slug", "lora-mixer"}, {"experts", 1}, {"rank", 2}},
                            json{{"slug", "flylora"}, {"rank", 4}, {"top_k", 4}}}) {
     const Merging m(json::array({part}), json::object(), "bf16");
-    for (const TensorInfo& t : m.merged()->tensors()) EXPECT_EQ(t.format, Format::BF16);
+    const auto merged = m.merged();
+    for (const TensorInfo& t : merged->tensors()) EXPECT_EQ(t.format, Format::BF16);
     // Sums are rounded to 8 bits.
     EXPECT_LT(m.difference({.dtype = "f32"}), 0.1) << part;
   }
