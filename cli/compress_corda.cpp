@@ -37,14 +37,17 @@ std::vector<std::vector<int64_t>> CordaArguments::read(const Checkpoint& checkpo
 }
 
 void add_corda(CLI::App& app, CordaArguments& a, const std::string& marked) {
-  app.add_option("--target", a.options.targets, "Matrices by name, all, or regular expressions over whole paths " + marked)
+  app.add_option("--target", a.options.targets,
+                 "Matrices by name, all, or regular expressions over whole paths " + marked)
       ->delimiter(',')
       ->capture_default_str();
   app.add_option("--calibration-text", a.calibration, "Text files that say what the matrices read " + marked);
   app.add_option("--samples", a.samples, "Pieces of these texts " + marked)
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
-  app.add_option("--length", a.length, "Tokens of a piece " + marked)->check(CLI::Range(2, 1 << 20))->capture_default_str();
+  app.add_option("--length", a.length, "Tokens of a piece " + marked)
+      ->check(CLI::Range(2, 1 << 20))
+      ->capture_default_str();
 }
 
 std::function<void(const char*, int64_t, int64_t)> corda_progress() {
@@ -75,7 +78,8 @@ CompressWay setup_corda(CLI::App& app, std::shared_ptr<const CompressArguments> 
   app.add_option("--drop", o->drop, "Share of every matrix's components that goes (corda-svd)")
       ->check(CLI::Range(0.0, 0.999))
       ->capture_default_str();
-  app.add_option("--kind", o->kind, "What weighs inputs: corda (second moments), asvd (mean sizes), svd (nothing) (corda-svd)")
+  app.add_option("--kind", o->kind,
+                 "What weighs inputs: corda (second moments), asvd (mean sizes), svd (nothing) (corda-svd)")
       ->check(CLI::IsMember({"corda", "asvd", "svd"}))
       ->capture_default_str();
   app.add_option("--asvd-alpha", o->asvd_alpha, "Power of the mean sizes (corda-svd)")->capture_default_str();
@@ -89,8 +93,11 @@ CompressWay setup_corda(CLI::App& app, std::shared_ptr<const CompressArguments> 
             write.dry_run = a->dry_run;
             const WriteReport report = write_hf(*small, a->out, write);
             if (a->json)
-              std::cout << nlohmann::json{{"output", a->out}, {"written", !a->dry_run}, {"kind", o->kind},
-                                          {"drop", o->drop},  {"bytes", report.bytes}}
+              std::cout << nlohmann::json{{"output", a->out},
+                                          {"written", !a->dry_run},
+                                          {"kind", o->kind},
+                                          {"drop", o->drop},
+                                          {"bytes", report.bytes}}
                                .dump(2)
                         << "\n";
             else

@@ -4,11 +4,11 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "corda_options.h"
 #include "moiety/base/error.h"
 #include "moiety/base/log.h"
 #include "moiety/base/progress.h"
 #include "moiety/base/text.h"
-#include "corda_options.h"
 #include "verb.h"
 #include "write_checkpoint.h"
 
@@ -127,8 +127,9 @@ const Register verb({
       app.add_option("--dtype", options->dtype,
                      "Directory: the type of the weights; without it floats stay as they are and blocks become bf16")
           ->check(CLI::IsMember({"f32", "f16", "bf16"}));
-      app.add_option("--method", options->method,
-                     "What else is done: corda, a LoRA of directions that a text chooses, beside what is left (directory)")
+      app.add_option(
+             "--method", options->method,
+             "What else is done: corda, a LoRA of directions that a text chooses, beside what is left (directory)")
           ->check(CLI::IsMember({"corda"}));
       add_corda(app, options->corda, "(corda)");
       app.add_option("--mode", options->corda.options.mode,

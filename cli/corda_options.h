@@ -15,7 +15,8 @@ struct CordaArguments {
   std::vector<std::string> calibration;
   int64_t samples = 256, length = 256;
 
-  /// Token ids of the calibration texts in pieces of `length`, as many as `samples`, from all files in turn. Throws Error.
+  /// Token ids of the calibration texts in pieces of `length`, as many as `samples`, from all files in turn. Throws
+  /// Error.
   std::vector<std::vector<int64_t>> read(const Checkpoint& checkpoint) const;
 };
 

@@ -3,12 +3,12 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "moiety/adapt/corda.h"
+#include "moiety/adapt/flylora.h"
 #include "moiety/base/error.h"
 #include "moiety/base/files.h"
 #include "moiety/base/log.h"
 #include "moiety/base/text.h"
-#include "moiety/adapt/corda.h"
-#include "moiety/adapt/flylora.h"
 #include "moiety/models/merged.h"
 #include "moiety/nn/weights.h"
 #include "open_model.h"
@@ -30,7 +30,8 @@ struct Options {
 // What CorDA's LoRA has learned, as a LoRA of twice the rank over the model before.
 int run_lora_of(const Options& o) {
   const auto path = resolve_model(o.common.model);
-  check(is_adapter(path), "--lora-of takes an adapter that was trained over a model of `moiety convert --method corda`");
+  check(is_adapter(path),
+        "--lora-of takes an adapter that was trained over a model of `moiety convert --method corda`");
   const auto after = Checkpoint::open(path.string());  // the adapter's tensors stand before those of its base
   const std::string name = adapter_base(path);
   const auto start = Checkpoint::open(name);
@@ -171,12 +172,14 @@ const Register verb({
       app.add_option("--type", o->type, "GGUF: the format of the large matrices");
       app.add_option("--dtype", o->dtype, "Directory: the type of the weights; without it as the model stores them")
           ->check(CLI::IsMember({"f32", "f16", "bf16"}));
-      app.add_option("--lora-of", o->lora_of,
-                     "Write a LoRA over this model instead: what was trained over its CorDA decomposition, at twice the "
-                     "rank");
-      app.add_option("--average", o->average,
-                     "Write, instead of a model, the average of the FlyLoRA adapter MODEL and these ones, which have its "
-                     "seed");
+      app.add_option(
+          "--lora-of", o->lora_of,
+          "Write a LoRA over this model instead: what was trained over its CorDA decomposition, at twice the "
+          "rank");
+      app.add_option(
+          "--average", o->average,
+          "Write, instead of a model, the average of the FlyLoRA adapter MODEL and these ones, which have its "
+          "seed");
       app.add_flag("--dry-run", o->dry_run, "Say what would be written, write nothing");
       app.add_flag("--overwrite", o->overwrite, "Replace a model that is there already");
       app.add_flag("--json", o->common.json, "Print the result as JSON");

@@ -69,7 +69,8 @@ int run(const Options& o) {
   }
   std::cout << fmt::format(
       "\n\ntransfer       {:.2f} %   tasks before they are learned\naverage        {:.2f} %\nlast           {:.2f} %   "
-      "after the last task\nforgotten      {:.2f}     points since a task was learned (BWT {:+.2f})\nadapter        {}\n",
+      "after the last task\nforgotten      {:.2f}     points since a task was learned (BWT {:+.2f})\nadapter        "
+      "{}\n",
       100.0 * r.metrics.transfer, 100.0 * r.metrics.average, 100.0 * r.metrics.last, -100.0 * r.metrics.bwt,
       100.0 * r.metrics.bwt, r.adapter.string());
   return 0;
@@ -82,7 +83,8 @@ const Register verb({
     "moiety stream stream.yaml --json",
     [](CLI::App& app) -> std::function<int()> {
       auto o = std::make_shared<Options>();
-      app.add_option("STREAM", o->file, "A YAML file: model, part, tasks and how to train (docs/stream.md)")->required();
+      app.add_option("STREAM", o->file, "A YAML file: model, part, tasks and how to train (docs/stream.md)")
+          ->required();
       add_common(app, *o, false);
       return [o] { return run(*o); };
     },

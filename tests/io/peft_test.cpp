@@ -468,7 +468,9 @@ TEST_F(Peft, WhatPeftHasNoWordForIsWrittenInOurOwn) {
   EXPECT_TRUE(two->has("model.layers.0.adapters.lora.q_proj.lora_A"));
   auto turned = llama();
   turned["moiety_rope_interleaved"] = true;
-  EXPECT_SAYS(message_of([&] { with_adapters(std::make_shared<Outline>(turned, dense_names()), {{folder(), 1.0}}); }),
+  EXPECT_SAYS(message_of([&] {
+                with_adapters(std::make_shared<Outline>(turned, dense_names()), {{folder(), 1.0}});
+              }),
               "lie in another order");
   write_file(folder() / "adapter_config.json", R"({"peft_type": "MOIETY", "moiety": {"parts": []}})");
   EXPECT_SAYS(message_of([&] { with_adapters(base, {{folder(), 1.0}}); }), "no `moiety.parts`");
@@ -488,13 +490,15 @@ TEST_F(Peft, ATrainedBiasIsNoneOfPefts) {
 TEST_F(Peft, WhatWasTrainedOnGivesWay) {
   fs::create_directories(dir_ / "base");
   auto config = llama();
-  config["moiety"]["parts"] = json::array({{{"slug", "lora"}, {"site", "linear"}, {"target", "q_proj"}, {"layers", 0}}});
+  config["moiety"]["parts"] =
+      json::array({{{"slug", "lora"}, {"site", "linear"}, {"target", "q_proj"}, {"layers", 0}}});
   write_file(dir_ / "base" / "config.json", config.dump());
   const std::string at = "model.layers.0.adapters.q_proj.lora_A";
   SafetensorsWriter writer(dir_ / "base" / "model.safetensors",
                            {{"model.embed_tokens.weight", Format::F32, {1}}, {at, Format::F32, {1, 1}}});
   const float value = 123.f;
-  for (const auto* name : {"model.embed_tokens.weight", at.c_str()}) writer.write(name, std::as_bytes(std::span(&value, 1)));
+  for (const auto* name : {"model.embed_tokens.weight", at.c_str()})
+    writer.write(name, std::as_bytes(std::span(&value, 1)));
   writer.finish();
   const auto folder = one({{"base_model_name_or_path", "../base"}});
   const auto model = Checkpoint::open(folder.string());

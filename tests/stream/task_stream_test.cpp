@@ -22,14 +22,16 @@ class Stream : public testing::Test {
     for (int i = 0; i < 120; ++i) digits += std::to_string(i * 37) + " " + std::to_string(i) + "\n";
     write_file(folder_ / "digits.txt", digits);
   }
-  json config(const std::string& output, json part = {{"slug", "mora"}, {"rank", 2}, {"top_k", 2}, {"target", "all"}}) const {
+  json config(const std::string& output,
+              json part = {{"slug", "mora"}, {"rank", 2}, {"top_k", 2}, {"target", "all"}}) const {
     const auto source = [&](const char* file) {
       return json::array({{{"path", (folder_ / file).string()}, {"document", "line"}}});
     };
     return {{"model", (folder_ / "base" / "last").string()},
             {"part", std::move(part)},
             {"tasks",
-             {{{"name", "digits"}, {"sources", source("digits.txt")}}, {{"name", "words"}, {"sources", source("text.txt")}}}},
+             {{{"name", "digits"}, {"sources", source("digits.txt")}},
+              {{"name", "words"}, {"sources", source("text.txt")}}}},
             {"data", {{"length", 32}, {"held_out", 0.2}}},
             {"train", {{"steps", 6}, {"batch", 4}}},
             {"optimizer", {{"lr", 0.02}}},

@@ -13,8 +13,8 @@ struct Result {
 };
 
 // By all logits, and by the one step.
-Result plain(const torch::Tensor& h, const torch::Tensor& w, const torch::Tensor& b, const torch::Tensor& t, double scale,
-             double cap) {
+Result plain(const torch::Tensor& h, const torch::Tensor& w, const torch::Tensor& b, const torch::Tensor& t,
+             double scale, double cap) {
   auto hidden = h.clone().requires_grad_(), weight = w.clone().requires_grad_(), bias = b.clone().requires_grad_();
   auto z = (torch::matmul(hidden, weight.t()) + bias) * scale;
   if (cap > 0.0) z = torch::tanh(z / cap) * cap;

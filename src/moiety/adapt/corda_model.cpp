@@ -75,10 +75,10 @@ std::shared_ptr<const Checkpoint> changed(std::shared_ptr<const Checkpoint> base
 // The tensor of a matrix, which has to be a float matrix of its own.
 std::string tensor_of(const Checkpoint& base, const std::string& path) {
   const std::string name = path + ".weight";
-  check(base.has(name), "{}: there is no tensor '{}': this family stores several matrices in one",
-        base.path().string(), name);
-  check(!is_block(base.get(name).format), "{}: '{}' is stored in blocks; decompose before quantizing (`moiety convert`)",
-        base.path().string(), name);
+  check(base.has(name), "{}: there is no tensor '{}': this family stores several matrices in one", base.path().string(),
+        name);
+  check(!is_block(base.get(name).format),
+        "{}: '{}' is stored in blocks; decompose before quantizing (`moiety convert`)", base.path().string(), name);
   return name;
 }
 
@@ -115,9 +115,8 @@ std::shared_ptr<const Checkpoint> corda_checkpoint(std::shared_ptr<const Checkpo
         base->path().string());
   check(options.mode == "kpm" || options.mode == "ipm", "unknown mode `{}`; known are kpm and ipm", options.mode);
   json config = without_parts(*base);
-  const auto moments = corda_calibrate(*base, options, samples, [&](int64_t n) {
-    progress("calibration", n, static_cast<int64_t>(samples.size()));
-  });
+  const auto moments = corda_calibrate(
+      *base, options, samples, [&](int64_t n) { progress("calibration", n, static_cast<int64_t>(samples.size())); });
   for (const auto& [path, moment] : moments) tensor_of(*base, path);
   const double alpha = options.alpha > 0.0 ? options.alpha : static_cast<double>(options.rank),
                scale = alpha / static_cast<double>(options.rank);
@@ -162,14 +161,14 @@ std::shared_ptr<const Checkpoint> corda_compressed(std::shared_ptr<const Checkpo
         base->path().string());
   check(drop >= 0.0 && drop < 1.0, "a share of {} cannot go: 0 to below 1", drop);
   const json config = without_parts(*base);
-  auto moments = corda_calibrate(*base, options, samples, [&](int64_t n) {
-    progress("calibration", n, static_cast<int64_t>(samples.size()));
-  });
+  auto moments = corda_calibrate(*base, options, samples,
+                                 [&](int64_t n) { progress("calibration", n, static_cast<int64_t>(samples.size())); });
   std::map<std::string, Change> changes;
   int64_t done = 0;
   for (const auto& [path, moment] : moments) {
     const auto weight = as_tensor(base->get(tensor_of(*base, path))).to(torch::kFloat32);
-    const auto gone = static_cast<int64_t>(std::llround(drop * static_cast<double>(std::min(weight.size(0), weight.size(1)))));
+    const auto gone =
+        static_cast<int64_t>(std::llround(drop * static_cast<double>(std::min(weight.size(0), weight.size(1)))));
     Tensor by;
     if (kind == "corda") by = moment->value();
     if (kind == "asvd") by = moment->mean_sizes();

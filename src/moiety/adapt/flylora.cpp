@@ -22,7 +22,9 @@ void FlyLoraConfig::fields(Fields& f) {
   f("select", select, "by the projection, or by its size").choices({"signed", "magnitude"});
   f("grad_through_a", grad_through_a,
     "gradients reach the input through A; false: as the authors' full-precision code");
-  f("strength", strength, "times what is added: adapters side by side at 1 / N each are their stack").min(-100).max(100);
+  f("strength", strength, "times what is added: adapters side by side at 1 / N each are their stack")
+      .min(-100)
+      .max(100);
   f("update_in_eval", update_in_eval, "the bias moves in evaluation, too, as in the authors' code");
 }
 

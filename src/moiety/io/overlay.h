@@ -16,10 +16,11 @@ struct OverlayTensor {
   std::function<TensorView()> get;  ///< called when somebody asks; has to fit `info`
 };
 
-/// `base` under another config, without the tensors named in `removed`, and with `tensors` in place of those of one name
-/// or behind them. Throws Error: two tensors of one name; from get(), a value of another shape or format.
+/// `base` under another config, without the tensors named in `removed`, and with `tensors` in place of those of one
+/// name or behind them. Throws Error: two tensors of one name; from get(), a value of another shape or format.
 std::shared_ptr<const Checkpoint> overlay(std::shared_ptr<const Checkpoint> base, nlohmann::json config,
-                                          std::vector<OverlayTensor> tensors, const std::set<std::string>& removed = {});
+                                          std::vector<OverlayTensor> tensors,
+                                          const std::set<std::string>& removed = {});
 
 /// A tensor of numbers in memory.
 OverlayTensor overlay_of(std::string name, std::vector<int64_t> shape, std::vector<float> values);

@@ -455,11 +455,13 @@ std::shared_ptr<const Checkpoint> with_adapters(std::shared_ptr<const Checkpoint
       for (json part : list) {
         check(part.is_object() && part.contains("slug"), "{}: `moiety.parts` holds something that is no part", where);
         if (!name.empty()) {
-          check(!part.contains("name"), "{}: its parts have names already, so that it cannot stand beside another", where);
+          check(!part.contains("name"), "{}: its parts have names already, so that it cannot stand beside another",
+                where);
           part["name"] = name;
         }
         if (choice.strength != 1.0) {
-          check(part["slug"] == "lora" || part["slug"] == "flylora", "{}: only LoRA and FlyLoRA have a strength", where);
+          check(part["slug"] == "lora" || part["slug"] == "flylora", "{}: only LoRA and FlyLoRA have a strength",
+                where);
           part["strength"] = part.value("strength", 1.0) * choice.strength;
         }
         parts.push_back(std::move(part));
@@ -470,8 +472,8 @@ std::shared_ptr<const Checkpoint> with_adapters(std::shared_ptr<const Checkpoint
       for (const TensorInfo& t : weights->tensors())
         check(turned == interleaved(base->config()) ||
                   (t.name.find("q_proj") == std::string::npos && t.name.find("k_proj") == std::string::npos),
-              "{}: it was trained over a {}, whose rows of queries and keys lie in another order than this model's", where,
-              turned ? "GGUF file" : "directory");
+              "{}: it was trained over a {}, whose rows of queries and keys lie in another order than this model's",
+              where, turned ? "GGUF file" : "directory");
       for (const TensorInfo& t : weights->tensors()) {
         std::string own_name = t.name;
         const size_t at = own_name.find(".adapters.");

@@ -67,7 +67,8 @@ void set_active_experts(torch::nn::Module& model, int64_t k) {
     if (auto* router = dynamic_cast<Router*>(module.value().get()))
       (module.key().find(".adapter") == std::string::npos ? own : beside).push_back(router);
   for (Router* router : own.empty() ? beside : own) router->set_active(k);
-  check(!own.empty() || !beside.empty(), "the model has no mixture of experts, so the number of active experts cannot be chosen");
+  check(!own.empty() || !beside.empty(),
+        "the model has no mixture of experts, so the number of active experts cannot be chosen");
 }
 
 void Router::edit_logits(torch::Tensor& logits, const Site& site, Pass& pass) {

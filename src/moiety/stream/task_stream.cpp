@@ -29,7 +29,8 @@ bool grows(const StreamConfig& c) {
 // The run of task t, over `model`; parts only where the model does not bring them.
 TrainConfig run_of(const StreamConfig& c, size_t t, const json& model, bool first) {
   const StreamTaskConfig& task = c.tasks[t];
-  json run = {{"model", model}, {"train", c.train}, {"output", {{"folder", (fs::path(c.output) / task.name).string()}}}};
+  json run = {
+      {"model", model}, {"train", c.train}, {"output", {{"folder", (fs::path(c.output) / task.name).string()}}}};
   if (first) {
     run["parts"] = json::array({c.part});
     if (!run["parts"][0].contains("slug")) run["parts"][0]["slug"] = "mora";
@@ -59,13 +60,14 @@ struct Score {
 };
 
 Score score(CausalModel& model, const HeldOut& rows) {
-  const auto sums = score_batches(model, rows, torch::kCPU, nullptr, [&](const MicroBatch& m, bool) -> std::vector<double> {
-    Pass pass;
-    set_rows(pass, m);
-    const auto logits = model.forward(m.ids, pass);
-    const auto right = (logits.argmax(-1) == m.targets).sum().item<double>();
-    return {right, token_loss(logits, m.targets).item<double>()};
-  });
+  const auto sums =
+      score_batches(model, rows, torch::kCPU, nullptr, [&](const MicroBatch& m, bool) -> std::vector<double> {
+        Pass pass;
+        set_rows(pass, m);
+        const auto logits = model.forward(m.ids, pass);
+        const auto right = (logits.argmax(-1) == m.targets).sum().item<double>();
+        return {right, token_loss(logits, m.targets).item<double>()};
+      });
   const auto n = static_cast<double>(rows.learned);
   return {sums[0] / n, sums[1] / n};
 }
@@ -84,8 +86,8 @@ void consolidate(const StreamConfig& c, const fs::path& from, const fs::path& to
   std::vector<AdapterTensor> tensors;
   const auto put = [&](const std::string& name, const Tensor& t) {
     const auto f = t.detach().to(torch::kFloat32).contiguous();
-    tensors.push_back({name, f.sizes().vec(),
-                       std::vector<float>(f.const_data_ptr<float>(), f.const_data_ptr<float>() + f.numel())});
+    tensors.push_back(
+        {name, f.sizes().vec(), std::vector<float>(f.const_data_ptr<float>(), f.const_data_ptr<float>() + f.numel())});
   };
   const auto get = [&](const std::string& name) {
     return done->has(name) ? as_tensor(done->get(name)).to(torch::kFloat32) : Tensor();
@@ -132,7 +134,8 @@ json matrix(const Tensor& t) {
 std::string StreamConfig::problem() const {
   std::set<std::string> names;
   for (const auto& t : tasks) {
-    if (!is_adapter_name(t.name)) return fmt::format("a task is called '{}': letters, digits, - and _ are right", shown(t.name));
+    if (!is_adapter_name(t.name))
+      return fmt::format("a task is called '{}': letters, digits, - and _ are right", shown(t.name));
     if (t.name == "last") return "a task cannot be called last: the adapter is";
     if (!names.insert(t.name).second) return fmt::format("two tasks are called {}", t.name);
   }
@@ -236,7 +239,8 @@ StreamResult run_stream(const StreamConfig& c, const StreamOptions& options) {
   result.accuracy = torch::full({count, count}, std::nan(""), torch::kFloat64);
   result.loss = torch::full({count, count}, std::nan(""), torch::kFloat64);
   result.before = torch::empty({count}, torch::kFloat64);
-  for (int64_t j = 0; j < count; ++j) result.before[j] = state["before"]["accuracy"][static_cast<size_t>(j)].get<double>();
+  for (int64_t j = 0; j < count; ++j)
+    result.before[j] = state["before"]["accuracy"][static_cast<size_t>(j)].get<double>();
   for (size_t t = 0; t < state["rows"].size(); ++t)
     for (size_t j = 0; j < c.tasks.size(); ++j) {
       const auto row = static_cast<int64_t>(t), column = static_cast<int64_t>(j);

@@ -36,7 +36,8 @@ struct StreamConfig {
 
   void fields(Fields& f) {
     f("model", model, "the model that is adapted, as `model` of a run").required();
-    f("part", part, "what stands beside its matrices: mora with its settings and `target`, or another part of that site");
+    f("part", part,
+      "what stands beside its matrices: mora with its settings and `target`, or another part of that site");
     f("tasks", tasks, "one after another").required().length(1, 1000);
     f("data", data, "what sources share, as `data` of a run: length, held_out, ...");
     f("train", train, "as `train` of a run: steps of a task, batch, dtype, seed, ...").required();
@@ -44,7 +45,8 @@ struct StreamConfig {
     f("schedule", schedule, "as `schedule` of a run, over each task");
     f("evaluation_tokens", evaluation_tokens, "held-out tokens of every task").min(2);
     f("consolidate", consolidate,
-      "mora, at the end of a task: fold keeps its function, raw leaves out `scaling` as the authors' language code does")
+      "mora, at the end of a task: fold keeps its function, raw leaves out `scaling` as the authors' language code "
+      "does")
         .choices({"fold", "raw"});
     f("output", output, "where everything goes").required();
   }

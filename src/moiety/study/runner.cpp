@@ -126,7 +126,11 @@ void measure_cell(const Study& study, const StudyOptions& options, const std::st
         study.slug, shown(arm), budget.name, list_of(names, "and"));
   const fs::path folder = study_folder(study, options, budget), file = cell_file(folder, arm, seed);
   if (!kept(study, budget, file).is_null()) return;
-  StudyCell cell{arm, seed, budget, folder / "running" / fmt::format("{}-{}", arm, seed), folder / "shared",
+  StudyCell cell{arm,
+                 seed,
+                 budget,
+                 folder / "running" / fmt::format("{}-{}", arm, seed),
+                 folder / "shared",
                  root_folder(options) / "common"};
   // What cells share depends on the settings too.
   const std::string print = fingerprint(study, budget).dump();

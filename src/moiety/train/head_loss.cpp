@@ -91,8 +91,9 @@ Tensor head_loss(const Tensor& hidden, Linear head, const Tensor& targets, doubl
   const auto h = (some ? flat.index_select(0, rows) : flat).contiguous();
   const auto t = some ? all.index_select(0, rows) : all;
   const auto weight = head->weight.defined() ? head->weight : head->dense(h.scalar_type());
-  return HeadLoss::apply(h, weight, head->bias.defined() ? head->bias : torch::empty({0}, h.options().requires_grad(false)),
-                         t, scale, cap);
+  return HeadLoss::apply(h, weight,
+                         head->bias.defined() ? head->bias : torch::empty({0}, h.options().requires_grad(false)), t,
+                         scale, cap);
 }
 
 }  // namespace moiety

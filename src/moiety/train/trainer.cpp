@@ -229,7 +229,8 @@ void Trainer::restore(int64_t step) {
     if (config_.train.steps == 0 && before.at("epochs") == config_.train.epochs)
       steps_ = state.at("steps").get<int64_t>();
     if (const auto& e = state.at("evaluation"); !e.is_null()) last_evaluation_ = evaluation_from_json(e);
-    if (const auto e = state.value("first_evaluation", json()); !e.is_null()) first_evaluation_ = evaluation_from_json(e);
+    if (const auto e = state.value("first_evaluation", json()); !e.is_null())
+      first_evaluation_ = evaluation_from_json(e);
     if (const int64_t threads = state.at("threads"); threads != at::get_num_threads())
       log::warn("the run used {} threads so far and uses {} now: sums are rounded differently", threads,
                 at::get_num_threads());

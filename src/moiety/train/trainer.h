@@ -56,12 +56,12 @@ struct TrainResult {
   double loss = 0;  ///< of the last record of the log
   std::optional<EvaluationResult> evaluation;
   std::optional<EvaluationResult> before;  ///< the first step, where the run asks for it
-  double best = 0;        ///< lowest held-out loss, with `best_step`
-  int64_t best_step = 0;  ///< 0: none
-  int64_t tokens = 0;     ///< learned in all sittings; of an image task: images
-  std::string unit;       ///< what `tokens` counts
-  double seconds = 0;     ///< of all sittings
-  std::string ended;      ///< "complete", "stopped", "early stop", "already complete"
+  double best = 0;                         ///< lowest held-out loss, with `best_step`
+  int64_t best_step = 0;                   ///< 0: none
+  int64_t tokens = 0;                      ///< learned in all sittings; of an image task: images
+  std::string unit;                        ///< what `tokens` counts
+  double seconds = 0;                      ///< of all sittings
+  std::string ended;                       ///< "complete", "stopped", "early stop", "already complete"
   std::filesystem::path model;
 };
 
