@@ -23,19 +23,6 @@ constexpr const char* kTask = "python";
 // More than the paper's 10 to 40 %: matrices as small as these have more to spare.
 const std::vector<double> kDrops{0.4, 0.6, 0.8, 0.9};
 
-// Mean sizes of inputs by feature.
-class Sizes : public Beside {
- public:
-  void apply(const torch::Tensor& x, std::vector<torch::Tensor>&, Pass&) override {
-    const auto flat = x.reshape({-1, x.size(-1)});
-    const auto now = flat.abs().sum(0);
-    sum = sum.defined() ? sum + now : now;
-    rows += static_cast<double>(flat.size(0));
-  }
-  torch::Tensor sum;
-  double rows = 0;
-};
-
 std::map<std::string, HeldOut> learned(const std::string& kind) {
   auto r = adapter_recipe();
   r.sources = {kind};
@@ -46,17 +33,12 @@ std::map<std::string, HeldOut> learned(const std::string& kind) {
 std::map<std::string, torch::Tensor> watched(const fs::path& base, const std::string& kind, bool sizes) {
   const auto model = open_base_model(base);
   std::map<std::string, std::shared_ptr<CordaWatch>> moments;
-  std::map<std::string, std::shared_ptr<Sizes>> means;
-  for (const auto& [name, m] : matrices_of(*model)) {
-    if (sizes)
-      m->attach(means[name] = std::make_shared<Sizes>());
-    else
-      m->attach(moments[name] = std::make_shared<CordaWatch>(name));
-  }
+  for (const auto& [name, m] : matrices_of(*model)) m->attach(moments[name] = std::make_shared<CordaWatch>(name));
   measure_bits(*model, learned(kind));
   std::map<std::string, torch::Tensor> out;
-  for (const auto& [name, w] : moments) out[name] = w->covariance.value();
-  for (const auto& [name, w] : means) out[name] = w->sum / w->rows;
+  for (const auto& [name, w] : moments)
+    out[name] =
+        sizes ? w->covariance.mean_sizes() / static_cast<double>(w->covariance.samples()) : w->covariance.value();
   return out;
 }
 

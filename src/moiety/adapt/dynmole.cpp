@@ -7,6 +7,7 @@
 #include "moiety/adapt/soft_router.h"
 #include "moiety/base/error.h"
 #include "moiety/base/registry.h"
+#include "moiety/moe/pooling.h"
 #include "moiety/moe/topk.h"
 
 namespace moiety {
@@ -106,7 +107,7 @@ void DynMoleRouter::set_active(int64_t k) {
 
 Routing DynMoleRouter::route(const torch::Tensor& x, const Site& site, Pass& pass) {
   Routing r;
-  r.logits = gate(x.scalar_type() == torch::kFloat64 ? x : x.to(torch::kFloat32));
+  r.logits = gate(router_input(x));
   edit_logits(r.logits, site, pass);
   r.scores = torch::softmax(r.logits, -1);
   edit_scores(r.scores, site, pass);
@@ -115,16 +116,10 @@ Routing DynMoleRouter::route(const torch::Tensor& x, const Site& site, Pass& pas
   r.gates = choice.weights;
   if (pass.training && has_rule()) {
     const std::string key = "dynmole." + std::to_string(experts());
-    const auto pool = [&](const char* what, const torch::Tensor& t) {
-      auto& held = pass.state[key + what];
-      held = held.defined() ? torch::cat({held, t}) : t;
-    };
-    pool(".logits", r.logits);
-    if (const auto real = token_groups(pass, x.size(0), false).real; real.defined()) pool(".valid", real);
+    pool(pass, key + ".logits", r.logits);
+    if (const auto real = token_groups(pass, x.size(0), false).real; real.defined()) pool(pass, key + ".valid", real);
     pass.at_end(key, [key, own = rule, balance = balance_, entropy = entropy_](Pass& p) {
-      const auto valid = p.state.find(key + ".valid");
-      const auto loss = dynmole_loss(p.state.at(key + ".logits"), own, balance, entropy,
-                                     valid == p.state.end() ? torch::Tensor() : valid->second);
+      const auto loss = dynmole_loss(pooled(p, key + ".logits"), own, balance, entropy, pooled(p, key + ".valid"));
       if (entropy > 0.0) p.add_loss("dynmole.entropy", entropy * loss.entropy);
       if (balance > 0.0) p.add_loss("dynmole.balance", balance * loss.balance);
     });

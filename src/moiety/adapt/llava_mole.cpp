@@ -10,6 +10,7 @@
 #include "moiety/base/error.h"
 #include "moiety/base/registry.h"
 #include "moiety/moe/mixture.h"
+#include "moiety/moe/pooling.h"
 #include "moiety/moe/topk.h"
 
 namespace moiety {
@@ -66,7 +67,7 @@ MoleRouter::MoleRouter(Linear p, bool dense, std::string weighting, double coef)
 torch::Tensor MoleRouter::route(const torch::Tensor& x, Pass& pass) {
   const Site site = pass.at("mlp");
   const int64_t experts = projection->out();
-  auto logits = projection(x.scalar_type() == torch::kFloat64 ? x : x.to(torch::kFloat32));
+  auto logits = projection(router_input(x));
   for (const auto& edit : pass.edits) edit->logits(site, pass, logits);
   auto p = torch::softmax(logits, -1);
   for (const auto& edit : pass.edits) edit->distribution(site, pass, p);
@@ -81,11 +82,9 @@ torch::Tensor MoleRouter::route(const torch::Tensor& x, Pass& pass) {
   if (pass.training && coef_ > 0.0 && experts > 1) {
     // Layers of one number of experts pool.
     const std::string key = fmt::format("llava-mole.p.{}.{}", experts, coef_);
-    auto& all = pass.state[key];
-    const auto own = p.view({1, pass.batch, -1, experts});
-    all = all.defined() ? torch::cat({all, own}) : own;
+    pool(pass, key, p.view({1, pass.batch, -1, experts}));
     pass.at_end(key, [key, coef = coef_](Pass& q) {
-      q.add_loss("llava-mole.balance", coef * mole_balance_loss(q.state.at(key), q.mask));
+      q.add_loss("llava-mole.balance", coef * mole_balance_loss(pooled(q, key), q.mask));
     });
   }
   return gates;

@@ -23,10 +23,6 @@ const T* by_pattern(const std::map<std::string, T>& patterns, const std::string&
   return nullptr;
 }
 
-Tensor like(const Tensor& t, const Tensor& x) {
-  return t.scalar_type() == x.scalar_type() ? t : t.to(x.scalar_type());
-}
-
 }  // namespace
 
 void LoraConfig::fields(Fields& f) {

@@ -13,6 +13,7 @@
 #include "moiety/base/log.h"
 #include "moiety/base/registry.h"
 #include "moiety/moe/losses.h"
+#include "moiety/moe/pooling.h"
 #include "moiety/moe/topk.h"
 
 namespace moiety {
@@ -135,18 +136,16 @@ void LoraMixer::apply(const torch::Tensor& x, std::vector<torch::Tensor>& output
     const int64_t experts = t.router->out();
     const bool decides = i == 0 || t.router.get() != targets_[0].router.get();
     if (decides) {
-      logits = t.router(flat.scalar_type() == torch::kFloat64 ? flat : flat.to(torch::kFloat32));
+      logits = t.router(router_input(flat));
       for (const auto& edit : pass.edits) edit->logits(site, pass, logits);
       weights = mixer_weights(logits, how, config_.top_k, labels);
       if (pass.training && config_.stage != "hard" && (config_.sbl_alpha > 0.0 || config_.sbl_lambda > 0.0)) {
         // The mean over routers.
-        const auto loss = sbl_loss(logits, token_groups(pass, flat.size(0), false).real, config_.sbl_alpha,
-                                   config_.sbl_lambda, config_.usage_top_k, config_.entropy_sign)
-                              .loss.reshape({1});
-        auto& all = pass.state["lora-mixer.sbl"];
-        all = all.defined() ? torch::cat({all, loss}) : loss;
+        const auto sbl = sbl_loss(logits, token_groups(pass, flat.size(0), false).real, config_.sbl_alpha,
+                                  config_.sbl_lambda, config_.usage_top_k, config_.entropy_sign);
+        pool(pass, "lora-mixer.sbl", sbl.loss.reshape({1}));
         pass.at_end("lora-mixer.sbl",
-                    [](Pass& p) { p.add_loss("lora-mixer.sbl", p.state.at("lora-mixer.sbl").mean()); });
+                    [](Pass& p) { p.add_loss("lora-mixer.sbl", pooled(p, "lora-mixer.sbl").mean()); });
       }
     }
     outputs[i] = add_low_rank(outputs[i], v, joined_a(t.a), joined_b(t.b), weights * t.scale, 1.0);

@@ -14,10 +14,6 @@ using torch::Tensor;
 // Ranks of all experts from which on grouped products may pay, and how many times fewer are then chosen.
 constexpr int64_t kManyRanks = 256, kFewer = 4;
 
-Tensor like(const Tensor& t, const Tensor& x) {
-  return t.scalar_type() == x.scalar_type() ? t : t.to(x.scalar_type());
-}
-
 // u [N, R] times gates [N, E], each for R / E neighbours.
 Tensor gated(const Tensor& u, const Tensor& gates) {
   const int64_t n = u.size(0), e = gates.size(1), ranks = u.size(1);
@@ -99,6 +95,20 @@ Tensor gate_table(const Routing& r, int64_t experts) {
 Tensor add_routed(Tensor y, const Tensor& v, const Tensor& a, const Tensor& b, const Routing& routing, double factor,
                   const Tensor& scale) {
   const int64_t experts = a.size(0), ranks = experts * a.size(1), chosen = routing.experts.size(1);
+  if (!torch::GradMode::is_enabled() && y.is_cpu() && routing.experts.numel() <= experts) {
+    // Decoding: fewer pairs than experts. Nothing is joined for them.
+    auto rows = y.view({-1, y.size(-1)});
+    const auto x = v.reshape({-1, v.size(-1)});
+    for (int64_t n = 0; n < rows.size(0); ++n)
+      for (int64_t k = 0; k < chosen; ++k) {
+        const auto e = routing.experts[n][k].item<int64_t>();
+        if (e < 0) continue;
+        const double gate = routing.gates[n][k].item<double>() * (scale.defined() ? scale[e].item<double>() : 1.0);
+        const auto u = at::mv(like(a[e], x), x[n]);
+        rows[n].addmv_(like(b[e], x), u, 1.0, gate * factor);
+      }
+    return y;
+  }
   if (ranks < kManyRanks || chosen * kFewer > experts) {
     auto table = gate_table(routing, experts);
     if (scale.defined()) table = table * scale;

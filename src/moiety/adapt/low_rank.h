@@ -7,6 +7,11 @@
 
 namespace moiety {
 
+/// t in x's type.
+inline torch::Tensor like(const torch::Tensor& t, const torch::Tensor& x) {
+  return t.scalar_type() == x.scalar_type() ? t : t.to(x.scalar_type());
+}
+
 /// y + scale * B (gates * (A v)), in y's dtype. y [..., out] is used up: it is changed in place and must not be needed
 /// elsewhere. v [..., in]; a [R, in]; b [out, R]; gates [N, R], or [N, E] for E experts of R / E neighbouring ranks, or
 /// undefined for 1 everywhere; N is the number of rows of v. Gradients reach y, v, a, b and gates; a gate of 0 keeps

@@ -5,6 +5,7 @@
 #include "moiety/base/error.h"
 #include "moiety/base/log.h"
 #include "moiety/base/registry.h"
+#include "moiety/moe/pooling.h"
 #include "moiety/moe/topk.h"
 
 namespace moiety {
@@ -49,16 +50,10 @@ void MolaBalance::value(const Routing& r, const Site& site, Pass& pass) {
   // Matrices of one layer that have the same number of experts and of choices pool.
   const int64_t k = r.experts.size(1);
   const std::string key = fmt::format("{}.{}.{}.{}.{}.{}", name_, site.block, site.round, r.scores.size(1), k, coef_);
-  const auto pool = [&](const char* what, const torch::Tensor& t) {
-    auto& held = pass.state[key + what];
-    held = held.defined() ? torch::cat({held, t}) : t;
-  };
-  pool(".logits", r.logits);
-  if (real.defined()) pool(".real", real);
-  pass.at_end(key, [key, k, name = name_, coef = coef_](Pass& p) {
-    const auto mask = p.state.find(key + ".real");
-    p.add_loss(name, coef * mola_balance_loss(p.state.at(key + ".logits"), k,
-                                              mask == p.state.end() ? torch::Tensor() : mask->second));
+  pool(pass, key + ".logits", r.logits);
+  if (real.defined()) pool(pass, key + ".real", real);
+  pass.at_end(key, [key, k = r.experts.size(1), name = name_, coef = coef_](Pass& p) {
+    p.add_loss(name, coef * mola_balance_loss(pooled(p, key + ".logits"), k, pooled(p, key + ".real")));
   });
 }
 

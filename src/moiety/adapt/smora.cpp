@@ -4,6 +4,7 @@
 
 #include "moiety/adapt/low_rank.h"
 #include "moiety/adapt/routed_lora.h"
+#include "moiety/adapt/soft_router.h"
 #include "moiety/base/error.h"
 #include "moiety/base/registry.h"
 #include "moiety/moe/topk.h"
@@ -58,7 +59,7 @@ void Smora::apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs, P
   const auto flat = v.reshape({-1, v.size(-1)});
   const Site site = pass.at(site_);
   Routing r;
-  r.logits = router_(flat.scalar_type() == torch::kFloat64 ? flat : flat.to(torch::kFloat32));
+  r.logits = router_(router_input(flat));
   for (const auto& edit : pass.edits) edit->logits(site, pass, r.logits);
   const auto choice = smora_choose(r.logits, bias_.now(pass), config_.active, config_.bias_in_gate);
   r.experts = choice.indices;

@@ -12,7 +12,7 @@ SoftRouter::SoftRouter(Linear p) {
 
 Routing SoftRouter::route(const torch::Tensor& x, const Site& site, Pass& pass) {
   Routing r;
-  r.logits = projection(x.scalar_type() == torch::kFloat64 ? x : x.to(torch::kFloat32));
+  r.logits = projection(router_input(x));
   edit_logits(r.logits, site, pass);
   r.scores = torch::softmax(r.logits, -1);
   edit_scores(r.scores, site, pass);

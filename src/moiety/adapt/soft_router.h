@@ -16,6 +16,11 @@ class SoftRouter : public Router {
   Linear projection{nullptr};
 };
 
+/// What the routers of adapters compute in: f32, f64 where x is.
+inline torch::Tensor router_input(const torch::Tensor& x) {
+  return x.scalar_type() == torch::kFloat64 ? x : x.to(torch::kFloat32);
+}
+
 /// 0 ... experts - 1 for each of n rows: [n, experts] int64.
 torch::Tensor every_expert(int64_t n, int64_t experts, torch::Device device);
 

@@ -114,6 +114,14 @@ bool means_path(const std::string& pattern, const std::string& path, const std::
   return true;
 }
 
+bool stands_beside_matrices(const json& part) {
+  if (!part.is_object() || !part.contains("slug") || !part["slug"].is_string()) return false;
+  if (part.contains("site")) return part["site"] == "linear";
+  for (const Method* m : find_methods(part.value("slug", std::string())))
+    if (m->kind == "part") return m->sites == std::vector<std::string>{"linear"};
+  return false;
+}
+
 bool is_adapter(const fs::path& folder) {
   return fs::is_directory(folder) && fs::exists(folder / kConfig) && !fs::exists(folder / "config.json");
 }
@@ -182,10 +190,8 @@ std::shared_ptr<const PeftAdapter> PeftAdapter::open(const fs::path& folder) {
       static const std::regex inner("(\\.base_layer)+$");
       m.path = std::regex_replace(m.path, inner, "");
       m.experts = m.path.size() > 8 && m.path.compare(m.path.size() - 8, 8, ".experts") == 0;
-      check(m.experts || m.a.shape[0] == m.b.shape[1], "{}: '{}': lora_A has rank {}, lora_B {}", folder.string(),
-            shown(stored), m.a.shape[0], m.b.shape[1]);
-      check(m.a.shape[0] == m.b.shape[1], "{}: '{}': lora_A has {} rows, lora_B {} columns", folder.string(),
-            shown(stored), m.a.shape[0], m.b.shape[1]);
+      check(m.a.shape[0] == m.b.shape[1], "{}: '{}': lora_A has {} {}, lora_B {}", folder.string(), shown(stored),
+            m.experts ? "rows" : "rank", m.a.shape[0], m.b.shape[1]);
       const double r = by_pattern(ranks, "rank_pattern", m.path, rank.get<double>(), where),
                    a = by_pattern(alphas, "alpha_pattern", m.path, alpha.get<double>(), where);
       check(r >= 1 && r == std::floor(r) && r <= 1e6, "{}: a rank of {} at {}", where, r, m.path);
@@ -407,13 +413,6 @@ void add_peft(const PeftAdapter& adapter, const Checkpoint& base, const std::str
                                        [](const PeftMatrix& m) { return m.has_magnitude; }),
         "{}: some matrices have magnitudes (DoRA) and some have none", where);
   parts.push_back(part_of(collected, adapter_name, strength));
-}
-
-bool stands_beside_matrices(const json& part) {
-  if (part.contains("site")) return part["site"] == "linear";
-  for (const Method* m : find_methods(part.value("slug", std::string())))
-    if (m->kind == "part") return m->sites == std::vector<std::string>{"linear"};
-  return false;
 }
 
 bool is_own(const json& config) {

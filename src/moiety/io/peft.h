@@ -46,6 +46,9 @@ class PeftAdapter {
 /// what follows a dot of it. Throws Error naming `where`: it is no regular expression, or takes too many steps.
 bool means_path(const std::string& pattern, const std::string& path, const std::string& where);
 
+/// Whether an entry of `moiety.parts` takes the site `linear`, said or by its slug; false for what is no part.
+bool stands_beside_matrices(const nlohmann::json& part);
+
 /// A folder that holds an adapter and no model.
 bool is_adapter(const std::filesystem::path& folder);
 

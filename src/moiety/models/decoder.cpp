@@ -10,6 +10,7 @@
 #include "moiety/base/registry.h"
 #include "moiety/base/text.h"
 #include "moiety/io/moduleformer_names.h"
+#include "moiety/io/regex.h"
 #include "moiety/models/token_blocks.h"
 #include "moiety/models/weights_source.h"
 #include "moiety/moe/mixture.h"
@@ -547,15 +548,18 @@ std::vector<Stack> stacks_of(const FeedForwardBase& ffn) {
 
 // Whether one of the targets means a matrix: by its name, or, for targets that are no names, a regular expression that
 // matches the whole path.
+bool is_pattern(const string& target) {
+  return target.find_first_of("*+?()[]|^$\\") != string::npos;
+}
+
 bool targeted(const std::vector<string>& targets, const string& name, const string& path) {
   return std::any_of(targets.begin(), targets.end(), [&](const string& t) {
     if (t == name || (t == "all" && name.find('.') == string::npos)) return true;
-    if (t.find_first_of("*+?()[]|^$\\") == string::npos) return false;
-    try {
-      return std::regex_match(path, std::regex(t));
-    } catch (const std::regex_error& e) {
-      fail("target '{}' is no regular expression: {}", shown(t), e.what());
-    }
+    if (!is_pattern(t)) return false;
+    // Adapters of others bring patterns: the steps of a match are bounded.
+    const Regex whole("\\A(?:" + t + ")\\z", "target '" + shown(t) + "'");
+    size_t begin = 0, end = 0;
+    return Regex::Matches(whole, path).next(begin, end);
   });
 }
 
@@ -579,8 +583,7 @@ void attach_parts(WeightsSource& w, const string& layer, int64_t index, ModelPar
       if (targeted(entry.targets, s.name, path("mlp", s.name))) chosen_stacks.push_back(s);
     }
     for (const string& target : entry.targets) {
-      const bool pattern = target == "all" || target.find_first_of("*+?()[]|^$\\") != string::npos;
-      check(pattern || std::find(names.begin(), names.end(), target) != names.end(),
+      check(target == "all" || is_pattern(target) || std::find(names.begin(), names.end(), target) != names.end(),
             "part {}: layer {} has no matrix '{}' that a part could stand beside; it has {}", entry.slug, index,
             shown(target), names.empty() ? "none" : list_of(names, "and"));
     }

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "moiety/base/error.h"
+#include "moiety/moe/pooling.h"
 #include "moiety/moe/topk.h"
 
 namespace moiety {
@@ -188,15 +189,10 @@ PooledBalance::PooledBalance(std::string name, double coef) : RoutingLoss(std::m
 void PooledBalance::value(const Routing& r, const Site& site, Pass& pass) {
   const auto groups = token_groups(pass, r.scores.size(0), false);
   const std::string key = fmt::format("{}.{}.{}", name_, r.scores.size(1), r.experts.size(1));
-  const auto pool = [&](const char* what, const torch::Tensor& t) {
-    auto& held = pass.state[key + what];
-    const auto rows = real_rows(t, groups.real);
-    held = held.defined() ? torch::cat({held, rows}) : rows;
-  };
-  pool(".experts", r.experts);
-  pool(".scores", r.scores);
+  pool(pass, key + ".experts", real_rows(r.experts, groups.real));
+  pool(pass, key + ".scores", real_rows(r.scores, groups.real));
   pass.at_end(key, [key, name = name_, coef = coef_](Pass& p) {
-    p.add_loss(name, coef * pooled_balance_loss(p.state.at(key + ".experts"), p.state.at(key + ".scores")));
+    p.add_loss(name, coef * pooled_balance_loss(pooled(p, key + ".experts"), pooled(p, key + ".scores")));
   });
 }
 

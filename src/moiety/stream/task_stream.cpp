@@ -110,9 +110,8 @@ void consolidate(const StreamConfig& c, const fs::path& from, const fs::path& to
     put(front + ".lora_B", torch::zeros_like(b));
   }
   parts[0]["old_ranks"] = settings.old_ranks + settings.rank;
-  const json description = parse_json(read_text(from / "adapter_config.json"), (from / "adapter_config.json").string());
   fs::create_directories(to);
-  write_adapter(to, parts, std::move(tensors), *done, description.at("base_model_name_or_path").get<std::string>());
+  write_adapter(to, parts, std::move(tensors), *done, adapter_base(from));
 }
 
 json matrix(const Tensor& t) {

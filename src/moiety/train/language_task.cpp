@@ -89,9 +89,10 @@ void LanguageTask::open_data() {
   const auto seed = static_cast<uint64_t>(config_.train.seed);
   data_ = moiety::open_data(config_.data, encoder, seed);
   for (const HeldOutSource& source : data_.held_out) {
-    auto rows = held_out_rows(source.data, encoder, config_.data,
-                              config_.evaluation.batch > 0 ? config_.evaluation.batch : config_.train.batch,
-                              config_.evaluation.tokens / static_cast<int64_t>(data_.held_out.size()), seed);
+    auto rows = held_out_rows(
+        source.data, encoder, config_.data,
+        config_.evaluation.batch > 0 ? config_.evaluation.batch : config_.train.batch,
+        std::max<int64_t>(2, config_.evaluation.tokens / static_cast<int64_t>(data_.held_out.size())), seed);
     if (source.label)
       for (MicroBatch& m : rows.batches) m.labels = torch::full({m.ids.size(0)}, *source.label, torch::kInt64);
     held_out_.emplace_back(source.name, std::move(rows));

@@ -139,19 +139,13 @@ json own_parts(const json& config) {
 // All parts stand beside matrices, so that the model itself need not learn.
 bool stands_beside(const json& parts) {
   if (!parts.is_array() || parts.empty()) return false;
-  return std::all_of(parts.begin(), parts.end(), [](const json& part) {
-    if (!part.is_object() || !part.contains("slug") || !part["slug"].is_string()) return false;
-    const Method& method = get_method("part", part["slug"].get<std::string>());
-    const auto site = part.value("site", json());
-    return site.is_null() ? method.sites == std::vector<std::string>{"linear"} : site == "linear";
-  });
+  return std::all_of(parts.begin(), parts.end(), stands_beside_matrices);
 }
 
 // What an adapter of this model is to call its base.
 std::string base_name(const std::string& location) {
   const fs::path path = resolve_model(location);
-  if (!is_adapter(path)) return location;
-  return read_json_file(path / "adapter_config.json").value("base_model_name_or_path", location);
+  return is_adapter(path) ? adapter_base(path) : location;
 }
 
 }  // namespace
@@ -169,6 +163,12 @@ OpenRun open_run(const TrainConfig& config, torch::Device device, const fs::path
     checkpoint = Checkpoint::open(config.model.checkpoint);
     adapting = stands_beside(config.parts.is_null() ? own_parts(checkpoint->config()) : config.parts) &&
                config.train.train.empty();
+    if (adapting && checkpoint->config().value("moiety_rope_interleaved", false))
+      for (const auto& part : config.parts.is_array() ? config.parts : json::array())
+        check(!part.contains("adapters"),
+              "part {}: `adapters` have their rows of queries and keys as a directory has them, and {} is a GGUF file "
+              "with another order: convert it first (`moiety convert`)",
+              part.value("slug", std::string()), config.model.checkpoint);
     if (!adapting) checkpoint = open_base(config.model.checkpoint, scratch, weights);
     check(!is_encoder(checkpoint->config()),
           "{} is an encoder: `moiety train` trains models that predict the next token", config.model.checkpoint);

@@ -371,6 +371,11 @@ bool Trainer::evaluate_now() {
   with_average([&] { last_evaluation_ = task_->evaluate(options_.device, options_.ranks); });
   for (Scheduled* scheduled : scheduled_) scheduled->after_evaluation();
   if (log_) log_->add({{"step", step_}, {"time", unix_time()}, {"evaluation", to_json(*last_evaluation_)}});
+  if (step_ == 0) {
+    // Before the first step: what changes are measured against, and no candidate for the best.
+    first_evaluation_ = std::exchange(last_evaluation_, std::nullopt);
+    return false;
+  }
   const bool better = best_step_ == 0 || last_evaluation_->loss < best_ - config_.evaluation.min_delta;
   if (better) {
     best_ = last_evaluation_->loss;
@@ -481,10 +486,7 @@ TrainResult Trainer::run() {
   } else {
     task_->model().train();
     ended_.clear();
-    if (step_ == 0 && config_.evaluation.start && task_->has_held_out() && !first_evaluation_) {
-      first_evaluation_ = task_->evaluate(options_.device, options_.ranks);
-      if (log_) log_->add({{"step", 0}, {"time", unix_time()}, {"evaluation", to_json(*first_evaluation_)}});
-    }
+    if (step_ == 0 && config_.evaluation.start && task_->has_held_out()) evaluate_now();
     while (step_ < steps_) {
       const auto start = Clock::now();
       const bool last = step_ + 1 == steps_;
