@@ -8,6 +8,7 @@
 
 #include "moiety/base/error.h"
 #include "moiety/io/overlay.h"
+#include "moiety/io/peft.h"
 #include "moiety/models/model.h"
 #include "moiety/models/weights_source.h"
 #include "moiety/nn/part.h"
@@ -17,6 +18,15 @@ namespace moiety {
 namespace {
 
 using nlohmann::json;
+
+// Trained biases are f32: as the weight beside them is stored.
+Format format_in(const Checkpoint& adapted, const TensorInfo& t) {
+  if (is_block(t.format)) return Format::F32;
+  const std::string weight = t.name.substr(0, t.name.rfind('.') + 1) + "weight";
+  if (!is_bias(t.name) || !adapted.has(weight)) return t.format;
+  const Format format = adapted.get(weight).format;
+  return format == Format::F16 || format == Format::BF16 ? format : t.format;
+}
 
 // Everything that the model stores, merged, in the base's formats.
 std::shared_ptr<const Checkpoint> merged(std::shared_ptr<const Checkpoint> adapted, json config) {
@@ -34,7 +44,7 @@ std::shared_ptr<const Checkpoint> merged(std::shared_ptr<const Checkpoint> adapt
     if (value == values.end()) continue;
     OverlayTensor out;
     out.info = t;
-    if (is_block(t.format)) out.info.format = Format::F32;
+    out.info.format = format_in(*adapted, t);
     // The model lives as long as its values.
     out.get = [model, value = value->second, info = out.info] {
       const torch::NoGradGuard frozen;

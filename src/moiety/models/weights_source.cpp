@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "moiety/base/error.h"
+#include "moiety/io/peft.h"
 #include "moiety/nn/beside.h"
 #include "moiety/nn/weights.h"
 
@@ -62,6 +63,13 @@ torch::Tensor stored_matrices(const LinearStack& stack) {
   std::vector<torch::Tensor> all;
   for (int64_t e = 0; e < stack->count(); ++e) all.push_back(stored_matrix(stack, e));
   return torch::stack(all);
+}
+
+torch::Tensor stored_bias(const Linear& matrix) {
+  auto b = matrix->bias;
+  if (merging)
+    for (const auto& [beside, place] : matrix->attached()) b = beside->merged_bias(b, place);
+  return b;
 }
 
 WeightsSource::WeightsSource(const Checkpoint& checkpoint, const LoadOptions& options)
@@ -131,6 +139,15 @@ torch::Tensor WeightsSource::values(const TensorView& v) const {
   return (is_block(v.format) ? dequantize(v) : as_tensor(v)).to(options_.device, parameter_dtype());
 }
 
+torch::Tensor WeightsSource::bias_values(const TensorView& v) const {
+  return (is_block(v.format) ? dequantize(v) : as_tensor(v))
+      .to(options_.device, learns_biases() ? torch::kFloat32 : parameter_dtype());
+}
+
+torch::Tensor WeightsSource::bias_parameter(const torch::Tensor& t) const {
+  return learns_biases() ? leaf(t) : parameter(t);
+}
+
 torch::Tensor WeightsSource::parameter(const torch::Tensor& t) const {
   return trainable() ? leaf(t) : t;
 }
@@ -150,7 +167,11 @@ torch::Tensor WeightsSource::fresh(const std::vector<int64_t>& shape, double fil
 }
 
 torch::Tensor WeightsSource::tensor(const std::string& name, std::vector<int64_t> shape, double fill) {
-  const auto t = random() ? fresh(shape, fill) : floats(view(name, shape));
+  auto t = random() ? fresh(shape, fill) : torch::Tensor();
+  if (is_bias(name))
+    t = bias_parameter(t.defined() ? t : bias_values(view(name, shape)));
+  else if (!t.defined())
+    t = floats(view(name, shape));
   store(name, [t] { return t; });
   return t;
 }
@@ -217,9 +238,8 @@ Linear WeightsSource::linear(const std::string& name, int64_t in, int64_t out, b
 Linear WeightsSource::rows(const std::string& name, int64_t in, int64_t total, int64_t begin, int64_t out, bool bias) {
   torch::Tensor b;
   if (has(name + ".bias", bias)) {
-    b = random() ? fresh({out}, 0.0) : parameter(values(view(name + ".bias", {total})).narrow(0, begin, out));
-    store(
-        name + ".bias", [b] { return b; }, 0, begin);
+    b = bias_parameter(random() ? fresh({out}, 0.0)
+                                : bias_values(view(name + ".bias", {total})).narrow(0, begin, out));
   }
   Linear linear{nullptr};
   if (random()) {
@@ -231,6 +251,9 @@ Linear WeightsSource::rows(const std::string& name, int64_t in, int64_t total, i
   }
   store(
       name + ".weight", [linear] { return stored_matrix(linear); }, 0, begin);
+  if (b.defined())
+    store(
+        name + ".bias", [linear] { return stored_bias(linear); }, 0, begin);
   return linear;
 }
 

@@ -28,6 +28,10 @@ torch::Tensor Beside::merged(const torch::Tensor&, int64_t) const {
   fail("it cannot be merged into one matrix: {}", not_one_matrix());
 }
 
+torch::Tensor Beside::merged_bias(const torch::Tensor& bias, int64_t) const {
+  return bias;
+}
+
 std::vector<torch::Tensor> project(std::initializer_list<Linear> matrices, const torch::Tensor& x, Pass& pass) {
   auto out = multiply_all(matrices, x);
   // Parts in the order in which they were attached, each with its outputs by place.
