@@ -2,9 +2,12 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "adapt/adapt_tools.h"
 #include "message_of.h"
 #include "moiety/base/files.h"
+#include "moiety/io/overlay.h"
 #include "moiety/nn/weights.h"
 #include "moiety/train/open_run.h"
 
@@ -169,6 +172,76 @@ TEST(Merged, LeavesWhatIsNotAdaptedAsItIs) {
     const bool same = merged->get(t.name).to_float() == m.adapted->get(t.name).to_float();
     EXPECT_EQ(same, t.name != "model.layers.1.self_attn.q_proj.weight") << t.name;
   }
+}
+
+// ---- And back ----
+
+// A merged model with the same adapters beside it, and what becomes of it; the largest error of a weight, over the
+// largest merged one.
+struct Unmerging {
+  Merging before;
+  std::shared_ptr<const Checkpoint> again;
+
+  explicit Unmerging(const json& parts, const json& more = json::object(), const std::string& dtype = "f32")
+      : before(parts, more, dtype) {
+    std::vector<OverlayTensor> own;
+    for (const TensorInfo& t : before.adapted->tensors())
+      if (t.name.find(".adapters.") != std::string::npos)
+        own.push_back(overlay_of(t.name, t.shape, before.adapted->get(t.name).to_float()));
+    again = unmerged_checkpoint(overlay(before.merged(), before.config, std::move(own)));
+  }
+  double error() const {
+    double worst = 0.0;
+    const auto merged = before.merged();
+    for (const TensorInfo& t : merged->tensors()) {
+      EXPECT_EQ(again->get(t.name).format, t.format) << t.name;
+      const auto was = as_tensor(before.adapted->get(t.name)).to(torch::kFloat32),
+                 is = as_tensor(again->get(t.name)).to(torch::kFloat32),
+                 between = as_tensor(merged->get(t.name)).to(torch::kFloat32);
+      worst = std::max(worst, distance(was, is) / between.abs().max().item<double>());
+    }
+    EXPECT_EQ(again->tensors().size(), merged->tensors().size());
+    EXPECT_EQ(again->config().count("moiety"), 0u);
+    return worst;
+  }
+};
+
+TEST(Unmerged, GivesTheWeightsBack) {
+  EXPECT_LT(Unmerging(json::array({lora()})).error(), 1e-6);
+  EXPECT_LT(Unmerging(json::array({lora({{"name", "a"}}), lora({{"name", "b"}, {"strength", -0.5}, {"rslora", true}})}))
+                .error(),
+            1e-6);
+  EXPECT_LT(Unmerging(json::array({lora({{"target", {"experts.gate_up_proj", "experts.down_proj", "v_proj"}}})}),
+                      kMixtral)
+                .error(),
+            1e-6);
+  EXPECT_LT(Unmerging(json::array({lora()}), {{"model_type", "phi3"}, {"pad_token_id", 0}}).error(), 1e-6);
+  EXPECT_LT(Unmerging(json::array({{{"slug", "mola"}, {"experts", 1}, {"top_k", 1}, {"rank", 2}}})).error(), 1e-6);
+}
+
+TEST(Unmerged, LosesWhatTheMergedWeightsWereRoundedBy) {
+  const double error = Unmerging(json::array({lora()}), json::object(), "bf16").error();
+  // Half of the last of 8 bits once when it is merged, once when it is stored again.
+  EXPECT_LT(error, std::ldexp(1.0, -8));
+  EXPECT_GT(error, 1e-5);
+}
+
+TEST(Unmerged, SaysWhatCannotBe) {
+  const auto says = [](const json& part, const json& more = json::object()) {
+    return message_of([&] {
+      const Merging m(json::array({part}), more);
+      const auto again = unmerged_checkpoint(m.adapted);
+      for (const TensorInfo& t : again->tensors()) again->get(t.name);
+    });
+  };
+  EXPECT_NE(says(lora({{"dora", true}})).find("DoRA gives every row a new length"), std::string::npos);
+  EXPECT_NE(says(lora({{"bias", "lora_only"}, {"target", "q_proj"}}), {{"model_type", "qwen2"}}).find("a trained one"),
+            std::string::npos);
+  EXPECT_NE(says(lora({{"bias", "all"}}), {{"model_type", "qwen2"}}).find("trained all biases"), std::string::npos);
+  EXPECT_NE(says({{"slug", "mola"}, {"experts", 3}, {"rank", 2}}).find("its router gives every token"),
+            std::string::npos);
+  EXPECT_NE(message_of([] { unmerged_checkpoint(Merging(json::array()).adapted); }).find("nothing stands beside"),
+            std::string::npos);
 }
 
 TEST(Merged, SaysWhatCannotBe) {

@@ -115,6 +115,13 @@ Tensor Lora::merged(const Tensor& weight, int64_t) const {
   return sum;
 }
 
+Tensor Lora::unmerged(const Tensor& weight, int64_t place) const {
+  check(!magnitude.defined(),
+        "it cannot be taken out again: DoRA gives every row a new length, and the one that it had is gone");
+  check(!bias.defined(), "it cannot be taken out again: the bias that a trained one replaced is gone");
+  return Beside::unmerged(weight, place);
+}
+
 Tensor Lora::merged_bias(const Tensor& own, int64_t) const {
   return bias.defined() ? bias : own;
 }

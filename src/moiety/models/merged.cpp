@@ -29,7 +29,7 @@ Format format_in(const Checkpoint& adapted, const TensorInfo& t) {
 }
 
 // Everything that the model stores, merged, in the base's formats.
-std::shared_ptr<const Checkpoint> merged(std::shared_ptr<const Checkpoint> adapted, json config) {
+std::shared_ptr<const Checkpoint> merged(std::shared_ptr<const Checkpoint> adapted, json config, bool backwards) {
   const std::shared_ptr<CausalModel> model = load_causal(*adapted);
   std::map<std::string, std::function<torch::Tensor()>> values;
   for (auto& stored : model->stored()) values[stored.name] = std::move(stored.value);
@@ -46,9 +46,9 @@ std::shared_ptr<const Checkpoint> merged(std::shared_ptr<const Checkpoint> adapt
     out.info = t;
     out.info.format = format_in(*adapted, t);
     // The model lives as long as its values.
-    out.get = [model, value = value->second, info = out.info] {
+    out.get = [model, value = value->second, info = out.info, backwards] {
       const torch::NoGradGuard frozen;
-      const StoreMerged all;
+      const StoreMerged all(backwards);
       try {
         return view_of(value(), info.format);
       } catch (const Error& e) {
@@ -60,9 +60,7 @@ std::shared_ptr<const Checkpoint> merged(std::shared_ptr<const Checkpoint> adapt
   return overlay(std::move(adapted), std::move(config), std::move(tensors), removed);
 }
 
-}  // namespace
-
-std::shared_ptr<const Checkpoint> merged_checkpoint(std::shared_ptr<const Checkpoint> adapted) {
+std::shared_ptr<const Checkpoint> without_parts(std::shared_ptr<const Checkpoint> adapted, bool backwards) {
   json config = adapted->config();
   const json list = config.value("moiety", json::object()).value("parts", json::array());
   json rest = json::array();
@@ -77,7 +75,20 @@ std::shared_ptr<const Checkpoint> merged_checkpoint(std::shared_ptr<const Checkp
   config["moiety"]["parts"] = rest;
   if (rest.empty()) config["moiety"].erase("parts");
   if (config["moiety"].empty()) config.erase("moiety");
-  return merged(std::move(adapted), std::move(config));
+  return merged(std::move(adapted), std::move(config), backwards);
+}
+
+}  // namespace
+
+std::shared_ptr<const Checkpoint> merged_checkpoint(std::shared_ptr<const Checkpoint> adapted) {
+  return without_parts(std::move(adapted), false);
+}
+
+std::shared_ptr<const Checkpoint> unmerged_checkpoint(std::shared_ptr<const Checkpoint> adapted) {
+  check(!biases_learn(parts_of(adapted->config())),
+        "{}: an adapter that trained all biases cannot be taken out again: what the biases were is gone",
+        adapted->path().string());
+  return without_parts(std::move(adapted), true);
 }
 
 }  // namespace moiety

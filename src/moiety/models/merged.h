@@ -12,4 +12,9 @@ namespace moiety {
 /// from get(), what cannot be merged with the reason.
 std::shared_ptr<const Checkpoint> merged_checkpoint(std::shared_ptr<const Checkpoint> adapted);
 
+/// The other way: `adapted` is a model into which what stands beside its matrices was merged; the model before that, up
+/// to the rounding of the merged weights. Throws Error as above, and where the matrices do not tell what they were:
+/// DoRA, trained biases.
+std::shared_ptr<const Checkpoint> unmerged_checkpoint(std::shared_ptr<const Checkpoint> adapted);
+
 }  // namespace moiety

@@ -31,35 +31,36 @@ torch::Dtype compute_dtype(const std::string& name, const Checkpoint* checkpoint
 
 namespace {
 
-thread_local bool merging = false;
+thread_local int merging = 0;  // 1: parts are added to their matrices, -1: taken out
 
 }  // namespace
 
-StoreMerged::StoreMerged() {
-  check(!merging, "two merges at once");
-  merging = true;
+StoreMerged::StoreMerged(bool backwards) {
+  check(merging == 0, "two merges at once");
+  merging = backwards ? -1 : 1;
 }
 
 StoreMerged::~StoreMerged() {
-  merging = false;
+  merging = 0;
 }
 
 torch::Tensor stored_matrix(const Linear& matrix) {
   auto w = matrix->weight.defined() ? matrix->weight : matrix->dense(torch::kFloat32);
-  if (merging && !matrix->attached().empty()) {
+  if (merging != 0 && !matrix->attached().empty()) {
     w = w.to(torch::kFloat32);
-    for (const auto& [beside, place] : matrix->attached()) w = beside->merged(w, place);
+    for (const auto& [beside, place] : matrix->attached())
+      w = merging > 0 ? beside->merged(w, place) : beside->unmerged(w, place);
   }
   return w;
 }
 
 torch::Tensor stored_matrix(const LinearStack& stack, int64_t expert) {
   auto w = stack->weight.defined() ? stack->weight.select(0, expert) : stack->dense(expert, torch::kFloat32);
-  return merging && stack->beside() ? w.to(torch::kFloat32) + stack->beside()->delta(expert) : w;
+  return merging != 0 && stack->beside() ? w.to(torch::kFloat32) + merging * stack->beside()->delta(expert) : w;
 }
 
 torch::Tensor stored_matrices(const LinearStack& stack) {
-  if (stack->weight.defined() && !(merging && stack->beside())) return stack->weight;
+  if (stack->weight.defined() && !(merging != 0 && stack->beside())) return stack->weight;
   std::vector<torch::Tensor> all;
   for (int64_t e = 0; e < stack->count(); ++e) all.push_back(stored_matrix(stack, e));
   return torch::stack(all);
@@ -67,7 +68,7 @@ torch::Tensor stored_matrices(const LinearStack& stack) {
 
 torch::Tensor stored_bias(const Linear& matrix) {
   auto b = matrix->bias;
-  if (merging)
+  if (merging > 0)
     for (const auto& [beside, place] : matrix->attached()) b = beside->merged_bias(b, place);
   return b;
 }

@@ -16,10 +16,10 @@
 namespace moiety {
 
 /// While one lives, on this thread, what a model's tensors are stored as is what their matrices give together with the
-/// parts that stand beside them: Beside::merged.
+/// parts that stand beside them, Beside::merged; backwards, what they give without them: Beside::unmerged.
 class StoreMerged {
  public:
-  StoreMerged();
+  explicit StoreMerged(bool backwards = false);
   ~StoreMerged();
   StoreMerged(const StoreMerged&) = delete;
   StoreMerged& operator=(const StoreMerged&) = delete;

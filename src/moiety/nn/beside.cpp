@@ -28,6 +28,10 @@ torch::Tensor Beside::merged(const torch::Tensor&, int64_t) const {
   fail("it cannot be merged into one matrix: {}", not_one_matrix());
 }
 
+torch::Tensor Beside::unmerged(const torch::Tensor& weight, int64_t place) const {
+  return weight - merged(torch::zeros_like(weight), place);
+}
+
 torch::Tensor Beside::merged_bias(const torch::Tensor& bias, int64_t) const {
   return bias;
 }
