@@ -190,6 +190,37 @@ TEST_F(Peft, RefusesTensorsThatItDoesNotKnow) {
   EXPECT_SAYS(refusal(one({}, {{std::string(600, 'x') + ".lora_A.weight", {2, 8}}})), "614 bytes");
 }
 
+TEST_F(Peft, RefusesNumbersThatAreNotFinite) {
+  const auto put = [](const fs::path& at, const std::string& name, float value) {
+    SafetensorsWriter writer(at / "adapter_model.safetensors", {{name, Format::F32, {2, 8}}});
+    std::vector<float> values(16, 1.f);
+    values[11] = value;
+    writer.write(name, std::as_bytes(std::span(values)));
+    writer.finish();
+  };
+  // PEFT's layout and our own.
+  const auto peft = one();
+  const std::string name = std::string(kQ) + ".lora_A.weight";
+  put(peft, name, NAN);
+  EXPECT_SAYS(refusal(peft), "'" + name + "' holds nan at [1, 3]");
+  const auto own = folder("own");
+  write_file(own / "adapter_config.json",
+             R"({"peft_type": "MOIETY", "moiety": {"parts": [{"slug": "mola", "target": "q_proj"}]}})");
+  put(own, "layers.0.adapters.q_proj.lora_A", -INFINITY);
+  EXPECT_SAYS(refusal(own, llama()), "'layers.0.adapters.q_proj.lora_A' holds -inf at [1, 3]");
+}
+
+TEST_F(Peft, WritesNoNumbersThatAreNotFinite) {
+  AdapterTensor t{"model.layers.0.adapters.q_proj.lora_A", {1, 8}, std::vector<float>(8, 1.f)};
+  t.values[6] = INFINITY;
+  const auto at = dir_ / "none";
+  EXPECT_SAYS(message_of([&] {
+                write_adapter(at, json::array({{{"slug", "lora"}, {"rank", 1}}}), {t}, Outline(llama()), "base");
+              }),
+              "'model.layers.0.adapters.q_proj.lora_A' holds inf at [0, 6]");
+  EXPECT_FALSE(fs::exists(at));
+}
+
 TEST_F(Peft, RefusesSizesThatDoNotFit) {
   const std::string q = kQ;
   const auto two = [&](const json& config, const Shape& a, const Shape& b) {

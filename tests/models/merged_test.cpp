@@ -174,6 +174,43 @@ TEST(Merged, LeavesWhatIsNotAdaptedAsItIs) {
   }
 }
 
+// A model whose tensor `name` holds `value` at [1, 2], in `format`, and what merging says.
+std::string refusal_of(const std::string& name, float value, Format format = Format::F32) {
+  const Merging m(json::array({lora({{"target", "q_proj"}, {"alpha", 100.0}})}));
+  std::vector<OverlayTensor> changed;
+  for (const TensorInfo& t : m.adapted->tensors()) {
+    if (t.name != name && format == Format::F32) continue;
+    auto values = m.adapted->get(t.name).to_float();
+    if (t.name == name) values[static_cast<size_t>(t.shape[1] + 2)] = value;
+    OverlayTensor out = overlay_of(t.name, t.shape, values);
+    if (t.name.find(".adapters.") == std::string::npos) {
+      out.info.format = format;
+      out.get = [values, shape = t.shape, format] {
+        return view_of(torch::tensor(values).view(shape), format);
+      };
+    }
+    changed.push_back(std::move(out));
+  }
+  return message_of([&] {
+    const auto merged = merged_checkpoint(overlay(m.adapted, m.config, std::move(changed)));
+    for (const TensorInfo& t : merged->tensors()) merged->get(t.name);
+  });
+}
+
+TEST(Merged, RefusesNumbersThatAreNotFinite) {
+  const std::string q = "model.layers.1.self_attn.q_proj.weight", up = "model.layers.0.mlp.up_proj.weight",
+                    a = "model.layers.1.adapters.q_proj.lora_A";
+  EXPECT_EQ(refusal_of(q, 1.f), "");
+  EXPECT_NE(refusal_of(q, NAN).find(q + ": the model's weight holds nan at [1, 2]"), std::string::npos);
+  // Of matrices that nothing stands beside, too.
+  EXPECT_NE(refusal_of(up, -INFINITY).find(up + ": the model's weight holds -inf at [1, 2]"), std::string::npos);
+  // Each finite, but not their product, or not in the format of the base.
+  EXPECT_NE(refusal_of(a, 3e38f).find(q + ": the sum holds"), std::string::npos);
+  EXPECT_EQ(refusal_of(q, 6e4f, Format::F16), "");
+  EXPECT_NE(refusal_of(a, 1e6f, Format::F16).find(q + ": the sum, in f16, holds"),
+            std::string::npos);
+}
+
 // ---- And back ----
 
 // A merged model with the same adapters beside it, and what becomes of it; the largest error of a weight, over the

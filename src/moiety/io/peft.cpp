@@ -17,6 +17,7 @@
 #include "moiety/base/log.h"
 #include "moiety/base/registry.h"
 #include "moiety/base/text.h"
+#include "moiety/io/finite.h"
 #include "moiety/io/overlay.h"
 #include "moiety/io/regex.h"
 
@@ -96,6 +97,16 @@ std::string without_wrappers(std::string path) {
     path.erase(at, end - at);
   }
   return path;
+}
+
+// The numbers of a stored tensor; PEFT takes whatever there is.
+std::vector<float> finite_floats(const SafetensorsFile& weights, const std::string& name, const fs::path& folder) {
+  const TensorView view = weights.get(name);
+  auto values = view.to_float();
+  const auto problem = not_finite(values, view.shape);
+  check(problem.empty(), "{}: tensor '{}' {}: such an adapter gives no answer; take an earlier checkpoint of it",
+        folder.string(), shown(name), problem);
+  return values;
 }
 
 bool rslora(const json& config) {
@@ -213,6 +224,7 @@ std::shared_ptr<const PeftAdapter> PeftAdapter::open(const fs::path& folder) {
     for (const TensorInfo& t : weights->tensors()) {
       check(t.name.size() <= kLongestName, "{}: tensor '{}' has a name of {} bytes", folder.string(), shown(t.name),
             t.name.size());
+      finite_floats(*weights, t.name, folder);
       const size_t at = t.name.find(".lora_");
       if (at == std::string::npos && out->bias_ != "none" && is_bias(t.name)) {
         PeftBias bias{without_wrappers(t.name), weights->get(t.name)};
@@ -627,12 +639,12 @@ std::shared_ptr<const Checkpoint> with_adapters(std::shared_ptr<const Checkpoint
           const std::string bias = base->has(front + own_name) ? front + own_name : own_name;
           check(base->has(bias) && shape_in(*base, bias) == t.shape,
                 "{}: the bias '{}' {} has no place in this model", where, shown(t.name), t.shape);
-          own.push_back(overlay_of(bias, t.shape, weights->get(t.name).to_float()));
+          own.push_back(overlay_of(bias, t.shape, finite_floats(*weights, t.name, choice.folder)));
           continue;
         }
         check(at != std::string::npos, "{}: tensor '{}' is no adapter's", where, shown(t.name));
         if (!name.empty()) own_name.insert(at + 10, name + ".");
-        own.push_back(overlay_of(front + own_name, t.shape, weights->get(t.name).to_float()));
+        own.push_back(overlay_of(front + own_name, t.shape, finite_floats(*weights, t.name, choice.folder)));
       }
       return 0;
     });
@@ -856,6 +868,10 @@ std::optional<AsPeft> as_peft(const json& parts, const std::vector<AdapterTensor
 bool write_adapter(const fs::path& folder, const json& parts, std::vector<AdapterTensor> tensors,
                    const Checkpoint& base, const std::string& base_name) {
   check(parts.is_array() && !parts.empty(), "there is no part to write as an adapter");
+  for (const auto& t : tensors) {
+    const auto problem = not_finite(t.values, t.shape);
+    check(problem.empty(), "{}: '{}' {}: such an adapter is not written", folder.string(), t.name, problem);
+  }
   std::optional<AsPeft> peft = as_peft(parts, tensors, base);
   const bool readable = peft.has_value();
   if (!readable) {

@@ -34,7 +34,7 @@ struct PeftBias {
 class PeftAdapter {
  public:
   /// Throws Error: not an adapter, not LoRA, something that LoRA here has no word for (trained modules beside it, a
-  /// base that was changed, ...).
+  /// base that was changed, ...), numbers that are not finite.
   static std::shared_ptr<const PeftAdapter> open(const std::filesystem::path& folder);
   const nlohmann::json& config() const { return config_; }
   const std::filesystem::path& path() const { return path_; }
@@ -75,7 +75,7 @@ struct AdapterChoice {
   double strength = 1.0;  ///< times what it adds; 1 for systems other than LoRA and FlyLoRA
 };
 /// `base` with these adapters: one has no name, several are called by their folders. Throws Error naming adapter and
-/// tensor where they do not fit.
+/// tensor where they do not fit or hold numbers that are not finite.
 std::shared_ptr<const Checkpoint> with_adapters(std::shared_ptr<const Checkpoint> base,
                                                 const std::vector<AdapterChoice>& adapters);
 /// Where the base of an adapter lies: as the adapter names it, or as seen from its folder. Throws Error: it names none.
@@ -93,7 +93,8 @@ struct AdapterTensor {
   std::vector<float> values;
 };
 /// Writes the parts that stand beside matrices: as PEFT reads it where they are one LoRA that it knows, else in the
-/// same layout with a section `moiety`. `base_name`: what the user calls the base. Returns whether PEFT reads it.
+/// same layout with a section `moiety`. `base_name`: what the user calls the base. Returns whether PEFT reads it. Throws
+/// Error, and writes nothing, for numbers that are not finite.
 bool write_adapter(const std::filesystem::path& folder, const nlohmann::json& parts, std::vector<AdapterTensor> tensors,
                    const Checkpoint& base, const std::string& base_name);
 

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "moiety/base/error.h"
+#include "moiety/io/finite.h"
 #include "moiety/io/overlay.h"
 #include "moiety/io/peft.h"
 #include "moiety/models/model.h"
@@ -28,6 +29,26 @@ Format format_in(const Checkpoint& adapted, const TensorInfo& t) {
   return format == Format::F16 || format == Format::BF16 ? format : t.format;
 }
 
+// "holds nan at [3, 5]", or nothing.
+std::string problem_of(const torch::Tensor& t) {
+  if (!t.is_floating_point() || torch::isfinite(t).all().item<bool>()) return "";
+  const auto f = t.to(torch::kCPU, torch::kFloat32).contiguous();
+  return not_finite({f.const_data_ptr<float>(), static_cast<size_t>(f.numel())}, f.sizes().vec());
+}
+
+// What is stored of a sum. Error where it is not finite, and where it was not before it was rounded.
+TensorView finite_view(const torch::Tensor& sum, const Checkpoint& before, const TensorInfo& info) {
+  if (const auto problem = problem_of(sum); !problem.empty()) {
+    const TensorView was = before.get(info.name);
+    const auto own = problem_of(is_block(was.format) ? dequantize(was) : as_tensor(was));
+    fail("{} {}: it cannot be merged", own.empty() ? "the sum" : "the model's weight", own.empty() ? problem : own);
+  }
+  TensorView view = view_of(sum, info.format);
+  const auto problem = info.format == Format::F16 ? problem_of(as_tensor(view)) : "";
+  check(problem.empty(), "the sum, in f16, {}: convert the model to bf16 or f32 first", problem);
+  return view;
+}
+
 // Everything that the model stores, merged, in the base's formats.
 std::shared_ptr<const Checkpoint> merged(std::shared_ptr<const Checkpoint> adapted, json config, bool backwards) {
   const std::shared_ptr<CausalModel> model = load_causal(*adapted);
@@ -46,11 +67,11 @@ std::shared_ptr<const Checkpoint> merged(std::shared_ptr<const Checkpoint> adapt
     out.info = t;
     out.info.format = format_in(*adapted, t);
     // The model lives as long as its values.
-    out.get = [model, value = value->second, info = out.info, backwards] {
+    out.get = [model, adapted, value = value->second, info = out.info, backwards] {
       const torch::NoGradGuard frozen;
       const StoreMerged all(backwards);
       try {
-        return view_of(value(), info.format);
+        return finite_view(value(), *adapted, info);
       } catch (const Error& e) {
         fail("{}: {}", info.name, e.what());
       }
