@@ -442,6 +442,9 @@ class NamedWeights : public PartWeights {
   torch::Tensor get(const string& name, std::vector<int64_t> shape, const Init& init) override {
     return source_.tensor(prefix_ + name, std::move(shape), init);
   }
+  torch::Tensor optional(const string& name, std::vector<int64_t> shape, const Init& init) override {
+    return source_.tensor(prefix_ + name, std::move(shape), init, /*optional=*/true);
+  }
 
  private:
   WeightsSource& source_;

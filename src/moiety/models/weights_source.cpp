@@ -178,14 +178,14 @@ torch::Tensor WeightsSource::tensor(const std::string& name, std::vector<int64_t
 }
 
 torch::Tensor WeightsSource::tensor(const std::string& name, std::vector<int64_t> shape,
-                                    const std::function<void(torch::Tensor)>& init) {
+                                    const std::function<void(torch::Tensor)>& init, bool optional) {
   torch::Tensor t;
   if (has(name, false)) {
     const auto v = view(name, shape);
     t = (is_block(v.format) ? dequantize(v) : as_tensor(v))
             .to(options_.device, options_.trainable ? torch::kFloat32 : dtype_);
   } else {
-    check(random() || may_create, "{}: the model needs tensor '{}' {}, which is not there",
+    check(random() || may_create || optional, "{}: the model needs tensor '{}' {}, which is not there",
           random() ? "" : checkpoint_->path().string(), full(name), shape);
     torch::NoGradGuard frozen;
     t = torch::empty(shape, torch::TensorOptions().dtype(torch::kFloat32).device(options_.device));
