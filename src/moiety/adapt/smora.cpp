@@ -54,6 +54,16 @@ Smora::Smora(std::string site, Linear router, torch::Tensor a, torch::Tensor b, 
   check(config.active >= 1 && config.active <= a.size(0), "{} of {} ranks cannot be active", config.active, a.size(0));
 }
 
+bool Smora::set_active(int64_t k) {
+  auto other = config_;
+  other.active = k;
+  const auto problem = other.problem();
+  check(k >= 1 && problem.empty(), "{} active ranks are impossible: {}", k,
+        problem.empty() ? "at least one is needed" : problem);
+  config_ = other;
+  return true;
+}
+
 void Smora::apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs, Pass& pass) {
   if (x.dim() == 3) pass.batch = x.size(0);
   const auto v = dropped(x, config_.dropout, pass.training);

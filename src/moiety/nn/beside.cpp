@@ -36,6 +36,10 @@ torch::Tensor Beside::merged_bias(const torch::Tensor& bias, int64_t) const {
   return bias;
 }
 
+bool Beside::set_active(int64_t) {
+  return false;
+}
+
 std::vector<torch::Tensor> project(std::initializer_list<Linear> matrices, const torch::Tensor& x, Pass& pass) {
   auto out = multiply_all(matrices, x);
   // Parts in the order in which they were attached, each with its outputs by place.

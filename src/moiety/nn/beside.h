@@ -28,6 +28,9 @@ class Beside : public torch::nn::Module {
   virtual torch::Tensor unmerged(const torch::Tensor& weight, int64_t place) const;
   /// The bias [out] that goes with that matrix: `bias`, or what takes its place.
   virtual torch::Tensor merged_bias(const torch::Tensor& bias, int64_t place) const;
+  /// From now on a token takes k of its experts, or of its ranks where these are chosen. False where it has no such
+  /// number, or a Router in it has. Error: it has experts and no such number, or cannot take k.
+  virtual bool set_active(int64_t k);
   int64_t matrices = 0;  ///< it is attached to; LinearImpl::attach counts
 
  protected:
