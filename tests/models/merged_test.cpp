@@ -133,6 +133,9 @@ TEST(Merged, SoDoMixturesOfOneExpert) {
             kRounding);
   EXPECT_LT(Merging(json::array({{{"slug", "lora-mixer"}, {"experts", 1}, {"rank", 2}}})).difference(), kRounding);
   EXPECT_LT(Merging(json::array({{{"slug", "flylora"}, {"rank", 4}, {"top_k", 4}}})).difference(), kRounding);
+  EXPECT_LT(Merging(json::array({{{"slug", "adamoe-linear"}, {"experts", 1}, {"null_experts", 0}, {"top_k", 1}}}))
+                .difference(),
+            kRounding);
 }
 
 TEST(Merged, SoDoWeightsOfSixteenBits) {
@@ -296,6 +299,10 @@ TEST(Merged, SaysWhatCannotBe) {
   EXPECT_NE(says({{"slug", "llava-mole"}, {"target", {"gate_proj", "up_proj", "down_proj"}}, {"rank", 2}})
                 .find("an expert of its own"),
             std::string::npos);
+  for (const auto& [experts, null_experts] : {std::pair{3, 2}, std::pair{3, 0}, std::pair{1, 1}})
+    EXPECT_NE(says({{"slug", "adamoe-linear"}, {"experts", experts}, {"null_experts", null_experts}, {"top_k", 1}})
+                  .find("experts of its own, or none"),
+              std::string::npos);
   EXPECT_NE(says({{"slug", "smora"}, {"rank", 4}, {"active", 2}}).find("ranks of its own"), std::string::npos);
   EXPECT_NE(says({{"slug", "mora"}, {"rank", 4}, {"top_k", 2}}).find("depends on the token"), std::string::npos);
   EXPECT_NE(says({{"slug", "flylora"}, {"rank", 4}, {"top_k", 2}}).find("ranks of its own"), std::string::npos);

@@ -28,7 +28,8 @@ json part_of(const std::string& slug) {
       {"lora-mixer", {{"experts", 2}, {"rank", 2}, {"top_k", 1}, {"stage", "hard"}, {"target", {"q_proj", "o_proj"}}}},
       {"smora", {{"rank", 4}, {"active", 2}, {"bias_rate", 0.01}}},
       {"mora", {{"rank", 4}, {"top_k", 2}}},
-      {"flylora", {{"rank", 4}, {"top_k", 2}, {"bias_rate", 0.01}}}};
+      {"flylora", {{"rank", 4}, {"top_k", 2}, {"bias_rate", 0.01}}},
+      {"adamoe-linear", {{"experts", 3}, {"null_experts", 2}, {"top_k", 2}, {"rank", 2}, {"coef", 0.1}}}};
   json part = settings.at(slug);
   part["slug"] = slug;
   return part;
@@ -92,6 +93,10 @@ TEST_P(Adapters, AreWrittenAloneAndLoad) {
                 .max()
                 .item<double>(),
             1e-6);
+  // Beside another copy of the base it is named.
+  const auto beside_it = with_adapters(Checkpoint::open((folder / "base" / "last").string()),
+                                       {{folder / "run" / "last", 1.0}});
+  EXPECT_TRUE(torch::equal(logits(*load_causal(*beside_it)), learned));
 }
 
 TEST_P(Adapters, GoOnBitForBit) {
@@ -113,7 +118,7 @@ TEST_P(Adapters, GoOnBitForBit) {
 
 INSTANTIATE_TEST_SUITE_P(All, Adapters,
                          testing::Values("lora", "mola", "llava-mole", "dynmole", "loramoe", "lora-mixer", "smora",
-                                         "mora", "flylora"),
+                                         "mora", "flylora", "adamoe-linear"),
                          [](const auto& info) {
                            std::string name = info.param;
                            for (char& c : name)

@@ -135,6 +135,14 @@ void AdaMoeBeside::apply(const torch::Tensor& x, std::vector<torch::Tensor>& out
   y = y + mix(*router, *experts, flat, pass.at(site_), pass).view(y.sizes());
 }
 
+torch::Tensor AdaMoeBeside::merged(const torch::Tensor& weight, int64_t place) const {
+  if (experts->count() != 1 || !router->null_gate.is_empty()) return Beside::merged(weight, place);
+  const torch::NoGradGuard frozen;
+  // What the expert gives for every feature alone, a row each.
+  const auto features = torch::eye(weight.size(1), weight.options());
+  return weight + experts->forward(features, {features.size(0)}).t();
+}
+
 namespace {
 
 const RegisterMethod registered_linear(
