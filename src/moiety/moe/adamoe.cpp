@@ -138,9 +138,13 @@ void AdaMoeBeside::apply(const torch::Tensor& x, std::vector<torch::Tensor>& out
 torch::Tensor AdaMoeBeside::merged(const torch::Tensor& weight, int64_t place) const {
   if (experts->count() != 1 || !router->null_gate.is_empty()) return Beside::merged(weight, place);
   const torch::NoGradGuard frozen;
-  // What the expert gives for every feature alone, a row each.
+  // What the expert gives for every feature alone, a row each; nothing is dropped.
+  const bool training = experts->is_training();
+  experts->eval();
   const auto features = torch::eye(weight.size(1), weight.options());
-  return weight + experts->forward(features, {features.size(0)}).t();
+  const auto rows = experts->forward(features, {features.size(0)});
+  experts->train(training);
+  return weight + rows.t();
 }
 
 namespace {
