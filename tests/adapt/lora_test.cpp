@@ -173,8 +173,8 @@ TEST(LoraInModel, AllBiasesLearnBesideAFrozenModel) {
       }
   }
   // Without the setting nothing of the base learns.
-  const auto still = load_causal(*base, model_with({lora({{"target", "q_proj"}})}, kQwen2),
-                                 {.trainable = true, .frozen_base = true});
+  const auto still =
+      load_causal(*base, model_with({lora({{"target", "q_proj"}})}, kQwen2), {.trainable = true, .frozen_base = true});
   for (const auto& p : still->named_parameters())
     EXPECT_EQ(p.value().requires_grad(), p.key().find(".adapter") != std::string::npos) << p.key();
 }

@@ -577,9 +577,7 @@ TEST_F(Peft, AllBiasesTakeThePlaceOfTheBases) {
 
 TEST_F(Peft, BiasesThatDoNotFitAreErrors) {
   const auto says = [&](const json& bias, const std::vector<Stored>& besides, double strength = 1.0) {
-    return message_of([&] {
-      with_adapters(std::make_shared<Biased>(), {{one({{"bias", bias}}, besides), strength}});
-    });
+    return message_of([&] { with_adapters(std::make_shared<Biased>(), {{one({{"bias", bias}}, besides), strength}}); });
   };
   EXPECT_SAYS(says("some", {}), "none, lora_only and all are known");
   EXPECT_SAYS(says("none", {kBias}), "is no part of a LoRA");
@@ -589,7 +587,8 @@ TEST_F(Peft, BiasesThatDoNotFitAreErrors) {
   EXPECT_SAYS(says("all", {{"base_model.model.model.layers.9.mlp.up_proj.bias", {8}}}), "has no place in this model");
   EXPECT_SAYS(says("all", {{"base_model.model.model.norm.bias", {2, 4}}}), "has the shape");
   EXPECT_SAYS(says("all", {kBias}, 0.5), "which have no strength");
-  const auto a = one({{"bias", "all"}}, {kBias}, "a"), b = one({{"bias", "lora_only"}}, {kBias}, "b"), c = one({}, {}, "c");
+  const auto a = one({{"bias", "all"}}, {kBias}, "a"), b = one({{"bias", "lora_only"}}, {kBias}, "b"),
+             c = one({}, {}, "c");
   EXPECT_SAYS(message_of([&] {
                 with_adapters(std::make_shared<Biased>(), {{a, 1.0}, {b, 1.0}});
               }),
@@ -616,7 +615,8 @@ TEST_F(Peft, WritesBiasesAsItReadsThem) {
       const auto adapter = PeftAdapter::open(folder());
       EXPECT_EQ(adapter->bias(), all ? "all" : "lora_only");
       const auto stored = SafetensorsFile::open(folder() / "adapter_model.safetensors");
-      const auto expected = turned ? std::vector<float>{1, 3, 2, 4, 5, 7, 6, 8} : std::vector<float>{1, 2, 3, 4, 5, 6, 7, 8};
+      const auto expected =
+          turned ? std::vector<float>{1, 3, 2, 4, 5, 7, 6, 8} : std::vector<float>{1, 2, 3, 4, 5, 6, 7, 8};
       EXPECT_EQ(stored->get(kBias.name).to_float(), expected);
       EXPECT_EQ(stored->has("base_model.model.lm_head.bias"), all);
       const auto again = with_adapters(base, {{folder(), 1.0}});

@@ -171,7 +171,8 @@ TEST(AdapterRuns, TrainBiasesOfTheBase) {
   Trainer(base).run();
   const auto before = read_tensors(folder / "biased" / "last" / "model.safetensors");
   for (const char* mode : {"none", "lora_only", "all"}) {
-    auto config = beside(folder, mode, {{"slug", "lora"}, {"rank", 2}, {"target", {"q_proj", "o_proj"}}, {"bias", mode}}, 3);
+    auto config =
+        beside(folder, mode, {{"slug", "lora"}, {"rank", 2}, {"target", {"q_proj", "o_proj"}}, {"bias", mode}}, 3);
     config.model.checkpoint = (folder / "biased" / "last").string();
     Trainer trainer(config);
     trainer.run();
@@ -189,8 +190,9 @@ TEST(AdapterRuns, TrainBiasesOfTheBase) {
       EXPECT_EQ(torch::equal(value, stored.at(name)), all != "all" || !is_bias(name)) << name;
     const auto checkpoint = Checkpoint::open(last.string());
     EXPECT_TRUE(torch::equal(logits(*load_causal(*checkpoint)), logits(trainer.model())));
-    EXPECT_LT((logits(*load_causal(*merged_checkpoint(checkpoint))) - logits(trainer.model())).abs().max().item<double>(),
-              1e-4);
+    EXPECT_LT(
+        (logits(*load_causal(*merged_checkpoint(checkpoint))) - logits(trainer.model())).abs().max().item<double>(),
+        1e-4);
   }
 }
 

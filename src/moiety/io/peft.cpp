@@ -148,7 +148,8 @@ bool stands_beside_matrices(const json& part) {
 }
 
 json parts_of(const json& config) {
-  return config.value("moiety", json::object()).value("parts", json());
+  const auto own = config.find("moiety");
+  return own != config.end() && own->is_object() ? own->value("parts", json()) : json();
 }
 
 bool is_bias(const std::string& name) {
@@ -597,8 +598,9 @@ std::shared_ptr<const Checkpoint> with_adapters(std::shared_ptr<const Checkpoint
     reading_json(where, [&] {
       const auto count_biased = [&] {
         with_biases.push_back(choice.folder.string());
-        check(with_biases.size() == 1, "{} and {} were both trained with biases, of which there can be one only: merge one of them first", with_biases[0],
-              with_biases.back());
+        check(with_biases.size() == 1,
+              "{} and {} were both trained with biases, of which there can be one only: merge one of them first",
+              with_biases[0], with_biases.back());
         check(choice.strength == 1.0, "{} was trained with biases, which have no strength", choice.folder.string());
       };
       if (!is_own(description)) {
@@ -637,8 +639,8 @@ std::shared_ptr<const Checkpoint> with_adapters(std::shared_ptr<const Checkpoint
         const size_t at = own_name.find(".adapters.");
         if (at == std::string::npos && biases_learn(list) && is_bias(t.name)) {
           const std::string bias = base->has(front + own_name) ? front + own_name : own_name;
-          check(base->has(bias) && shape_in(*base, bias) == t.shape,
-                "{}: the bias '{}' {} has no place in this model", where, shown(t.name), t.shape);
+          check(base->has(bias) && shape_in(*base, bias) == t.shape, "{}: the bias '{}' {} has no place in this model",
+                where, shown(t.name), t.shape);
           own.push_back(overlay_of(bias, t.shape, finite_floats(*weights, t.name, choice.folder)));
           continue;
         }
@@ -650,7 +652,8 @@ std::shared_ptr<const Checkpoint> with_adapters(std::shared_ptr<const Checkpoint
     });
   }
   for (const auto& t : own)
-    check(!base->has(t.info.name) || is_replaced(t.info.name), "{}: tensor '{}' is there already", base->path().string(), shown(t.info.name));
+    check(!base->has(t.info.name) || is_replaced(t.info.name), "{}: tensor '{}' is there already",
+          base->path().string(), shown(t.info.name));
   return overlay(std::move(base), std::move(config), std::move(own));
 }
 
@@ -806,8 +809,8 @@ std::optional<AsPeft> as_peft(const json& parts, const std::vector<AdapterTensor
     adapted.insert(place);
   }
   // Biases of the base, those of adapted matrices inside of PEFT's wrapper.
-  const bool wraps_experts = std::any_of(layers.begin(), layers.end(),
-                                         [](const auto& l) { return l.first.rfind("experts.", 0) == 0; });
+  const bool wraps_experts =
+      std::any_of(layers.begin(), layers.end(), [](const auto& l) { return l.first.rfind("experts.", 0) == 0; });
   for (const AdapterTensor& t : tensors) {
     if (!is_replaced(t.name)) continue;
     AdapterTensor bias{kFront + peft_path(t.name, front), t.shape, t.values};

@@ -239,8 +239,7 @@ Linear WeightsSource::linear(const std::string& name, int64_t in, int64_t out, b
 Linear WeightsSource::rows(const std::string& name, int64_t in, int64_t total, int64_t begin, int64_t out, bool bias) {
   torch::Tensor b;
   if (has(name + ".bias", bias)) {
-    b = bias_parameter(random() ? fresh({out}, 0.0)
-                                : bias_values(view(name + ".bias", {total})).narrow(0, begin, out));
+    b = bias_parameter(random() ? fresh({out}, 0.0) : bias_values(view(name + ".bias", {total})).narrow(0, begin, out));
   }
   Linear linear{nullptr};
   if (random()) {

@@ -247,8 +247,9 @@ std::vector<Slot> trained_slots(torch::nn::Module& model, const TrainConfig& con
   for (const auto& name : names) {
     auto& parameter = parameters[name];
     // What a part brings frozen stays so.
-    const bool chosen =
-        config.train.train.empty() ? (!added || ((is_added(name) || (biases && is_bias(name))) && parameter.requires_grad())) : train.count(name) != 0;
+    const bool chosen = config.train.train.empty()
+                            ? (!added || ((is_added(name) || (biases && is_bias(name))) && parameter.requires_grad()))
+                            : train.count(name) != 0;
     const bool learns = chosen && freeze.count(name) == 0;
     parameter.set_requires_grad(learns);
     if (!learns) continue;
