@@ -10,6 +10,7 @@
 #include "moiety/base/registry.h"
 #include "moiety/base/text.h"
 #include "moiety/io/moduleformer_names.h"
+#include "moiety/io/peft.h"
 #include "moiety/io/regex.h"
 #include "moiety/models/token_blocks.h"
 #include "moiety/models/weights_source.h"
