@@ -251,10 +251,10 @@ TEST(Unmerged, GivesTheWeightsBack) {
   EXPECT_LT(Unmerging(json::array({lora({{"name", "a"}}), lora({{"name", "b"}, {"strength", -0.5}, {"rslora", true}})}))
                 .error(),
             1e-6);
-  EXPECT_LT(Unmerging(json::array({lora({{"target", {"experts.gate_up_proj", "experts.down_proj", "v_proj"}}})}),
-                      kMixtral)
-                .error(),
-            1e-6);
+  EXPECT_LT(
+      Unmerging(json::array({lora({{"target", {"experts.gate_up_proj", "experts.down_proj", "v_proj"}}})}), kMixtral)
+          .error(),
+      1e-6);
   EXPECT_LT(Unmerging(json::array({lora()}), {{"model_type", "phi3"}, {"pad_token_id", 0}}).error(), 1e-6);
   EXPECT_LT(Unmerging(json::array({{{"slug", "mola"}, {"experts", 1}, {"top_k", 1}, {"rank", 2}}})).error(), 1e-6);
 }
