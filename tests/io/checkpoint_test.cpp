@@ -445,7 +445,8 @@ TEST(Convert, NothingIsLeftOfAFailure) {
   // Nor does a plain half become infinity.
   WriteOptions half;
   half.dtype = "f16";
-  const std::string plain = message_of([&] { write_hf(*Checkpoint::open((folder / "in").string()), folder / "half", half); });
+  const std::string plain =
+      message_of([&] { write_hf(*Checkpoint::open((folder / "in").string()), folder / "half", half); });
   EXPECT_NE(plain.find("which is beyond f16"), std::string::npos) << plain;
   EXPECT_FALSE(fs::exists(folder / "half" / "model.safetensors"));
 }

@@ -188,9 +188,7 @@ std::string refusal_of(const std::string& name, float value, Format format = For
     OverlayTensor out = overlay_of(t.name, t.shape, values);
     if (t.name.find(".adapters.") == std::string::npos) {
       out.info.format = format;
-      out.get = [values, shape = t.shape, format] {
-        return view_of(torch::tensor(values).view(shape), format);
-      };
+      out.get = [values, shape = t.shape, format] { return view_of(torch::tensor(values).view(shape), format); };
     }
     changed.push_back(std::move(out));
   }
@@ -210,8 +208,7 @@ TEST(Merged, RefusesNumbersThatAreNotFinite) {
   // Each finite, but not their product, or not in the format of the base.
   EXPECT_NE(refusal_of(a, 3e38f).find(q + ": the sum holds"), std::string::npos);
   EXPECT_EQ(refusal_of(q, 6e4f, Format::F16), "");
-  EXPECT_NE(refusal_of(a, 1e6f, Format::F16).find(q + ": the sum, in f16, holds"),
-            std::string::npos);
+  EXPECT_NE(refusal_of(a, 1e6f, Format::F16).find(q + ": the sum, in f16, holds"), std::string::npos);
 }
 
 // ---- And back ----

@@ -19,8 +19,8 @@
 #include "moiety/io/edge_experts.h"
 #include "moiety/io/gguf_names.h"
 #include "moiety/io/gguf_tokenizer.h"
-#include "moiety/io/tokenizer_files.h"
 #include "moiety/io/hf_defaults.h"
+#include "moiety/io/tokenizer_files.h"
 
 namespace fs = std::filesystem;
 using nlohmann::json;
@@ -115,8 +115,8 @@ std::vector<std::byte> encode(const Target& t, int threads) {
     if (t.info.format == Format::F16)
       for (int64_t i = 0; i < t.cols; ++i)
         check(!(std::abs(x[i]) >= kAboveF16) || std::isinf(x[i]),
-              "tensor '{}' holds {} in row {}, column {}, which is beyond f16: write bf16 or f32", t.info.name, x[i], row,
-              i);
+              "tensor '{}' holds {} in row {}, column {}, which is beyond f16: write bf16 or f32", t.info.name, x[i],
+              row, i);
     try {
       quantize_row(t.info.format, x, out.data() + row * bytes, t.cols);
     } catch (const Error& e) {
@@ -674,8 +674,7 @@ WriteReport write_gguf_checked(const Checkpoint& ckpt, const fs::path& file, con
   } else {
     plan = plan_gguf(ckpt, config);
   }
-  if (options.leave_out)
-    std::erase_if(plan.targets, [&](const Target& t) { return options.leave_out(t.info.name); });
+  if (options.leave_out) std::erase_if(plan.targets, [&](const Target& t) { return options.leave_out(t.info.name); });
   check(!plan.targets.empty(), "{}: there are no tensors to write", ckpt.path().string());
   const json c = with_defaults(config);
   int64_t experts = 0;

@@ -93,8 +93,8 @@ struct AdapterTensor {
   std::vector<float> values;
 };
 /// Writes the parts that stand beside matrices: as PEFT reads it where they are one LoRA that it knows, else in the
-/// same layout with a section `moiety`. `base_name`: what the user calls the base. Returns whether PEFT reads it. Throws
-/// Error, and writes nothing, for numbers that are not finite.
+/// same layout with a section `moiety`. `base_name`: what the user calls the base. Returns whether PEFT reads it.
+/// Throws Error, and writes nothing, for numbers that are not finite.
 bool write_adapter(const std::filesystem::path& folder, const nlohmann::json& parts, std::vector<AdapterTensor> tensors,
                    const Checkpoint& base, const std::string& base_name);
 
