@@ -112,21 +112,19 @@ const RegisterMethod registered(
                "Zhao et al.", 2025, "2501.15103"},
      .sites = {"linear"},
      .config = describe<SmoraConfig>,
-     .make = MakeBeside{.per_input = false,
-                        .make = [](LinearSite& site, const nlohmann::json& settings) -> std::shared_ptr<Beside> {
-                          const auto c = parse<SmoraConfig>(settings, "smora");
-                          const LinearTarget& t = site.targets.at(0);
-                          // Saved without the balance, it starts anew.
-                          if (site.own.has("lora_A") && !site.own.has("bias") &&
-                              site.shared.emplace("smora.lacks_bias", true).second)
-                            log::warn("smora: the adapter was saved without its balance bias ({}): zeros are used",
-                                      t.path);
-                          const auto router = site.own.linear("router", t.in, c.rank / c.block, false, uniform_init());
-                          const auto a = site.own.get("lora_A", {c.rank, t.in}, uniform_init()),
-                                     b = site.own.get("lora_B", {t.out, c.rank}, constant_init(0.0)),
-                                     bias = site.own.optional("bias", {c.rank}, constant_init(0.0));
-                          return std::make_shared<Smora>(t.name, router, a, b, bias, c);
-                        }}});
+     .make = MakeBeside{
+         .per_input = false, .make = [](LinearSite& site, const nlohmann::json& settings) -> std::shared_ptr<Beside> {
+           const auto c = parse<SmoraConfig>(settings, "smora");
+           const LinearTarget& t = site.targets.at(0);
+           // Saved without the balance, it starts anew.
+           if (site.own.has("lora_A") && !site.own.has("bias") && site.shared.emplace("smora.lacks_bias", true).second)
+             log::warn("smora: the adapter was saved without its balance bias ({}): zeros are used", t.path);
+           const auto router = site.own.linear("router", t.in, c.rank / c.block, false, uniform_init());
+           const auto a = site.own.get("lora_A", {c.rank, t.in}, uniform_init()),
+                      b = site.own.get("lora_B", {t.out, c.rank}, constant_init(0.0)),
+                      bias = site.own.optional("bias", {c.rank}, constant_init(0.0));
+           return std::make_shared<Smora>(t.name, router, a, b, bias, c);
+         }}});
 
 }  // namespace
 }  // namespace moiety
