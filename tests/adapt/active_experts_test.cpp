@@ -13,7 +13,7 @@ using torch::Tensor;
 
 struct Case {
   const char* slug;
-  json settings;      // with `number` as the model has it
+  json settings;  // with `number` as the model has it
   const char* number;
   int64_t least, most;
 };
@@ -23,7 +23,11 @@ const std::vector<Case>& cases() {
       {"mola", {{"experts", 4}, {"top_k", 2}, {"rank", 2}}, "top_k", 1, 4},
       {"lora-mixer", {{"experts", 4}, {"top_k", 2}, {"rank", 2}}, "top_k", 1, 4},
       {"adamoe-linear", {{"experts", 4}, {"null_experts", 2}, {"top_k", 3}, {"rank", 2}}, "top_k", 1, 4},
-      {"dynmole", {{"experts", 4}, {"keep_top_k", 2}, {"top_p", 0.01}, {"entropy_threshold", 1.0}, {"rank", 2}}, "keep_top_k", 1, 4},
+      {"dynmole",
+       {{"experts", 4}, {"keep_top_k", 2}, {"top_p", 0.01}, {"entropy_threshold", 1.0}, {"rank", 2}},
+       "keep_top_k",
+       1,
+       4},
       {"smora", {{"rank", 6}, {"active", 4}, {"block", 2}}, "active", 2, 6},
       {"flylora", {{"rank", 6}, {"top_k", 3}}, "top_k", 1, 6},
       {"mora", {{"rank", 6}, {"top_k", 3}, {"threshold", 0.0}}, "top_k", 2, 6}};

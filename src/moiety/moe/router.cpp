@@ -75,8 +75,7 @@ void set_active_experts(torch::nn::Module& model, int64_t k) {
   bool any = !own.empty() || !beside.empty();
   if (own.empty())
     for (Beside* part : parts) any = part->set_active(k) || any;
-  check(any,
-        "the model has no mixture of experts, so the number of active experts cannot be chosen");
+  check(any, "the model has no mixture of experts, so the number of active experts cannot be chosen");
 }
 
 void Router::edit_logits(torch::Tensor& logits, const Site& site, Pass& pass) {
