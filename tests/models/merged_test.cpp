@@ -133,9 +133,11 @@ TEST(Merged, SoDoMixturesOfOneExpert) {
             kRounding);
   EXPECT_LT(Merging(json::array({{{"slug", "lora-mixer"}, {"experts", 1}, {"rank", 2}}})).difference(), kRounding);
   EXPECT_LT(Merging(json::array({{{"slug", "flylora"}, {"rank", 4}, {"top_k", 4}}})).difference(), kRounding);
-  EXPECT_LT(Merging(json::array({{{"slug", "adamoe-linear"}, {"experts", 1}, {"null_experts", 0}, {"top_k", 1}, {"dropout", 0.5}}}))
-                .difference(),
-            kRounding);
+  EXPECT_LT(
+      Merging(json::array(
+                  {{{"slug", "adamoe-linear"}, {"experts", 1}, {"null_experts", 0}, {"top_k", 1}, {"dropout", 0.5}}}))
+          .difference(),
+      kRounding);
 }
 
 TEST(Merged, SoDoWeightsOfSixteenBits) {

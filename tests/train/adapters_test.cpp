@@ -94,8 +94,8 @@ TEST_P(Adapters, AreWrittenAloneAndLoad) {
                 .item<double>(),
             1e-6);
   // Beside another copy of the base it is named.
-  const auto beside_it = with_adapters(Checkpoint::open((folder / "base" / "last").string()),
-                                       {{folder / "run" / "last", 1.0}});
+  const auto beside_it =
+      with_adapters(Checkpoint::open((folder / "base" / "last").string()), {{folder / "run" / "last", 1.0}});
   EXPECT_TRUE(torch::equal(logits(*load_causal(*beside_it)), learned));
 }
 
