@@ -44,9 +44,8 @@ CordaMoments CordaArguments::moments(const Checkpoint& checkpoint, const std::st
         "{} exists already: --covariance reads it, another name keeps it", save_covariance);
   const auto pieces = read(checkpoint);
   const auto progress = corda_progress();
-  auto out = corda_calibrate(checkpoint, options, pieces, [&](int64_t n) {
-    progress("calibration", n, static_cast<int64_t>(pieces.size()));
-  });
+  auto out = corda_calibrate(checkpoint, options, pieces,
+                             [&](int64_t n) { progress("calibration", n, static_cast<int64_t>(pieces.size())); });
   if (save_covariance.empty() || dry_run) return out;
   CordaSource source{model, fmt::format("{}", fmt::join(calibration, ", ")), 0};
   for (const auto& piece : pieces) source.tokens += static_cast<int64_t>(piece.size());
@@ -59,10 +58,12 @@ void add_corda(CLI::App& app, CordaArguments& a, const std::string& marked) {
                  "Matrices by name, all, or regular expressions over whole paths " + marked)
       ->delimiter(',')
       ->capture_default_str();
-  auto* text = app.add_option("--calibration-text", a.calibration, "Text files that say what the matrices read " + marked);
+  auto* text =
+      app.add_option("--calibration-text", a.calibration, "Text files that say what the matrices read " + marked);
   auto* save = app.add_option("--save-covariance", a.save_covariance,
                               "Keep the second moments of what they read in this file " + marked);
-  app.add_option("--covariance", a.covariance, "Take them from such a file of the same model, instead of a text " + marked)
+  app.add_option("--covariance", a.covariance,
+                 "Take them from such a file of the same model, instead of a text " + marked)
       ->excludes(text)
       ->excludes(save);
   app.add_option("--samples", a.samples, "Pieces of these texts " + marked)

@@ -31,7 +31,9 @@ class Moments : public testing::Test {
     write_stored(dir_ / name, make_causal(config)->stored(), dtype);
     return Checkpoint::open((dir_ / name).string());
   }
-  CordaMoments calibrated(const Checkpoint& checkpoint) const { return corda_calibrate(checkpoint, options_, samples_); }
+  CordaMoments calibrated(const Checkpoint& checkpoint) const {
+    return corda_calibrate(checkpoint, options_, samples_);
+  }
   std::string refusal(const Checkpoint& checkpoint) const {
     return message_of([&] { read_moments(file_, checkpoint, options_); });
   }
@@ -129,8 +131,9 @@ TEST_F(Moments, FilesThatAreNoneAreErrors) {
 }
 
 TEST_F(Moments, AModelThatCannotBeDecomposedIsRefusedBeforeItRuns) {
-  EXPECT_NE(message_of([&] { calibrated(*model("fused", 1, {{"model_type", "phi3"}, {"pad_token_id", 0}})); })
-                .find("stores several matrices in one"),
+  EXPECT_NE(message_of([&] {
+              calibrated(*model("fused", 1, {{"model_type", "phi3"}, {"pad_token_id", 0}}));
+            }).find("stores several matrices in one"),
             std::string::npos);
   samples_.clear();
   EXPECT_NE(message_of([&] { calibrated(*model("base", 1)); }).find("no calibration data"), std::string::npos);

@@ -159,8 +159,8 @@ void write_moments(const std::filesystem::path& file, const CordaMoments& moment
     const auto [name, fresh] = names.emplace(moment.get(), path);
     matrices[path] = {{"input", name->second}, {"weight", fingerprint(checkpoint, path)}};
     if (!fresh) continue;
-    for (const auto& [what, value] : {std::pair<const char*, Tensor>{"covariance", moment->sum()},
-                                      {"sizes", moment->mean_sizes()}}) {
+    for (const auto& [what, value] :
+         {std::pair<const char*, Tensor>{"covariance", moment->sum()}, {"sizes", moment->mean_sizes()}}) {
       check(value.defined(), "{} has seen no calibration data", path);
       values.push_back(value.to(torch::kFloat32).contiguous());
       infos.push_back({fmt::format("{}.{}", path, what), Format::F32, value.sizes().vec()});
@@ -202,8 +202,8 @@ CordaMoments read_moments(const std::filesystem::path& file, const Checkpoint& c
     const auto tensor = [&](const char* what, const std::vector<int64_t>& shape) {
       const TensorView view = stored->get(fmt::format("{}.{}", input, what));
       check(view.format == Format::F32 && view.shape == shape,
-            "{}: '{}' is {} {}, and {} of this model asks for F32 {}", where, shown(view.name),
-            info(view.format).name, view.shape, path, shape);
+            "{}: '{}' is {} {}, and {} of this model asks for F32 {}", where, shown(view.name), info(view.format).name,
+            view.shape, path, shape);
       const auto problem = not_finite(view.to_float(), shape);
       check(problem.empty(), "{}: '{}' {}", where, shown(view.name), problem);
       return as_tensor(view).clone();
