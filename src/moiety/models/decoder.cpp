@@ -10,6 +10,7 @@
 #include "moiety/base/registry.h"
 #include "moiety/base/text.h"
 #include "moiety/io/moduleformer_names.h"
+#include "moiety/io/peft.h"
 #include "moiety/io/regex.h"
 #include "moiety/models/token_blocks.h"
 #include "moiety/models/weights_source.h"
@@ -258,9 +259,9 @@ LinearStack mxfp4_stack(WeightsSource& w, const string& name, int64_t experts, i
 }
 
 ExpertStacks gpt_oss_experts(WeightsSource& w, const string& at, int64_t experts, int64_t hidden, int64_t width) {
-  const auto bias = w.values(w.view(at + "gate_up_proj_bias", {experts, 2 * width})).view({experts, width, 2});
-  const auto gate_bias = w.parameter(bias.select(2, 0).contiguous()),
-             up_bias = w.parameter(bias.select(2, 1).contiguous());
+  const auto bias = w.bias_values(w.view(at + "gate_up_proj_bias", {experts, 2 * width})).view({experts, width, 2});
+  const auto gate_bias = w.bias_parameter(bias.select(2, 0).contiguous()),
+             up_bias = w.bias_parameter(bias.select(2, 1).contiguous());
   const auto down_bias = w.tensor(at + "down_proj_bias", {experts, hidden}, 0.0);
   ExpertStacks s;
   if (w.has(at + "gate_up_proj_blocks", false)) {
@@ -288,9 +289,9 @@ ExpertStacks make_experts(WeightsSource& w, const string& layer, const string& m
   if (w.random()) {
     torch::Tensor gb, ub, db;
     if (m.clamped) {
-      gb = w.parameter(torch::zeros({experts, width}));
-      ub = w.parameter(torch::zeros({experts, width}));
-      db = w.parameter(torch::zeros({experts, hidden}));
+      gb = w.bias_parameter(torch::zeros({experts, width}));
+      ub = w.bias_parameter(torch::zeros({experts, width}));
+      db = w.bias_parameter(torch::zeros({experts, hidden}));
     }
     s.gate = LinearStack(w.random_matrix({experts, width, hidden}), gb);
     s.up = LinearStack(w.random_matrix({experts, width, hidden}), ub);
@@ -443,6 +444,9 @@ class NamedWeights : public PartWeights {
   bool has(const string& name) const override { return source_.has(prefix_ + name, false); }
   torch::Tensor get(const string& name, std::vector<int64_t> shape, const Init& init) override {
     return source_.tensor(prefix_ + name, std::move(shape), init);
+  }
+  torch::Tensor optional(const string& name, std::vector<int64_t> shape, const Init& init) override {
+    return source_.tensor(prefix_ + name, std::move(shape), init, /*optional=*/true);
   }
 
  private:
@@ -708,8 +712,9 @@ std::shared_ptr<Block> make_block(WeightsSource& w, int64_t index, const Decoder
 std::shared_ptr<CausalModel> assemble(WeightsSource& w, const nlohmann::json& json, const DecoderConfig& c) {
   std::vector<std::shared_ptr<const Rope>> ropes;
   for (const RopeConfig& r : c.ropes) ropes.push_back(std::make_shared<const Rope>(r));
-  const auto embed = w.linear("embed_tokens", c.hidden, c.vocab, false);
   ModelParts parts{parse_parts(json, static_cast<int64_t>(c.layers.size())), c.layers.size(), {}, {}};
+  w.biases_learn = biases_learn(parts_of(json));
+  const auto embed = w.linear("embed_tokens", c.hidden, c.vocab, false);
   std::vector<std::shared_ptr<Block>> blocks;
   for (size_t i = 0; i < c.layers.size(); ++i)
     blocks.push_back(make_block(w, static_cast<int64_t>(i), c, parts, ropes));

@@ -32,6 +32,8 @@ class PartWeights {
   virtual bool has(const std::string& name) const = 0;
   /// f32 or the model's dtype. Error when the stored tensor has another shape.
   virtual torch::Tensor get(const std::string& name, std::vector<int64_t> shape, const Init& init) = 0;
+  /// The same for a tensor that checkpoints of the part may lack: `init` fills it there, too.
+  virtual torch::Tensor optional(const std::string& name, std::vector<int64_t> shape, const Init& init) = 0;
   Linear linear(const std::string& name, int64_t in, int64_t out, bool bias, const Init& init);
   LinearStack stack(const std::string& name, int64_t count, int64_t in, int64_t out, bool bias, const Init& init);
 };
