@@ -40,13 +40,16 @@ class PartWeights {
 
 class Beside;
 class Experts;
+class Router;
 
 /// What a family's own mixture holds at a site, in the checkpoint or new: a part may route these experts its own way.
 struct FamilyMixture {
-  Linear router{nullptr};
+  Linear router{nullptr};           ///< the matrix
+  std::shared_ptr<Router> chooser;  ///< the family's own rule over that matrix
   std::shared_ptr<Experts> experts;
   std::shared_ptr<FeedForward> shared;
   Linear shared_gate{nullptr};
+  double jitter = 0.0;  ///< see Mixture::jitter
 };
 
 /// The matrices of a dense gated layer, [f, d], [f, d], [d, f]; undefined when the checkpoint has none here.
