@@ -693,14 +693,14 @@ WriteReport write_gguf_checked(const Checkpoint& ckpt, const fs::path& file, con
   }
   report(out, plan.targets);
   out.warnings = plan.warnings;
+  if (const auto own = c.find("moiety"); own != c.end() && own->is_object() && own->contains("experts"))
+    out.warnings.push_back(
+        "its layers have different numbers of experts, or rows of a router share some: moiety reads that, llama.cpp "
+        "does not");
 
   std::optional<HfTokenizer> tokenizer;
   if (!source) {
     tokenizer = tokenizer_files(ckpt);
-    if (const auto own = c.find("moiety"); own != c.end() && own->is_object() && own->contains("experts"))
-      out.warnings.push_back(
-          "its layers have different numbers of experts, or rows of a router share some: moiety reads that, llama.cpp "
-          "does not");
     if (!tokenizer) out.warnings.push_back("there is no tokenizer: the file will have none");
   }
   if (options.dry_run) return out;
