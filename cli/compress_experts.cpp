@@ -100,6 +100,9 @@ Size size_of(const ExpertLayers& layers) {
 int run(const CompressArguments& a, const Options& o, const std::function<ExpertPlan(const ExpertRequest&)>& decide,
         const ExpertMethod* method) {
   const ExpertLayers layers(Checkpoint::open(a.model));
+  check(!is_gguf(a.out) || layers.checkpoint()->gguf() == nullptr,
+        "{} is a GGUF file: what becomes of it is written as a directory, of which moiety convert makes a GGUF file",
+        a.model);
   ExpertPlan plan;
   if (method == nullptr) {
     plan.layers = planned(layers, o.plan);

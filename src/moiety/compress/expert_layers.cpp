@@ -166,6 +166,7 @@ ExpertLayers::ExpertLayers(std::shared_ptr<const Checkpoint> checkpoint) : check
   // Names by what stands before a layer's own: one pass over all tensors.
   std::map<std::string, std::vector<std::string>> by_layer;
   for (const TensorInfo& t : checkpoint_->tensors()) {
+    infos_[t.name] = t;
     const auto at = t.name.find("layers.");
     if (at == std::string::npos) continue;
     const auto end = t.name.find('.', at + 7);
@@ -216,7 +217,7 @@ ExpertLayers::ExpertLayers(std::shared_ptr<const Checkpoint> checkpoint) : check
     check(!places->leaves.empty() || !places->stacks.empty(), "layer {} has no tensors of experts under '{}'", block,
           prefix);
     for (const auto& s : places->stacks) {
-      const auto shape = checkpoint_->get(s.name).shape;
+      const auto& shape = infos_.at(s.name).shape;
       check(!shape.empty() && shape[0] == layer.experts, "tensor '{}' holds {} experts, the config says {}", s.name,
             shape.empty() ? 0 : shape[0], layer.experts);
     }
@@ -225,7 +226,7 @@ ExpertLayers::ExpertLayers(std::shared_ptr<const Checkpoint> checkpoint) : check
         check(checkpoint_->has(fmt::format("{}{}.{}", places->experts, e, leaf)),
               "the tensor '{}{}.{}' of an expert is missing", places->experts, e, leaf);
     for (const auto& name : places->by_row) {
-      const auto shape = checkpoint_->get(name).shape;
+      const auto& shape = infos_.at(name).shape;
       check(!shape.empty() && shape[0] == layer.rows, "tensor '{}' has {} rows, the config says {} experts", name,
             shape.empty() ? 0 : shape[0], layer.rows);
     }
@@ -282,8 +283,8 @@ std::vector<std::string> ExpertLayers::names(size_t layer, int64_t e) const {
 int64_t ExpertLayers::expert_bytes(size_t layer) const {
   const Places& p = *places_.at(layer);
   int64_t bytes = 0;
-  for (const auto& leaf : p.leaves) bytes += checkpoint_->get(fmt::format("{}0.{}", p.experts, leaf)).bytes();
-  for (const auto& s : p.stacks) bytes += checkpoint_->get(s.name).bytes() / layers_[layer].experts;
+  for (const auto& leaf : p.leaves) bytes += infos_.at(fmt::format("{}0.{}", p.experts, leaf)).bytes();
+  for (const auto& s : p.stacks) bytes += infos_.at(s.name).bytes() / layers_[layer].experts;
   return bytes;
 }
 
@@ -386,7 +387,7 @@ std::shared_ptr<const Checkpoint> with_experts(const ExpertLayers& layers, std::
       for (int64_t e = count; e < l.experts; ++e) removed.insert(fmt::format("{}{}.{}", p.experts, e, leaf));
       for (int64_t e = 0; e < count; ++e) {
         const int64_t from = n->from[static_cast<size_t>(e)];
-        const TensorInfo old = base->get(fmt::format("{}{}.{}", p.experts, std::max<int64_t>(from, 0), leaf));
+        const TensorInfo& old = layers.infos_.at(fmt::format("{}{}.{}", p.experts, std::max<int64_t>(from, 0), leaf));
         OverlayTensor t{old, {}};
         t.info.name = fmt::format("{}{}.{}", p.experts, e, leaf);
         if (from == e) continue;
@@ -402,7 +403,7 @@ std::shared_ptr<const Checkpoint> with_experts(const ExpertLayers& layers, std::
       }
     }
     for (const auto& s : p.stacks) {
-      OverlayTensor t{base->get(s.name), {}};
+      OverlayTensor t{layers.infos_.at(s.name), {}};
       t.info.shape[0] = count;
       if (any_made(*n)) {
         t.info.format = made_format(t.info.format);
@@ -420,7 +421,7 @@ std::shared_ptr<const Checkpoint> with_experts(const ExpertLayers& layers, std::
       tensors.push_back(std::move(t));
     }
     for (const auto& name : p.by_row) {
-      OverlayTensor t{base->get(name), {}};
+      OverlayTensor t{layers.infos_.at(name), {}};
       t.info.shape[0] = static_cast<int64_t>(n->rows.size());
       if (name == p.router && n->router.defined()) {
         t.info.format = made_format(t.info.format);

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -43,6 +44,7 @@ class ExpertLayers {
   friend std::shared_ptr<const Checkpoint> with_experts(const ExpertLayers& layers,
                                                         std::vector<struct NewExperts> plan);
   std::shared_ptr<const Checkpoint> checkpoint_;
+  std::map<std::string, TensorInfo> infos_;  // nothing is fetched for its shape
   std::vector<Layer> layers_;
   std::vector<std::unique_ptr<Places>> places_;
 };

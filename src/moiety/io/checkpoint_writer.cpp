@@ -1,5 +1,8 @@
 #include "moiety/io/checkpoint_writer.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -11,6 +14,7 @@
 #include <regex>
 #include <set>
 #include <thread>
+#include <unordered_map>
 
 #include "moiety/base/config.h"
 #include "moiety/base/error.h"
@@ -20,6 +24,7 @@
 #include "moiety/io/gguf_names.h"
 #include "moiety/io/gguf_tokenizer.h"
 #include "moiety/io/hf_defaults.h"
+#include "moiety/io/mapped_file.h"
 #include "moiety/io/tokenizer_files.h"
 
 namespace fs = std::filesystem;
@@ -45,10 +50,90 @@ namespace {
 
 /// How the rows of a target come about. Either each row is a row of a source (`row`, with `add` put on every value), or
 /// whole slabs of rows are computed (`slab`), or the bytes are made directly (`raw`).
+/// Pages of a mapped file that were read through go; whoever looks again reads them again.
+void give_back(std::span<const std::byte> bytes) {
+  if (bytes.empty() || !MappedFile::locate(bytes.data())) return;
+  const auto page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE)), at = reinterpret_cast<uintptr_t>(bytes.data());
+  const uintptr_t begin = (at + page - 1) / page * page, end = (at + bytes.size()) / page * page;
+  if (begin < end) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
+
+/// A tensor of the checkpoint whose bytes are fetched when something looks at them. Copies are the same tensor.
+class Source : public TensorInfo {
+ public:
+  struct Held;
+  using Live = std::vector<std::shared_ptr<Held>>;  ///< those with bytes
+  Source(const TensorInfo& info, std::function<TensorView()> get, std::shared_ptr<Live> live)
+      : TensorInfo(info), held_(std::make_shared<Held>(std::move(get), std::move(live))) {}
+  /// Safe from several threads.
+  std::span<const std::byte> bytes() const {
+    Held& h = *held_;
+    if (!h.ready.load(std::memory_order_acquire)) fetch(held_);
+    if (!h.looked_at.load(std::memory_order_relaxed)) h.looked_at.store(true, std::memory_order_relaxed);
+    return h.view.data;
+  }
+  /// Gives back what nothing has looked at since the last call.
+  static void release(Live& live) {
+    std::erase_if(live, [](const std::shared_ptr<Held>& h) {
+      if (h->looked_at.exchange(false)) return false;
+      h->ready = false;
+      give_back(h->view.data);
+      h->view = {};
+      return true;
+    });
+  }
+  struct Held {
+    Held(std::function<TensorView()> g, std::shared_ptr<Live> l) : get(std::move(g)), live(std::move(l)) {}
+    std::function<TensorView()> get;
+    std::shared_ptr<Live> live;
+    std::atomic<bool> ready{false}, looked_at{false};
+    TensorView view;
+  };
+
+ private:
+  static void fetch(const std::shared_ptr<Held>& held) {
+    static std::mutex one_at_a_time;
+    const std::lock_guard lock(one_at_a_time);
+    if (held->ready.load(std::memory_order_relaxed)) return;
+    held->view = held->get();
+    held->live->push_back(held);
+    held->ready.store(true, std::memory_order_release);
+  }
+  std::shared_ptr<Held> held_;
+};
+
+/// All tensors of a checkpoint by name. Each is fetched when it is written and is no longer in memory behind the next.
+class Sources {
+ public:
+  explicit Sources(const Checkpoint& checkpoint) {
+    for (const TensorInfo& t : checkpoint.tensors()) {
+      index_.emplace(t.name, all_.size());
+      all_.push_back(of(t, [&checkpoint, name = t.name] { return checkpoint.get(name); }));
+    }
+  }
+  ~Sources() { live_->clear(); }  // they hold the list themselves
+  Sources(const Sources&) = delete;
+  Sources& operator=(const Sources&) = delete;
+  const Source& get(const std::string& name) const {
+    const auto it = index_.find(name);
+    check(it != index_.end(), "there is no tensor '{}'", shown(name));
+    return all_[it->second];
+  }
+  /// One that the checkpoint does not name.
+  Source of(const TensorInfo& info, std::function<TensorView()> get) const { return {info, std::move(get), live_}; }
+  /// Behind every written target.
+  void release() const { Source::release(*live_); }
+
+ private:
+  std::shared_ptr<Source::Live> live_ = std::make_shared<Source::Live>();
+  std::vector<Source> all_;
+  std::unordered_map<std::string, size_t> index_;
+};
+
 struct Target {
   TensorInfo info;
   std::string hf_name;  ///< the HF name that patterns may mean
-  std::vector<TensorView> sources;
+  std::vector<Source> sources;
   int64_t cols = 0;  ///< row length; 1 for vectors whose elements are permuted
   std::function<std::pair<size_t, int64_t>(int64_t row)> row;
   float add = 0;
@@ -57,7 +142,7 @@ struct Target {
   std::function<void(std::byte* out)> raw;
 };
 
-Target copy_of(TensorView view, std::string name) {
+Target copy_of(Source view, std::string name) {
   Target t;
   t.info = static_cast<const TensorInfo&>(view);
   t.hf_name = view.name;
@@ -95,9 +180,9 @@ void in_parallel(int64_t count, int64_t piece, int threads, const std::function<
   if (error) std::rethrow_exception(error);
 }
 
-void source_row(const TensorView& view, int64_t cols, int64_t row, float* out) {
+void source_row(const Source& view, int64_t cols, int64_t row, float* out) {
   const int64_t bytes = row_bytes(view.format, cols);
-  dequantize_row(view.format, view.data.data() + row * bytes, out, cols);
+  dequantize_row(view.format, view.bytes().data() + row * bytes, out, cols);
 }
 
 // Rounds to infinity.
@@ -139,9 +224,9 @@ std::vector<std::byte> encode(const Target& t, int threads) {
                 std::vector<float> values(static_cast<size_t>(t.cols));
                 for (int64_t r = begin; r < end; ++r) {
                   const auto [source, row] = t.row(r);
-                  const TensorView& view = t.sources[source];
+                  const Source& view = t.sources[source];
                   if (view.format == t.info.format && t.add == 0) {
-                    std::memcpy(out.data() + r * bytes, view.data.data() + row * bytes, static_cast<size_t>(bytes));
+                    std::memcpy(out.data() + r * bytes, view.bytes().data() + row * bytes, static_cast<size_t>(bytes));
                     continue;
                   }
                   source_row(view, t.cols, row, values.data());
@@ -160,7 +245,7 @@ bool is_real(Format f) {
   return is_float(f) || is_block(f);
 }
 
-void need_shape(const TensorView& v, size_t dims) {
+void need_shape(const TensorInfo& v, size_t dims) {
   check(v.shape.size() == dims, "tensor '{}' has {} dimensions; {} were expected", v.name, v.shape.size(), dims);
 }
 
@@ -354,7 +439,7 @@ struct Plan {
   std::vector<std::string> warnings;
 
   /// Adds a target of rows gathered from one source.
-  Target& gather(const TensorView& view, const std::string& name, std::vector<int64_t> shape,
+  Target& gather(const Source& view, const std::string& name, std::vector<int64_t> shape,
                  std::function<int64_t(int64_t)> row) {
     Target t = copy_of(view, name);
     t.info.shape = std::move(shape);
@@ -362,7 +447,7 @@ struct Plan {
     targets.push_back(std::move(t));
     return targets.back();
   }
-  Target& computed(const TensorView& view, const std::string& name, std::vector<int64_t> shape, int64_t slabs,
+  Target& computed(const Source& view, const std::string& name, std::vector<int64_t> shape, int64_t slabs,
                    std::function<void(int64_t, float*)> slab) {
     Target t = copy_of(view, name);
     t.info.shape = std::move(shape);
@@ -376,15 +461,14 @@ struct Plan {
 };
 
 /// [.., R, C] slab number `slab` as floats.
-std::vector<float> slab_of(const TensorView& v, int64_t slab, int64_t rows) {
+std::vector<float> slab_of(const Source& v, int64_t slab, int64_t rows) {
   const int64_t cols = v.cols();
   std::vector<float> out(static_cast<size_t>(rows * cols));
   for (int64_t r = 0; r < rows; ++r) source_row(v, cols, slab * rows + r, out.data() + r * cols);
   return out;
 }
 
-void plan_mxfp4(Plan& plan, const TensorView& blocks, const TensorView& scales, const std::string& layer,
-                bool gate_up) {
+void plan_mxfp4(Plan& plan, const Source& blocks, const Source& scales, const std::string& layer, bool gate_up) {
   need_shape(blocks, 4);
   const int64_t experts = blocks.shape[0], rows = blocks.shape[1], groups = blocks.shape[2];
   check(blocks.shape[3] == 16 && scales.shape == std::vector<int64_t>({experts, rows, groups}) &&
@@ -402,7 +486,7 @@ void plan_mxfp4(Plan& plan, const TensorView& blocks, const TensorView& scales, 
     auto pack = [=](int64_t e, int64_t r, std::byte* out) {
       const int64_t at = (e * rows + first + r * step) * groups;
       for (int64_t g = 0; g < groups; ++g)
-        mxfp4_to_gguf(blocks.data.data() + (at + g) * 16, scales.data[static_cast<size_t>(at + g)], out + g * 17);
+        mxfp4_to_gguf(blocks.bytes().data() + (at + g) * 16, scales.bytes()[static_cast<size_t>(at + g)], out + g * 17);
     };
     t.raw = [=](std::byte* out) {
       for (int64_t e = 0; e < experts; ++e)
@@ -426,7 +510,7 @@ void plan_mxfp4(Plan& plan, const TensorView& blocks, const TensorView& scales, 
   }
 }
 
-Plan plan_gguf(const Checkpoint& ckpt, const json& config) {
+Plan plan_gguf(const Checkpoint& ckpt, const Sources& sources, const json& config) {
   Plan plan;
   const std::string type = config.value("model_type", ""), arch = gguf_arch_of(config);
   const GgufArch& facts = *find_gguf_arch(arch);
@@ -436,7 +520,7 @@ Plan plan_gguf(const Checkpoint& ckpt, const json& config) {
   const int64_t layers = config_int(c, "num_hidden_layers", config_int(c, "n_layers", 0));
   const bool tied = c.value("tie_word_embeddings", json(false)) == true;
 
-  std::map<std::string, std::map<int64_t, TensorView>> per_expert;  // target name -> expert -> tensor
+  std::map<std::string, std::map<int64_t, Source>> per_expert;  // target name -> expert -> tensor
   static const std::regex layer_form("^(?:model\\.layers|encoder\\.layers?|transformer\\.layer)\\.(\\d{1,6})\\.(.+)$");
   static const std::regex expert_form("^(blk\\.\\d+\\.ffn_(?:gate|up|down))\\.(\\d{1,6})\\.(weight|bias)$");
   std::vector<std::string> skipped;
@@ -451,7 +535,7 @@ Plan plan_gguf(const Checkpoint& ckpt, const json& config) {
           "tensor '{}': the checkpoint is quantized in a way that GGUF does not have ({}); convert it to bf16 first",
           source.name,
           c.contains("quantization_config") ? "see quantization_config" : "scaled integers or floats of 8 bits");
-    const TensorView view = ckpt.get(source.name);
+    const Source& view = sources.get(source.name);
     std::smatch m;
     std::string layer, leaf;
     if (std::regex_match(name, m, layer_form)) {
@@ -466,7 +550,7 @@ Plan plan_gguf(const Checkpoint& ckpt, const json& config) {
     // Fused and transposed layouts.
     if (leaf.ends_with("experts.gate_up_proj_blocks") || leaf.ends_with("experts.down_proj_blocks")) {
       const std::string scales = source.name.substr(0, source.name.size() - 6) + "scales";
-      plan_mxfp4(plan, view, ckpt.get(scales), layer, leaf.ends_with("gate_up_proj_blocks"));
+      plan_mxfp4(plan, view, sources.get(scales), layer, leaf.ends_with("gate_up_proj_blocks"));
       continue;
     }
     if (leaf.ends_with("experts.gate_up_proj_scales") || leaf.ends_with("experts.down_proj_scales")) continue;
@@ -560,7 +644,7 @@ Plan plan_gguf(const Checkpoint& ckpt, const json& config) {
 
   for (auto& [name, experts] : per_expert) {
     Target t;
-    const TensorView& one = experts.begin()->second;
+    const Source& one = experts.begin()->second;
     for (auto& [number, view] : experts) {
       check(number == static_cast<int64_t>(t.sources.size()), "expert {} of '{}' is missing", t.sources.size(), name);
       check(view.shape == one.shape && view.format == one.format,
@@ -658,11 +742,12 @@ WriteReport write_gguf_checked(const Checkpoint& ckpt, const fs::path& file, con
   const auto source = ckpt.gguf();
   const bool edge = edge_experts_of(ckpt) != nullptr;
   const json& config = ckpt.config();
+  const Sources sources(ckpt);
   Plan plan;
   if (source) {
     // Names, order and metadata stay; only formats may change.
     for (const auto& t : source->tensors()) {
-      Target copy = copy_of(source->get(t.name), t.name);
+      Target copy = copy_of(sources.of(t, [source, name = t.name] { return source->get(name); }), t.name);
       copy.hf_name = hf_tensor_name(config.value("model_type", ""), t.name);
       plan.targets.push_back(std::move(copy));
     }
@@ -670,9 +755,9 @@ WriteReport write_gguf_checked(const Checkpoint& ckpt, const fs::path& file, con
     if (edge)
       for (const auto& t : ckpt.tensors())
         if (const auto name = gguf_tensor_name(config.value("model_type", ""), t.name); name && !source->has(*name))
-          plan.targets.push_back(copy_of(ckpt.get(t.name), *name));
+          plan.targets.push_back(copy_of(sources.get(t.name), *name));
   } else {
-    plan = plan_gguf(ckpt, config);
+    plan = plan_gguf(ckpt, sources, config);
   }
   if (options.leave_out) std::erase_if(plan.targets, [&](const Target& t) { return options.leave_out(t.info.name); });
   check(!plan.targets.empty(), "{}: there are no tensors to write", ckpt.path().string());
@@ -749,6 +834,7 @@ WriteReport write_gguf_checked(const Checkpoint& ckpt, const fs::path& file, con
   for (const Target& t : plan.targets) {
     const auto bytes = encode(t, threads_of(options));
     writer.write(t.info.name, bytes);
+    sources.release();
     done += static_cast<int64_t>(bytes.size());
     if (options.progress) options.progress(done, out.bytes);
   }
@@ -758,7 +844,7 @@ WriteReport write_gguf_checked(const Checkpoint& ckpt, const fs::path& file, con
 
 // ---- GGUF -> HF ----
 
-Plan plan_hf(const Checkpoint& ckpt, json& config, Format dtype) {
+Plan plan_hf(const Checkpoint& ckpt, const Sources& sources, json& config, Format dtype) {
   Plan plan;
   const std::string type = config.value("model_type", "");
   const bool interleaved = config.value("moiety_rope_interleaved", false),
@@ -776,7 +862,7 @@ Plan plan_hf(const Checkpoint& ckpt, json& config, Format dtype) {
       dropped.push_back(name.substr(5));
       continue;
     }
-    const TensorView view = ckpt.get(name);
+    const Source& view = sources.get(name);
     std::smatch m;
     if (std::regex_match(name, m, stack_form)) {
       const std::string layer = m[1], number = m[2], part = m[3];
@@ -790,8 +876,8 @@ Plan plan_hf(const Checkpoint& ckpt, json& config, Format dtype) {
           plan.targets.push_back(copy_of(view, layer + "mlp.experts.down_proj_bias"));
           continue;
         }
-        const TensorView other =
-            fused ? ckpt.get(layer + (bias ? "mlp.experts.up_proj_bias" : "mlp.experts.up_proj")) : view;
+        const Source& other =
+            fused ? sources.get(layer + (bias ? "mlp.experts.up_proj_bias" : "mlp.experts.up_proj")) : view;
         check(other.shape == view.shape, "tensors '{}' and '{}' differ in shape", view.name, other.name);
         const int64_t step = fused ? 2 : 1;
         if (bias) {
@@ -815,9 +901,9 @@ Plan plan_hf(const Checkpoint& ckpt, json& config, Format dtype) {
             t.raw = [=](std::byte* out) {
               std::byte packed[16], scale;
               for (int64_t r = 0; r < experts * rows * step; ++r) {
-                const TensorView& from = r % step == 0 ? view : other;
+                const Source& from = r % step == 0 ? view : other;
                 for (int64_t g = 0; g < groups; ++g) {
-                  mxfp4_from_gguf(from.data.data() + (r / step * groups + g) * 17, packed, scale);
+                  mxfp4_from_gguf(from.bytes().data() + (r / step * groups + g) * 17, packed, scale);
                   if (scales)
                     out[r * groups + g] = scale;
                   else
@@ -847,7 +933,7 @@ Plan plan_hf(const Checkpoint& ckpt, json& config, Format dtype) {
           continue;
         }
         Target t = copy_of(view, layer + "block_sparse_moe.input_linear.weight");
-        t.sources.push_back(ckpt.get(layer + "mlp.experts.up_proj"));
+        t.sources.push_back(sources.get(layer + "mlp.experts.up_proj"));
         check(t.sources[1].shape == view.shape, "tensors '{}' and '{}' differ in shape", view.name, t.sources[1].name);
         t.info.shape = {experts, 2 * rows, cols};
         t.row = [rows](int64_t r) {
@@ -869,7 +955,7 @@ Plan plan_hf(const Checkpoint& ckpt, json& config, Format dtype) {
     if (name.ends_with(".shared_mlp.gate_proj.weight")) {
       const std::string layer = name.substr(0, name.size() - std::string_view("gate_proj.weight").size());
       Target t = copy_of(view, layer + "input_linear.weight");
-      t.sources.push_back(ckpt.get(layer + "up_proj.weight"));
+      t.sources.push_back(sources.get(layer + "up_proj.weight"));
       need_shape(view, 2);
       check(t.sources[1].shape == view.shape, "tensors '{}' and '{}' differ in shape", view.name, t.sources[1].name);
       const int64_t rows = view.shape[0];
@@ -881,7 +967,7 @@ Plan plan_hf(const Checkpoint& ckpt, json& config, Format dtype) {
     if (name.ends_with(".self_attn.v_b_proj")) continue;  // comes with k_b
     if (name.ends_with(".self_attn.k_b_proj")) {
       const std::string layer = name.substr(0, name.size() - std::string_view("k_b_proj").size());
-      const TensorView v = ckpt.get(layer + "v_b_proj");
+      const Source& v = sources.get(layer + "v_b_proj");
       need_shape(view, 3), need_shape(v, 3);
       const int64_t h = view.shape[0], rank = view.shape[1], nope = view.shape[2], value = v.shape[1];
       check(v.shape[0] == h && v.shape[2] == rank, "tensors '{}' and '{}' do not fit together", view.name, v.name);
@@ -939,6 +1025,7 @@ void copy_companions(const fs::path& from, const fs::path& to) {
 }
 
 WriteReport write_hf_checked(const Checkpoint& ckpt, const fs::path& folder, const WriteOptions& options) {
+  const Sources sources(ckpt);
   if (fs::exists(folder)) {
     check(fs::is_directory(folder), "{}: exists and is not a folder", folder.string());
     std::error_code ec;
@@ -962,13 +1049,13 @@ WriteReport write_hf_checked(const Checkpoint& ckpt, const fs::path& folder, con
   json config = ckpt.config();
   Plan plan;
   if (ckpt.gguf()) {
-    plan = plan_hf(ckpt, config, wanted.value_or(Format::MXFP4));
+    plan = plan_hf(ckpt, sources, config, wanted.value_or(Format::MXFP4));
     if (!wanted) {
       const std::string dtype = ckpt.gguf() ? hf_config(*ckpt.gguf(), true).value("dtype", "bfloat16") : "bfloat16";
       wanted = dtype == "float32" ? Format::F32 : dtype == "float16" ? Format::F16 : Format::BF16;
     }
   } else {
-    for (const auto& t : ckpt.tensors()) plan.targets.push_back(copy_of(ckpt.get(t.name), t.name));
+    for (const auto& t : ckpt.tensors()) plan.targets.push_back(copy_of(sources.get(t.name), t.name));
   }
   for (Target& t : plan.targets) {
     if (t.raw || !is_real(t.info.format)) continue;
@@ -1000,6 +1087,7 @@ WriteReport write_hf_checked(const Checkpoint& ckpt, const fs::path& folder, con
     for (const Target& t : plan.targets) {
       const auto bytes = encode(t, threads_of(options));
       writer.add(t.info, bytes);
+      sources.release();
       done += static_cast<int64_t>(bytes.size());
       if (options.progress) options.progress(done, out.bytes);
     }
