@@ -189,7 +189,7 @@ TEST(LoraInModel, ATrainedBiasIsForOneLoraAlone) {
   };
   EXPECT_NE(says({{"bias", "lora_only"}}).find("another trained bias cannot join it"), std::string::npos);
   EXPECT_NE(says({{"dora", true}}).find("DoRA cannot join it"), std::string::npos);
-  EXPECT_EQ(says({}), "");
+  EXPECT_EQ(says(json::object()), "");
 }
 
 TEST(LoraInModel, GradientsOfBlocksThatRunAgain) {

@@ -632,7 +632,8 @@ TEST_F(Peft, BiasesStandInOurOwnLayoutToo) {
                                               tensor("model.layers.0.adapters.high.q_proj.lora_B", {8, 1}),
                                               tensor("model.norm.bias", {8}),
                                               tensor("lm_head.bias", {8})};
-  const json part = {{"slug", "lora"}, {"rank", 1}, {"layers", 0}, {"target", "q_proj"}, {"name", "low"}};
+  const json part = {{"slug", "lora"}, {"site", "linear"},   {"rank", 1},
+                     {"layers", 0},    {"target", "q_proj"}, {"name", "low"}};
   json other = part;
   other["name"] = "high";
   other["bias"] = "all";
