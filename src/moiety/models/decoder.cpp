@@ -279,14 +279,15 @@ ExpertStacks gpt_oss_experts(WeightsSource& w, const string& at, int64_t experts
   return s;
 }
 
-ExpertStacks make_experts(WeightsSource& w, const string& layer, const string& mlp, const DecoderConfig& c) {
-  const int64_t experts = c.moe.experts, hidden = c.hidden, width = c.moe.width;
+ExpertStacks make_experts(WeightsSource& w, const string& layer, const string& mlp, const DecoderConfig& c,
+                          const MixtureConfig& m) {
+  const int64_t experts = m.matrices > 0 ? m.matrices : m.experts, hidden = c.hidden, width = m.width;
   // Stacks of a GGUF file stand under `mlp` in every family.
   const string at = w.has(layer + "mlp.experts.gate_proj", false) ? layer + "mlp.experts." : mlp + "experts.";
   ExpertStacks s;
   if (w.random()) {
     torch::Tensor gb, ub, db;
-    if (c.moe.clamped) {
+    if (m.clamped) {
       gb = w.parameter(torch::zeros({experts, width}));
       ub = w.parameter(torch::zeros({experts, width}));
       db = w.parameter(torch::zeros({experts, hidden}));
@@ -294,7 +295,7 @@ ExpertStacks make_experts(WeightsSource& w, const string& layer, const string& m
     s.gate = LinearStack(w.random_matrix({experts, width, hidden}), gb);
     s.up = LinearStack(w.random_matrix({experts, width, hidden}), ub);
     s.down = LinearStack(w.random_matrix({experts, hidden, width}), db);
-    if (c.moe.clamped) {
+    if (m.clamped) {
       store_gpt_oss(w, at, s);
     } else {
       store_stack(w, at + "gate_up_proj", s.gate);
@@ -316,7 +317,7 @@ ExpertStacks make_experts(WeightsSource& w, const string& layer, const string& m
     store_stack(w, at + "down_proj", s.down);
     return s;
   }
-  if (c.moe.clamped) {
+  if (m.clamped) {
     s = gpt_oss_experts(w, at, experts, hidden, width);
     store_gpt_oss(w, at, s);
     return s;
@@ -369,8 +370,7 @@ struct MixtureParts {
   Linear shared_gate{nullptr};
 };
 
-MixtureParts mixture_parts(WeightsSource& w, const string& layer, const DecoderConfig& c) {
-  const auto& m = c.moe;
+MixtureParts mixture_parts(WeightsSource& w, const string& layer, const DecoderConfig& c, const MixtureConfig& m) {
   const string router =
       w.pick({layer + "mlp.gate.weight", layer + "block_sparse_moe.gate.weight", layer + "mlp.router.weight",
               layer + "block_sparse_moe.router.layer.weight", layer + "block_sparse_moe.router.weight"});
@@ -406,7 +406,7 @@ MixtureParts mixture_parts(WeightsSource& w, const string& layer, const DecoderC
   }
   r->of_family = true;
   r->set_balance(m.balance);
-  const ExpertStacks s = make_experts(w, layer, mlp, c);
+  const ExpertStacks s = make_experts(w, layer, mlp, c, m);
   std::shared_ptr<Experts> experts;
   if (m.clamped)
     experts = std::make_shared<ClampedExperts>(s.gate, s.up, s.down, m.clamp_alpha, m.clamp_limit);
@@ -427,10 +427,13 @@ MixtureParts mixture_parts(WeightsSource& w, const string& layer, const DecoderC
   return {r, projection, experts, shared, shared_gate};
 }
 
-std::shared_ptr<FeedForwardBase> make_mixture(WeightsSource& w, const string& layer, const DecoderConfig& c) {
-  const auto p = mixture_parts(w, layer, c);
+std::shared_ptr<FeedForwardBase> make_mixture(WeightsSource& w, const string& layer, const DecoderConfig& c,
+                                              int64_t index) {
+  const MixtureConfig m = c.mixture_of(index);
+  const auto p = mixture_parts(w, layer, c, m);
   auto mixture = std::make_shared<Mixture>(p.router, p.experts, p.shared, p.shared_gate);
   mixture->jitter = c.moe.jitter;
+  if (!m.expert_map.empty()) mixture->expert_map = torch::tensor(m.expert_map, torch::kInt64).to(w.device());
   return mixture;
 }
 
@@ -490,7 +493,9 @@ auto make_part(const PartEntry& entry, WeightsSource& w, const string& layer, co
   at.dense = [&] { return dense_layer(w, layer + "mlp.", c); };
   at.mixture = [&]() -> std::shared_ptr<FamilyMixture> {
     if (!c.layers[static_cast<size_t>(index)].mixture) return nullptr;
-    const auto p = mixture_parts(w, layer, c);
+    const MixtureConfig m = c.mixture_of(index);
+    check(m.expert_map.empty(), "it cannot stand over experts that several rows of the router share");
+    const auto p = mixture_parts(w, layer, c, m);
     return std::make_shared<FamilyMixture>(FamilyMixture{p.projection, p.experts, p.shared, p.shared_gate});
   };
   try {
@@ -692,7 +697,7 @@ std::shared_ptr<Block> make_block(WeightsSource& w, int64_t index, const Decoder
       before_ffn = nullptr;
     }
   } else if (l.mixture)
-    ffn = make_mixture(w, layer, c);
+    ffn = make_mixture(w, layer, c, index);
   else
     ffn = make_feed_forward(w, layer + "mlp.", c, c.intermediate);
   attach_parts(w, layer, index, parts, *attention, *ffn);

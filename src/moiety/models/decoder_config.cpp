@@ -661,6 +661,45 @@ std::vector<std::string> decoder_families() {
   return names;
 }
 
+namespace {
+
+// What `moiety.experts` says of single layers.
+void set_own_experts(const Json& own, DecoderConfig& c) {
+  check(own.is_object(), "config.json: 'moiety.experts' is {}, not an object of layers", own.dump());
+  for (const auto& [name, entry] : own.items()) {
+    const bool number = !name.empty() && name.size() < 7 && name.find_first_not_of("0123456789") == std::string::npos;
+    const auto layer = number ? static_cast<size_t>(std::stoul(name)) : c.layers.size();
+    check(layer < c.layers.size() && c.layers[layer].mixture,
+          "config.json: 'moiety.experts' names '{}', which is no layer with experts", shown(name));
+    check(entry.is_object(), "config.json: 'moiety.experts.{}' is {}, not an object", name, entry.dump());
+    LayerConfig& l = c.layers[layer];
+    l.experts = Keys(entry).size("count", -1, 1, kWidest);
+    if (!entry.contains("map")) continue;
+    const Json& map = entry["map"];
+    check(map.is_array() && !map.empty() && map.size() <= static_cast<size_t>(kWidest),
+          "config.json: 'moiety.experts.{}.map' must be a list of experts", name);
+    for (const Json& e : map) {
+      check(e.is_number_integer() && e >= 0 && e < l.experts,
+            "config.json: 'moiety.experts.{}.map' holds {}; the layer has experts 0 to {}", name, e.dump(),
+            l.experts - 1);
+      l.expert_map.push_back(e.get<int64_t>());
+    }
+  }
+}
+
+}  // namespace
+
+MixtureConfig DecoderConfig::mixture_of(int64_t layer) const {
+  MixtureConfig m = moe;
+  const LayerConfig& l = layers.at(static_cast<size_t>(layer));
+  if (l.experts == 0) return m;
+  m.matrices = l.experts;
+  m.expert_map = l.expert_map;
+  m.experts = l.expert_map.empty() ? l.experts : static_cast<int64_t>(l.expert_map.size());
+  m.router.top_k = std::min(m.router.top_k, m.experts);
+  return m;
+}
+
 DecoderConfig parse_decoder_config(const nlohmann::json& whole) {
   check(whole.is_object(), "config.json must be an object");
   Json json = with_defaults(whole);
@@ -701,8 +740,10 @@ DecoderConfig parse_decoder_config(const nlohmann::json& whole) {
   };
   c.moe.balance.coef = weight("router_aux_loss_coef", weight("aux_loss_alpha", 0.0));
   c.moe.balance.z_coef = weight("router_z_loss_coef", 0.0);
-  if (const auto own = whole.find("moiety"); own != whole.end() && own->is_object())
+  if (const auto own = whole.find("moiety"); own != whole.end() && own->is_object()) {
     c.added_choice_bias = Keys(*own).flag("choice_bias", false);
+    if (own->contains("experts")) set_own_experts((*own)["experts"], c);
+  }
   if (c.attention_scale == 0.0) c.attention_scale = 1.0 / std::sqrt(static_cast<double>(c.head_dim));
   const bool mixture = std::any_of(c.layers.begin(), c.layers.end(), [](const LayerConfig& l) { return l.mixture; });
   if (mixture || c.moe.experts > 0) {
@@ -710,6 +751,9 @@ DecoderConfig parse_decoder_config(const nlohmann::json& whole) {
           "config.json: {} of {} experts per token is impossible", c.moe.router.top_k, c.moe.experts);
     check(c.moe.width >= 1,
           "config.json: experts of {} hidden units are impossible; is 'moe_intermediate_size' missing?", c.moe.width);
+    for (size_t i = 0; i < c.layers.size(); ++i)
+      check(c.layers[i].experts == 0 || c.moe.router.groups <= 1,
+            "config.json: layer {} has a number of experts of its own, but the model routes in groups of experts", i);
   }
   return c;
 }

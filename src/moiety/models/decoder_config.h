@@ -19,8 +19,10 @@ enum class Placement {
 };
 
 struct MixtureConfig {
-  int64_t experts = 0;
-  int64_t width = 0;  ///< hidden units of one expert
+  int64_t experts = 0;              ///< to choose from: rows of the router
+  int64_t matrices = 0;             ///< experts that there are, where some rows share one (`expert_map`); 0: `experts`
+  std::vector<int64_t> expert_map;  ///< row of the router -> expert; empty: the identity
+  int64_t width = 0;                ///< hidden units of one expert
   TopKRouterOptions router;
   bool sparse_mixer = false;
   double sparse_mixer_jitter = 0.01;
@@ -42,6 +44,8 @@ struct LayerConfig {
   int64_t window = 0;  ///< sliding window, 0: full attention
   int64_t rope = 0;    ///< index into DecoderConfig::ropes, -1: no positions
   bool mixture = false;
+  int64_t experts = 0;              ///< of this layer alone, from `moiety.experts`; 0: as in all layers
+  std::vector<int64_t> expert_map;  ///< see MixtureConfig
 };
 
 struct DecoderConfig {
@@ -66,10 +70,14 @@ struct DecoderConfig {
   bool added_choice_bias = false;  ///< `moiety.choice_bias`: routers have one that their family does not know
   std::vector<RopeConfig> ropes;
   std::vector<LayerConfig> layers;
+
+  /// The mixture of one layer, whose number of experts may be its own.
+  MixtureConfig mixture_of(int64_t layer) const;
 };
 
 /// Reads config.json (nested text_config included; current and older key names). Throws Error for an unknown model_type
-/// (naming the nearest), missing or impossible values (naming the key).
+/// (naming the nearest), missing or impossible values (naming the key). `moiety.experts` of a model that was made
+/// smaller says what its layers have of their own: {"LAYER": {"count": experts, "map": [row of the router -> expert]}}.
 DecoderConfig parse_decoder_config(const nlohmann::json& config);
 /// model_type values that parse_decoder_config knows.
 std::vector<std::string> decoder_families();

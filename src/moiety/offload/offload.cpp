@@ -429,6 +429,8 @@ std::shared_ptr<Offload> Offload::attach(CausalModel& causal, const Checkpoint& 
   for (const MixtureSite& s : sites) {
     check(s.experts->count() == setup.experts, "blocks {} and {} have {} and {} experts: one store needs equal numbers",
           sites[0].block, s.block, setup.experts, s.experts->count());
+    check(!s.mixture->expert_map.defined(),
+          "block {}: several rows of its router share an expert, which experts on disk do not know yet", s.block);
     const auto* top = dynamic_cast<TopKRouter*>(s.mixture->router.get());
     setup.top_k = std::max(setup.top_k, top != nullptr ? top->options.top_k : model->parsed.moe.router.top_k);
   }

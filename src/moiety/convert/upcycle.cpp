@@ -1,0 +1,125 @@
+#include "moiety/convert/upcycle.h"
+
+#include <torch/torch.h>
+
+#include <cmath>
+#include <set>
+#include <utility>
+
+#include "moiety/base/error.h"
+#include "moiety/base/random.h"
+#include "moiety/io/overlay.h"
+#include "moiety/models/decoder_config.h"
+#include "moiety/nn/weights.h"
+
+namespace moiety {
+namespace {
+
+using nlohmann::json;
+using torch::Tensor;
+
+Tensor normal(std::vector<int64_t> shape, double std, uint64_t seed, const std::string& name) {
+  RandomStream draw(seed, "upcycle." + name);
+  auto t = torch::empty(shape, torch::kFloat32);
+  float* v = t.data_ptr<float>();
+  for (int64_t i = 0; i < t.numel(); ++i) v[i] = static_cast<float>(std * draw.normal());
+  return t;
+}
+
+json mixture_config(const json& dense, const UpcycleOptions& o, int64_t width) {
+  json c = dense;
+  const int64_t experts = o.experts * o.granularity;
+  if (dense.at("model_type") == "qwen3") {
+    c["model_type"] = "qwen3_moe";
+    c["architectures"] = {"Qwen3MoeForCausalLM"};
+    c.update({{"num_experts", experts},
+              {"moe_intermediate_size", width},
+              {"norm_topk_prob", true},
+              {"decoder_sparse_step", 1},
+              {"mlp_only_layers", json::array()}});
+  } else {
+    c["model_type"] = "mixtral";
+    c["architectures"] = {"MixtralForCausalLM"};
+    c.update({{"num_local_experts", experts}, {"intermediate_size", width}});
+    if (!c.contains("sliding_window")) c["sliding_window"] = nullptr;
+    for (const char* key : {"mlp_bias", "attention_bias", "pretraining_tp"}) c.erase(key);
+  }
+  c.update({{"num_experts_per_tok", o.top_k * o.granularity},
+            {"router_aux_loss_coef", 0.001},
+            {"output_router_logits", false}});
+  return c;
+}
+
+void check_options(const Checkpoint& dense, const DecoderConfig& c, const UpcycleOptions& o) {
+  const std::string where = dense.path().string();
+  check(dense.gguf() == nullptr,
+        "{} is a GGUF file, whose rows have another order: make a directory of it first (moiety convert {} -o FOLDER)",
+        where, where);
+  check(c.family == "llama" || c.family == "mistral" || c.family == "qwen3",
+        "{} is a {} model; Llama and Mistral can become Mixtral, and Qwen3 Qwen3-MoE", where, c.family);
+  const auto own = dense.config().find("moiety");
+  check(own == dense.config().end() || !own->contains("parts") || (*own)["parts"].empty(),
+        "{} has parts: merge or leave them out first", where);
+  check(!c.qkv_bias && !c.o_bias && !c.mlp_bias, "{} has biases, which the family of the mixture has no place for",
+        where);
+  check(o.experts >= 1 && o.experts <= 65536, "{} experts are impossible", o.experts);
+  check(o.top_k >= 1 && o.top_k <= o.experts, "{} of {} experts a token is impossible", o.top_k, o.experts);
+  check(o.granularity >= 1 && c.intermediate % o.granularity == 0,
+        "feed-forward layers of {} hidden units cannot be cut into {} equal parts", c.intermediate, o.granularity);
+  check(o.noise >= 0.0 && std::isfinite(o.noise), "noise of {} deviations is impossible", o.noise);
+  check(o.router_std >= 0.0 && std::isfinite(o.router_std), "a deviation of {} is impossible", o.router_std);
+}
+
+// One matrix of expert `e`.
+OverlayTensor expert_matrix(std::shared_ptr<const Checkpoint> dense, const std::string& old, std::string name,
+                            int64_t e, bool down, int64_t width, const UpcycleOptions& o) {
+  OverlayTensor t{dense->get(old), {}};
+  t.info.name = std::move(name);
+  if (is_block(t.info.format)) t.info.format = Format::BF16;
+  t.info.shape[down ? 1 : 0] = width;
+  t.get = [dense, old, down, e, width, o, name = t.info.name, format = t.info.format] {
+    const torch::NoGradGuard frozen;
+    const TensorView view = dense->get(old);
+    const int64_t g = o.granularity;
+    if (g == 1 && o.noise == 0.0 && view.format == format) return view;
+    auto w = dequantize(view);
+    const double spread = o.noise > 0.0 ? o.noise * w.std().item<double>() : 0.0;
+    w = w.narrow(down ? 1 : 0, e % g * width, width).clone();
+    if (spread > 0.0) w.add_(normal(w.sizes().vec(), spread, o.seed, name));
+    if (down && g > 1) w.mul_(static_cast<double>(g));
+    return view_of(w.contiguous(), format);
+  };
+  return t;
+}
+
+}  // namespace
+
+std::shared_ptr<const Checkpoint> upcycled(std::shared_ptr<const Checkpoint> dense, const UpcycleOptions& o) {
+  const DecoderConfig c = parse_decoder_config(dense->config());
+  check_options(*dense, c, o);
+  const int64_t g = o.granularity, width = c.intermediate / g;
+  const bool qwen = c.family == "qwen3";
+  const std::string half = qwen ? "mlp." : "block_sparse_moe.";
+  std::vector<OverlayTensor> tensors;
+  std::set<std::string> removed;
+  for (size_t i = 0; i < c.layers.size(); ++i) {
+    const std::string layer = fmt::format("model.layers.{}.", i);
+    for (const auto& [from, to] :
+         {std::pair{"gate_proj", "w1"}, std::pair{"up_proj", "w3"}, std::pair{"down_proj", "w2"}}) {
+      const std::string old = fmt::format("{}mlp.{}.weight", layer, from);
+      removed.insert(old);
+      for (int64_t e = 0; e < o.experts * g; ++e)
+        tensors.push_back(expert_matrix(dense, old,
+                                        fmt::format("{}{}experts.{}.{}.weight", layer, half, e, qwen ? from : to), e,
+                                        std::string_view(from) == "down_proj", width, o));
+    }
+    // Parts of one copy share a row, and ties of equal logits go to the lower index: they are chosen together.
+    const std::string name = layer + half + "gate.weight";
+    const auto rows = normal({o.experts, c.hidden}, o.router_std, o.seed, name).repeat_interleave(g, 0).contiguous();
+    tensors.push_back(overlay_of(name, rows.sizes().vec(),
+                                 std::vector<float>(rows.data_ptr<float>(), rows.data_ptr<float>() + rows.numel())));
+  }
+  return overlay(dense, mixture_config(dense->config(), o, width), std::move(tensors), removed);
+}
+
+}  // namespace moiety
