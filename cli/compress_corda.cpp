@@ -1,7 +1,8 @@
 // moiety compress --method corda-svd: matrices without their smallest components, under what they read.
-#include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <functional>
 #include <iostream>
 #include <nlohmann/json.hpp>
@@ -17,7 +18,8 @@
 namespace moiety::cli {
 
 std::vector<std::vector<int64_t>> CordaArguments::read(const Checkpoint& checkpoint) const {
-  check(!calibration.empty(), "give --calibration FILE: the text that says what the matrices read");
+  check(!calibration.empty(),
+        "give --calibration-text FILE, the text that says what the matrices read, or --covariance FILE");
   const auto tokenizer = Tokenizer::load(checkpoint);
   std::vector<std::vector<int64_t>> texts, out;
   for (const auto& path : calibration) {
@@ -36,12 +38,34 @@ std::vector<std::vector<int64_t>> CordaArguments::read(const Checkpoint& checkpo
   }
 }
 
+CordaMoments CordaArguments::moments(const Checkpoint& checkpoint, const std::string& model, bool dry_run) const {
+  if (!covariance.empty()) return read_moments(covariance, checkpoint, options);
+  check(save_covariance.empty() || !std::filesystem::exists(save_covariance),
+        "{} exists already: --covariance reads it, another name keeps it", save_covariance);
+  const auto pieces = read(checkpoint);
+  const auto progress = corda_progress();
+  auto out = corda_calibrate(checkpoint, options, pieces,
+                             [&](int64_t n) { progress("calibration", n, static_cast<int64_t>(pieces.size())); });
+  if (save_covariance.empty() || dry_run) return out;
+  CordaSource source{model, fmt::format("{}", fmt::join(calibration, ", ")), 0};
+  for (const auto& piece : pieces) source.tokens += static_cast<int64_t>(piece.size());
+  write_moments(save_covariance, out, checkpoint, source);
+  return out;
+}
+
 void add_corda(CLI::App& app, CordaArguments& a, const std::string& marked) {
   app.add_option("--target", a.options.targets,
                  "Matrices by name, all, or regular expressions over whole paths " + marked)
       ->delimiter(',')
       ->capture_default_str();
-  app.add_option("--calibration-text", a.calibration, "Text files that say what the matrices read " + marked);
+  auto* text =
+      app.add_option("--calibration-text", a.calibration, "Text files that say what the matrices read " + marked);
+  auto* save = app.add_option("--save-covariance", a.save_covariance,
+                              "Keep the second moments of what they read in this file " + marked);
+  app.add_option("--covariance", a.covariance,
+                 "Take them from such a file of the same model, instead of a text " + marked)
+      ->excludes(text)
+      ->excludes(save);
   app.add_option("--samples", a.samples, "Pieces of these texts " + marked)
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
@@ -86,8 +110,8 @@ CompressWay setup_corda(CLI::App& app, std::shared_ptr<const CompressArguments> 
   return {"--method corda-svd", [a] { return a->method == "corda-svd"; },
           [a, o] {
             const auto base = Checkpoint::open(a->model);
-            const auto small = corda_compressed(base, o->kind, o->drop, o->asvd_alpha, o->corda.options,
-                                                o->corda.read(*base), corda_progress());
+            const auto small = corda_compressed(base, o->kind, o->drop, o->asvd_alpha,
+                                                o->corda.moments(*base, a->model, a->dry_run), corda_progress());
             WriteOptions write;
             write.overwrite = a->overwrite;
             write.dry_run = a->dry_run;

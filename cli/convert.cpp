@@ -68,9 +68,12 @@ int run(const Options& options) {
     write.tensor_types.emplace_back(t.substr(0, sign), t.substr(sign + 1));
   }
   auto checkpoint = Checkpoint::open(options.model);
+  check(options.method == "corda" || (options.corda.covariance.empty() && options.corda.save_covariance.empty()),
+        "--covariance and --save-covariance are for --method corda");
   if (options.method == "corda") {
     check(!to_gguf, "CorDA's adapter stands beside its model in a directory; '{}' is a GGUF file", options.out);
-    checkpoint = corda_checkpoint(checkpoint, options.corda.options, options.corda.read(*checkpoint), corda_progress());
+    const auto moments = options.corda.moments(*checkpoint, options.model, options.dry_run);
+    checkpoint = corda_checkpoint(checkpoint, options.corda.options, moments, corda_progress());
   }
   if (options.method == "upcycle") checkpoint = upcycled(checkpoint, options.upcycle);
   const WriteReport report = write_checkpoint(*checkpoint, options.out, write, "convert");

@@ -13,11 +13,15 @@ namespace moiety::cli {
 struct CordaArguments {
   CordaOptions options;
   std::vector<std::string> calibration;
+  std::string covariance, save_covariance;
   int64_t samples = 256, length = 256;
 
   /// Token ids of the calibration texts in pieces of `length`, as many as `samples`, from all files in turn. Throws
   /// Error.
   std::vector<std::vector<int64_t>> read(const Checkpoint& checkpoint) const;
+  /// Second moments of what the matrices of `model` read: from --covariance, or over those texts, and then kept as
+  /// --save-covariance unless this is a dry run. Throws Error.
+  CordaMoments moments(const Checkpoint& checkpoint, const std::string& model, bool dry_run) const;
 };
 
 /// Declares them; `marked` stands behind every help text: "(corda)".

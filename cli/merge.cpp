@@ -1,4 +1,4 @@
-// moiety merge: folds an adapter into the model that it adapts.
+// moiety merge: folds an adapter into the model that it adapts, or takes it out again.
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -24,7 +24,7 @@ struct Options {
   Common common;
   std::string out, type, dtype, lora_of;
   std::vector<std::string> average;
-  bool overwrite = false, dry_run = false;
+  bool overwrite = false, dry_run = false, unmerge = false;
 };
 
 // What CorDA's LoRA has learned, as a LoRA of twice the rank over the model before.
@@ -121,6 +121,8 @@ int run(const Options& o) {
   check(!to_gguf || o.dtype.empty(), "--dtype is for directories; a GGUF file takes --type");
   const auto path = resolve_model(o.common.model);
   const bool adapter = is_adapter(path);
+  check(!o.unmerge || (!adapter && !o.common.adapters.empty()) || (!adapter && !o.common.scaled_adapters.empty()),
+        "--unmerge takes the merged model, and what was merged into it with --adapter or --adapter-scaled");
   auto base = Checkpoint::open(adapter ? adapter_base(path) : o.common.model);
   // Rows of a GGUF file lie in another order, and its blocks cannot take a sum: as a directory first.
   std::unique_ptr<TemporaryFolder> folder;
@@ -132,7 +134,8 @@ int run(const Options& o) {
     base = Checkpoint::open((folder->path() / "base").string());
   }
   if (adapter) base = open_adapter(path, base);
-  const auto merged = merged_checkpoint(with_adapters(base, adapters_of(o.common)));
+  const auto adapted = with_adapters(base, adapters_of(o.common));
+  const auto merged = o.unmerge ? unmerged_checkpoint(adapted) : merged_checkpoint(adapted);
   WriteOptions write;
   write.type = o.type;
   write.dtype = o.dtype;
@@ -158,7 +161,8 @@ const Register verb({
     "Fold an adapter into the model that it adapts",
     "moiety merge run/last -o merged\n"
     "moiety merge ./my-model --adapter ./my-lora -o merged.gguf --type q8_0\n"
-    "moiety merge ./my-model --adapter-scaled ./my-lora:0.5 -o merged --dtype bf16",
+    "moiety merge ./my-model --adapter-scaled ./my-lora:0.5 -o merged --dtype bf16\n"
+    "moiety merge merged --unmerge --adapter ./my-lora -o before",
     [](CLI::App& app) -> std::function<int()> {
       auto o = std::make_shared<Options>();
       app.add_option(
@@ -172,14 +176,17 @@ const Register verb({
       app.add_option("--type", o->type, "GGUF: the format of the large matrices");
       app.add_option("--dtype", o->dtype, "Directory: the type of the weights; without it as the model stores them")
           ->check(CLI::IsMember({"f32", "f16", "bf16"}));
-      app.add_option(
+      auto* unmerge = app.add_flag("--unmerge", o->unmerge,
+                                   "The other way: take what --adapter names out of MODEL, into which it was merged");
+      auto* lora_of = app.add_option(
           "--lora-of", o->lora_of,
           "Write a LoRA over this model instead: what was trained over its CorDA decomposition, at twice the "
           "rank");
-      app.add_option(
+      auto* average = app.add_option(
           "--average", o->average,
           "Write, instead of a model, the average of the FlyLoRA adapter MODEL and these ones, which have its "
           "seed");
+      unmerge->excludes(lora_of)->excludes(average);
       app.add_flag("--dry-run", o->dry_run, "Say what would be written, write nothing");
       app.add_flag("--overwrite", o->overwrite, "Replace a model that is there already");
       app.add_flag("--json", o->common.json, "Print the result as JSON");

@@ -52,6 +52,14 @@ CASES = [
     ("biases in the base", "qwen2", dict(r=4, lora_alpha=8, target_modules=ALL), dict(rank=4, alpha=8, target="all")),
     ("DoRA, biases in the base", "qwen2", dict(r=4, lora_alpha=8, use_dora=True, target_modules=["q_proj", "v_proj"]),
      dict(rank=4, alpha=8, dora=True, target=["q_proj", "v_proj"])),
+    ("biases of adapted matrices", "qwen2", dict(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "o_proj"], bias="lora_only"),
+     dict(rank=4, alpha=8, target=["q_proj", "k_proj", "o_proj"], bias="lora_only")),
+    ("DoRA, biases trained", "qwen2", dict(r=4, lora_alpha=8, use_dora=True, target_modules=["q_proj"], bias="lora_only"),
+     dict(rank=4, alpha=8, dora=True, target="q_proj", bias="lora_only")),
+    ("all biases", "qwen2", dict(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], bias="all"),
+     dict(rank=4, alpha=8, target=["q_proj", "down_proj"], bias="all")),
+    ("all biases, of norms too", "starcoder2", dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], bias="all"),
+     dict(rank=4, alpha=8, target=["q_proj", "v_proj"], bias="all")),
     ("experts", "mixtral", dict(r=4, lora_alpha=8, target_modules=["q_proj"],
                                 target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
      dict(rank=4, alpha=8, target=["q_proj", "experts.gate_up_proj", "experts.down_proj"])),
@@ -69,6 +77,8 @@ def make_model(kind):
         config = transformers.LlamaConfig(**SIZES)
     elif kind == "qwen2":
         config = transformers.Qwen2Config(**SIZES)
+    elif kind == "starcoder2":
+        config = transformers.Starcoder2Config(**SIZES, bos_token_id=0, eos_token_id=0)
     elif kind == "mixtral":
         config = transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
     elif kind == "phi3":
@@ -114,6 +124,8 @@ def check(name, kind, settings, part, folder):
                 torch.nn.init.normal_(p, std=0.1)
             elif "magnitude" in n:
                 p.data *= 1 + 0.3 * torch.rand_like(p)
+            elif p.requires_grad:  # a bias
+                p.data += 0.3 * torch.randn_like(p)
         adapted.save_pretrained(folder / "theirs")
         expected = adapted(input_ids=torch.tensor([ids])).logits[0].detach()
         plain = model(input_ids=torch.tensor([ids])).logits[0].detach()

@@ -317,6 +317,7 @@ class Brought : public testing::Test {
     const std::string front = "base_model.model.model.layers.0.self_attn.q_proj.";
     std::vector<TensorInfo> infos = {{front + "lora_A.weight", Format::F32, {rank, in}},
                                      {front + "lora_B.weight", Format::F32, {16, rank}}};
+    if (more.contains("bias")) infos.push_back({front + "base_layer.bias", Format::F32, {16}});
     if (more.contains("use_dora")) infos.push_back({front + "lora_magnitude_vector", Format::F32, {16}});
     SafetensorsWriter writer(at / "adapter_model.safetensors", infos);
     for (const auto& t : infos) {
@@ -350,6 +351,8 @@ TEST_F(Brought, ThatDoNotFitAreErrors) {
             std::string::npos);
   EXPECT_NE(says(adapter("deep", 4, 8.0), 2).find("set `rank` to 4"), std::string::npos);
   EXPECT_NE(says(adapter("dora", 2, 8.0, 16, {{"use_dora", true}}), 2).find("DoRA"), std::string::npos);
+  EXPECT_NE(says(adapter("biased", 2, 8.0, 16, {{"bias", "lora_only"}}), 2).find("trained with biases"),
+            std::string::npos);
   EXPECT_NE(says((folder_ / "nowhere").string(), 2).find("not an adapter"), std::string::npos);
 }
 

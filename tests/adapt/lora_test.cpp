@@ -119,7 +119,7 @@ TEST(Lora, ScalesByPatterns) {
 
 TEST(Lora, BadSettingsAreErrors) {
   EXPECT_THROW(parse<LoraConfig>({{"rank", 0}}, "test"), Error);
-  EXPECT_THROW(parse<LoraConfig>({{"bias", "all"}}, "test"), Error);
+  EXPECT_THROW(parse<LoraConfig>({{"bias", "some"}}, "test"), Error);
   EXPECT_THROW(parse<LoraConfig>({{"rank_pattern", {{"q_proj", 0}}}}, "test").rank_at("x.q_proj"), Error);
   EXPECT_THROW(parse<LoraConfig>({{"alpha_pattern", {{"(", 1.0}}}}, "test").alpha_at("x.q_proj"), Error);
   EXPECT_THROW(Lora(torch::zeros({2, 4}), torch::zeros({5, 3}), 1.0), Error);
@@ -140,6 +140,56 @@ TEST(LoraInModel, SoDoesDora) {
 TEST(LoraInModel, SoDoBiases) {
   check_in_model(lora({{"bias", "lora_only"}, {"target", {"q_proj", "o_proj"}}}), {},
                  {{"model_type", "qwen2"}, {"vocab_size", 40}});
+}
+
+const json kQwen2 = {{"model_type", "qwen2"}};
+
+TEST(LoraInModel, AllBiasesLearnBesideAFrozenModel) {
+  torch::manual_seed(15);
+  const auto config = model_with({lora({{"bias", "all"}, {"target", "q_proj"}})}, kQwen2);
+  const TemporaryFolder folder("moiety-test");
+  const auto plain = make_causal(without_parts(config), {.trainable = true});
+  std::filesystem::create_directories(folder / "base");
+  write_file(folder / "base" / "config.json", without_parts(config).dump());
+  write_stored(folder / "base", plain->stored(), "bf16");
+  const auto base = Checkpoint::open((folder / "base").string());
+  for (const char* dtype : {"f32", "bf16"}) {
+    const auto model = load_causal(*base, config, {.dtype = dtype, .trainable = true, .frozen_base = true});
+    int64_t learning = 0;
+    for (const auto& p : model->named_parameters()) {
+      const bool bias = is_bias(p.key());
+      EXPECT_EQ(p.value().requires_grad(), bias || p.key().find(".adapter") != std::string::npos) << p.key();
+      if (bias) {
+        EXPECT_EQ(p.value().scalar_type(), torch::kFloat32);
+        ++learning;
+      }
+    }
+    EXPECT_EQ(learning, 2 * 3);  // q, k and v
+    Pass pass;
+    train_pass(*model, ids(), pass).backward();
+    for (const auto& p : model->named_parameters())
+      if (is_bias(p.key())) {
+        EXPECT_GT(p.value().grad().abs().max().item<double>(), 0.0) << p.key();
+      }
+  }
+  // Without the setting nothing of the base learns.
+  const auto still =
+      load_causal(*base, model_with({lora({{"target", "q_proj"}})}, kQwen2), {.trainable = true, .frozen_base = true});
+  for (const auto& p : still->named_parameters())
+    EXPECT_EQ(p.value().requires_grad(), p.key().find(".adapter") != std::string::npos) << p.key();
+}
+
+TEST(LoraInModel, ATrainedBiasIsForOneLoraAlone) {
+  const auto says = [](const json& second) {
+    auto other = lora({{"name", "b"}, {"target", "q_proj"}});
+    other.update(second);
+    return message_of([&] {
+      make_causal(model_with({lora({{"name", "a"}, {"target", "q_proj"}, {"bias", "lora_only"}}), other}, kQwen2));
+    });
+  };
+  EXPECT_NE(says({{"bias", "lora_only"}}).find("another trained bias cannot join it"), std::string::npos);
+  EXPECT_NE(says({{"dora", true}}).find("DoRA cannot join it"), std::string::npos);
+  EXPECT_EQ(says({}), "");
 }
 
 TEST(LoraInModel, GradientsOfBlocksThatRunAgain) {

@@ -6,6 +6,8 @@
 #include "adapt_tools.h"
 #include "message_of.h"
 #include "moiety/adapt/low_rank.h"
+#include "moiety/base/files.h"
+#include "moiety/train/open_run.h"
 
 namespace moiety {
 namespace {
@@ -204,6 +206,38 @@ TEST(Smora, BadSettingsAreErrors) {
 
 TEST(SmoraInModel, LearnsBesideAFrozenModelAndIsSaved) {
   check_in_model(smora());
+}
+
+// As adapters that were saved without the balance, by whom it was no part of what is kept.
+TEST(SmoraInModel, LoadsWithoutItsBias) {
+  torch::manual_seed(7);
+  const TemporaryFolder folder("moiety-test");
+  const auto config = model_with(json::array({smora({{"target", "q_proj"}})}));
+  const auto model = make_causal(config, {.trainable = true});
+  stir(*model);
+  write_file(folder / "config.json", config.dump());
+  auto stored = model->stored();
+  const size_t all = stored.size();
+  std::erase_if(stored, [](const StoredTensor& t) { return t.name.ends_with("q_proj.bias"); });
+  ASSERT_EQ(stored.size(), all - 2);
+  write_stored(folder.path(), stored, "f32");
+  const auto checkpoint = Checkpoint::open(folder.path().string());
+  const auto ids = torch::arange(18, torch::kInt64).view({2, 9});
+  // A fresh one is zero.
+  const auto loaded = load_causal(*checkpoint, {.trainable = true, .frozen_base = true});
+  EXPECT_TRUE(torch::equal(logits_of(*loaded, ids), logits_of(*model, ids)));
+  // It moves and is saved from now on.
+  Pass pass;
+  train_pass(*loaded, ids, pass);
+  int64_t moved = 0;
+  for (const auto& t : loaded->stored())
+    if (t.name.ends_with("q_proj.bias")) moved += t.value().abs().max().item<double>() > 0.0 ? 1 : 0;
+  EXPECT_EQ(moved, 2);
+  // Nothing else may be missing.
+  std::erase_if(stored, [](const StoredTensor& t) { return t.name.ends_with("layers.0.adapters.q_proj.lora_B"); });
+  write_stored(folder.path(), stored, "f32");
+  EXPECT_NE(message_of([&] { load_causal(*Checkpoint::open(folder.path().string())); }).find("lora_B"),
+            std::string::npos);
 }
 
 TEST(SmoraInModel, GradientsOfBlocksThatRunAgainThoughTheBiasMoves) {

@@ -442,6 +442,13 @@ TEST(Convert, NothingIsLeftOfAFailure) {
   });
   EXPECT_NE(message.find("tensor '"), std::string::npos) << message;
   EXPECT_TRUE(fs::is_empty(folder / "out"));
+  // Nor does a plain half become infinity.
+  WriteOptions half;
+  half.dtype = "f16";
+  const std::string plain =
+      message_of([&] { write_hf(*Checkpoint::open((folder / "in").string()), folder / "half", half); });
+  EXPECT_NE(plain.find("which is beyond f16"), std::string::npos) << plain;
+  EXPECT_FALSE(fs::exists(folder / "half" / "model.safetensors"));
 }
 
 TEST(Convert, RefusesToOverwrite) {

@@ -7,6 +7,7 @@
 
 #include "message_of.h"
 #include "moiety/base/files.h"
+#include "moiety/io/overlay.h"
 
 namespace moiety {
 namespace {
@@ -34,7 +35,7 @@ class Outline : public Checkpoint {
   fs::path path() const override { return "outline"; }
   int64_t bytes_on_disk() const override { return 0; }
 
- private:
+ protected:
   json config_, none_ = json::object();
   std::vector<TensorInfo> infos_;
 };
@@ -187,6 +188,37 @@ TEST_F(Peft, RefusesTensorsThatItDoesNotKnow) {
   EXPECT_SAYS(refusal(one({}, {{"base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight", {2, 8}}})),
               "needs matrices lora_A and lora_B");
   EXPECT_SAYS(refusal(one({}, {{std::string(600, 'x') + ".lora_A.weight", {2, 8}}})), "614 bytes");
+}
+
+TEST_F(Peft, RefusesNumbersThatAreNotFinite) {
+  const auto put = [](const fs::path& at, const std::string& name, float value) {
+    SafetensorsWriter writer(at / "adapter_model.safetensors", {{name, Format::F32, {2, 8}}});
+    std::vector<float> values(16, 1.f);
+    values[11] = value;
+    writer.write(name, std::as_bytes(std::span(values)));
+    writer.finish();
+  };
+  // PEFT's layout and our own.
+  const auto peft = one();
+  const std::string name = std::string(kQ) + ".lora_A.weight";
+  put(peft, name, NAN);
+  EXPECT_SAYS(refusal(peft), "'" + name + "' holds nan at [1, 3]");
+  const auto own = folder("own");
+  write_file(own / "adapter_config.json",
+             R"({"peft_type": "MOIETY", "moiety": {"parts": [{"slug": "mola", "target": "q_proj"}]}})");
+  put(own, "layers.0.adapters.q_proj.lora_A", -INFINITY);
+  EXPECT_SAYS(refusal(own, llama()), "'layers.0.adapters.q_proj.lora_A' holds -inf at [1, 3]");
+}
+
+TEST_F(Peft, WritesNoNumbersThatAreNotFinite) {
+  AdapterTensor t{"model.layers.0.adapters.q_proj.lora_A", {1, 8}, std::vector<float>(8, 1.f)};
+  t.values[6] = INFINITY;
+  const auto at = dir_ / "none";
+  EXPECT_SAYS(message_of([&] {
+                write_adapter(at, json::array({{{"slug", "lora"}, {"rank", 1}}}), {t}, Outline(llama()), "base");
+              }),
+              "'model.layers.0.adapters.q_proj.lora_A' holds inf at [0, 6]");
+  EXPECT_FALSE(fs::exists(at));
 }
 
 TEST_F(Peft, RefusesSizesThatDoNotFit) {
@@ -478,11 +510,136 @@ TEST_F(Peft, WhatPeftHasNoWordForIsWrittenInOurOwn) {
   EXPECT_SAYS(message_of([&] { with_adapters(base, {{folder(), 1.0}}); }), "adapter_config.json");
 }
 
-TEST_F(Peft, ATrainedBiasIsNoneOfPefts) {
-  const Outline base(llama(), dense_names());
-  EXPECT_FALSE(write_adapter(folder(), json::array({{{"slug", "lora"}, {"bias", "lora_only"}}}),
-                             {tensor("model.layers.0.adapters.q_proj.bias", {8})}, base, "base"));
-  EXPECT_THROW(write_adapter(folder(), json::array(), {}, base, "base"), Error);
+TEST_F(Peft, NoPartIsNoAdapter) {
+  EXPECT_THROW(write_adapter(folder(), json::array(), {}, Outline(llama(), dense_names()), "base"), Error);
+}
+
+// ---- Trained biases ----
+
+// A base of the usual names with biases, whose values are 100, 101, ...
+class Biased : public Outline {
+ public:
+  explicit Biased(json config = llama()) : Outline(std::move(config), dense_names()) {
+    for (const char* name : {"model.layers.0.self_attn.q_proj.bias", "model.layers.1.self_attn.q_proj.bias",
+                             "model.layers.0.self_attn.v_proj.bias", "model.norm.bias", "lm_head.bias"})
+      infos_.push_back({name, Format::F32, {8}});
+  }
+  TensorView get(const std::string& name) const override {
+    std::vector<float> values(8);
+    std::iota(values.begin(), values.end(), 100.f);
+    TensorView v = overlay_of(name, {8}, values).get();
+    v.name = name;
+    return v;
+  }
+};
+
+const Stored kBias{std::string(kQ) + ".base_layer.bias", {8}};
+
+TEST_F(Peft, ReadsBiasesOfAdaptedMatrices) {
+  for (const char* name : {".base_layer.bias", ".bias"}) {
+    const auto at = one({{"bias", "lora_only"}}, {{kQ + std::string(name), {8}}});
+    const auto adapter = PeftAdapter::open(at);
+    EXPECT_EQ(adapter->bias(), "lora_only");
+    ASSERT_EQ(adapter->biases().size(), 1u);
+    EXPECT_EQ(adapter->biases()[0].path, "model.layers.0.self_attn.q_proj.bias");
+    const auto model = with_adapters(std::make_shared<Biased>(), {{at, 1.0}});
+    EXPECT_EQ(model->config()["moiety"]["parts"][0]["bias"], "lora_only");
+    EXPECT_EQ(model->get("model.layers.0.adapters.q_proj.bias").to_float()[3], 3.f);
+    EXPECT_EQ(model->get("model.layers.0.self_attn.q_proj.bias").to_float()[3], 103.f);
+  }
+}
+
+TEST_F(Peft, BiasesThatWereNotStoredAreTheBases) {
+  const auto config = json{{"bias", "lora_only"}};
+  const std::string next = "base_model.model.model.layers.1.self_attn.q_proj";
+  const auto half = one(config, {kBias, {next + ".lora_A.weight", {2, 8}}, {next + ".lora_B.weight", {8, 2}}});
+  const auto model = with_adapters(std::make_shared<Biased>(), {{half, 1.0}});
+  EXPECT_EQ(model->get("model.layers.1.adapters.q_proj.bias").to_float()[3], 103.f);
+  // As old versions of PEFT write them: none at all.
+  const auto none = with_adapters(std::make_shared<Biased>(), {{one(config), 1.0}});
+  EXPECT_FALSE(none->has("model.layers.0.adapters.q_proj.bias"));
+  EXPECT_EQ(none->config()["moiety"]["parts"][0].count("bias"), 0u);
+}
+
+TEST_F(Peft, AllBiasesTakeThePlaceOfTheBases) {
+  const auto at = one({{"bias", "all"}}, {kBias,
+                                          {"base_model.model.model.layers.0.self_attn.v_proj.bias", {8}},
+                                          {"base_model.model.model.norm.bias", {8}},
+                                          {"base_model.model.lm_head.bias", {8}}});
+  const auto model = with_adapters(std::make_shared<Biased>(), {{at, 1.0}});
+  EXPECT_EQ(model->config()["moiety"]["parts"][0]["bias"], "all");
+  for (const char* name : {"model.layers.0.self_attn.q_proj.bias", "model.layers.0.self_attn.v_proj.bias",
+                           "model.norm.bias", "lm_head.bias"})
+    EXPECT_EQ(model->get(name).to_float()[3], 3.f) << name;
+  EXPECT_EQ(model->get("model.layers.1.self_attn.q_proj.bias").to_float()[3], 103.f);
+  EXPECT_FALSE(model->has("model.layers.0.adapters.q_proj.bias"));
+}
+
+TEST_F(Peft, BiasesThatDoNotFitAreErrors) {
+  const auto says = [&](const json& bias, const std::vector<Stored>& besides, double strength = 1.0) {
+    return message_of([&] { with_adapters(std::make_shared<Biased>(), {{one({{"bias", bias}}, besides), strength}}); });
+  };
+  EXPECT_SAYS(says("some", {}), "none, lora_only and all are known");
+  EXPECT_SAYS(says("none", {kBias}), "is no part of a LoRA");
+  EXPECT_SAYS(says("lora_only", {{"base_model.model.model.norm.bias", {8}}}), "is no bias of an adapted matrix");
+  EXPECT_SAYS(says("lora_only", {{kBias.name, {7}}}), "7 biases for 8 rows");
+  EXPECT_SAYS(says("lora_only", {kBias, {std::string(kQ) + ".bias", {8}}}), "is there twice");
+  EXPECT_SAYS(says("all", {{"base_model.model.model.layers.9.mlp.up_proj.bias", {8}}}), "has no place in this model");
+  EXPECT_SAYS(says("all", {{"base_model.model.model.norm.bias", {2, 4}}}), "has the shape");
+  EXPECT_SAYS(says("all", {kBias}, 0.5), "which have no strength");
+  const auto a = one({{"bias", "all"}}, {kBias}, "a"), b = one({{"bias", "lora_only"}}, {kBias}, "b"),
+             c = one({}, {}, "c");
+  EXPECT_SAYS(message_of([&] {
+                with_adapters(std::make_shared<Biased>(), {{a, 1.0}, {b, 1.0}});
+              }),
+              "of which there can be one only");
+  EXPECT_NO_THROW(with_adapters(std::make_shared<Biased>(), {{a, 1.0}, {c, 0.5}}));
+}
+
+TEST_F(Peft, WritesBiasesAsItReadsThem) {
+  for (const bool turned : {false, true})
+    for (const bool all : {false, true}) {
+      auto config = llama();
+      if (turned) config["moiety_rope_interleaved"] = true;
+      const auto base = std::make_shared<Biased>(config);
+      std::vector<AdapterTensor> tensors = {tensor("model.layers.0.adapters.q_proj.lora_A", {1, 8}),
+                                            tensor("model.layers.0.adapters.q_proj.lora_B", {8, 1})};
+      if (all)
+        for (const char* name : {"model.layers.0.self_attn.q_proj.bias", "model.norm.bias", "lm_head.bias"})
+          tensors.push_back(tensor(name, {8}));
+      else
+        tensors.push_back(tensor("model.layers.0.adapters.q_proj.bias", {8}));
+      const json parts =
+          json::array({{{"slug", "lora"}, {"rank", 1}, {"layers", 0}, {"bias", all ? "all" : "lora_only"}}});
+      EXPECT_TRUE(write_adapter(folder(), parts, tensors, *base, "base"));
+      const auto adapter = PeftAdapter::open(folder());
+      EXPECT_EQ(adapter->bias(), all ? "all" : "lora_only");
+      const auto stored = SafetensorsFile::open(folder() / "adapter_model.safetensors");
+      const auto expected =
+          turned ? std::vector<float>{1, 3, 2, 4, 5, 7, 6, 8} : std::vector<float>{1, 2, 3, 4, 5, 6, 7, 8};
+      EXPECT_EQ(stored->get(kBias.name).to_float(), expected);
+      EXPECT_EQ(stored->has("base_model.model.lm_head.bias"), all);
+      const auto again = with_adapters(base, {{folder(), 1.0}});
+      for (const auto& t : tensors) EXPECT_EQ(again->get(t.name).to_float(), t.values) << t.name << turned;
+    }
+}
+
+TEST_F(Peft, BiasesStandInOurOwnLayoutToo) {
+  const auto base = std::make_shared<Biased>();
+  const std::vector<AdapterTensor> tensors = {tensor("model.layers.0.adapters.low.q_proj.lora_A", {1, 8}),
+                                              tensor("model.layers.0.adapters.low.q_proj.lora_B", {8, 1}),
+                                              tensor("model.layers.0.adapters.high.q_proj.lora_A", {1, 8}),
+                                              tensor("model.layers.0.adapters.high.q_proj.lora_B", {8, 1}),
+                                              tensor("model.norm.bias", {8}),
+                                              tensor("lm_head.bias", {8})};
+  const json part = {{"slug", "lora"}, {"rank", 1}, {"layers", 0}, {"target", "q_proj"}, {"name", "low"}};
+  json other = part;
+  other["name"] = "high";
+  other["bias"] = "all";
+  EXPECT_FALSE(write_adapter(folder(), json::array({part, other}), tensors, *base, "base"));
+  const auto again = with_adapters(base, {{folder(), 1.0}});
+  for (const auto& t : tensors) EXPECT_EQ(again->get(t.name).to_float(), t.values) << t.name;
+  EXPECT_SAYS(refusal(folder(), llama()), "has no place in this model");
 }
 
 // ---- The base that an adapter names ----

@@ -6,6 +6,7 @@ The killed run's log must equal that of the run that was never stopped; a checkp
 import json
 import os
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -57,33 +58,37 @@ def tensors(file):
     return data
 
 
-def whole(folder):
+MODEL = {"json": ["config.json", "tokenizer.json", "generation_config.json"], "tensors": ["model.safetensors"]}
+ADAPTER = {"json": ["adapter_config.json"], "tensors": ["adapter_model.safetensors"]}
+
+
+def whole(folder, files=MODEL):
     """Every visible checkpoint has all its files, whole."""
     for checkpoint in (folder / "checkpoints").glob("step-*"):
-        for name in ("config.json", "tokenizer.json", "generation_config.json", "training/state.json"):
+        for name in [*files["json"], "training/state.json"]:
             json.loads((checkpoint / name).read_text())
-        tensors(checkpoint / "model.safetensors")
-        tensors(checkpoint / "training/state.safetensors")
+        for name in [*files["tensors"], "training/state.safetensors"]:
+            tensors(checkpoint / name)
 
 
-def run_file(folder, name, steps):
+def run_file(folder, name, steps, run=RUN):
     file = folder / f"{name}.yaml"
-    file.write_text(RUN.replace("OUT", name).replace("STEPS", str(steps)))
+    file.write_text(run.replace("OUT", name).replace("STEPS", str(steps)))
     return file
 
 
-def kill_and_resume(folder, kills=6, steps=120, least=1):
-    """The router's bias, which no gradient moves, has to come back too: it is among the buffers of the training state."""
+def kill_and_resume(folder, kills=6, steps=120, least=1, run=RUN, files=MODEL, buffer=b"choice_bias"):
+    """What no gradient moves, as the router's bias, has to come back too: it is among the buffers of the training state."""
     start = time.monotonic()
-    result = train(run_file(folder, "wrong", steps), "--dry-run", cwd=folder)
+    result = train(run_file(folder, "wrong", steps, run), "--dry-run", cwd=folder)
     assert result.returncode == 0, result.stderr
     loading = time.monotonic() - start
     start = time.monotonic()
-    result = train(run_file(folder, "whole", steps), "--quiet", cwd=folder)
+    result = train(run_file(folder, "whole", steps, run), "--quiet", cwd=folder)
     assert result.returncode == 0, result.stderr
     took = time.monotonic() - start
     chance = random.Random(4)
-    file, killed = run_file(folder, "killed", steps), 0
+    file, killed = run_file(folder, "killed", steps, run), 0
     for _ in range(kills):
         process = subprocess.Popen([MOIETY, "train", file, "--quiet"], cwd=folder, env=dict(os.environ, OMP_NUM_THREADS="1"),
                                    stdout=subprocess.DEVNULL)
@@ -92,16 +97,17 @@ def kill_and_resume(folder, kills=6, steps=120, least=1):
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
         if (folder / "killed/checkpoints").exists():
-            whole(folder / "killed")
+            whole(folder / "killed", files)
     result = train(file, "--quiet", cwd=folder)
     assert result.returncode == 0, result.stderr
-    whole(folder / "killed")
+    whole(folder / "killed", files)
     assert killed >= least, f"the run was over after {killed} of {kills} kills"
     assert trace(folder / "whole") == trace(folder / "killed"), "the traces differ"
-    assert len([r for r in trace(folder / "whole") if "loss" in r]) == steps // 2
-    for name in ("model.safetensors", "training/state.safetensors"):
+    log_every = int(re.search(r"log_every: (\d+)", run).group(1))
+    assert len([r for r in trace(folder / "whole") if "loss" in r]) == steps // log_every
+    for name in [*files["tensors"], "training/state.safetensors"]:
         assert tensors(folder / "whole/last" / name) == tensors(folder / "killed/last" / name), f"{name} differs"
-    assert b"choice_bias" in tensors(folder / "whole/last/training/state.safetensors")
+    assert buffer in tensors(folder / "whole/last/training/state.safetensors")
     events = "tensorboard/events.out.tfevents.0000000001.moiety"
     assert abs((folder / "whole" / events).stat().st_size - (folder / "killed" / events).stat().st_size) == 0
     print(f"killed {killed} times, {steps} steps of {took:.1f} s in all: same trace, same weights")

@@ -7,6 +7,7 @@
 #include "moiety/io/checkpoint_writer.h"
 #include "moiety/io/peft.h"
 #include "moiety/models/merged.h"
+#include "moiety/nn/weights.h"
 #include "tiny.h"
 
 namespace moiety {
@@ -27,7 +28,8 @@ json part_of(const std::string& slug) {
       {"lora-mixer", {{"experts", 2}, {"rank", 2}, {"top_k", 1}, {"stage", "hard"}, {"target", {"q_proj", "o_proj"}}}},
       {"smora", {{"rank", 4}, {"active", 2}, {"bias_rate", 0.01}}},
       {"mora", {{"rank", 4}, {"top_k", 2}}},
-      {"flylora", {{"rank", 4}, {"top_k", 2}, {"bias_rate", 0.01}}}};
+      {"flylora", {{"rank", 4}, {"top_k", 2}, {"bias_rate", 0.01}}},
+      {"adamoe-linear", {{"experts", 3}, {"null_experts", 2}, {"top_k", 2}, {"rank", 2}, {"coef", 0.1}}}};
   json part = settings.at(slug);
   part["slug"] = slug;
   return part;
@@ -91,6 +93,10 @@ TEST_P(Adapters, AreWrittenAloneAndLoad) {
                 .max()
                 .item<double>(),
             1e-6);
+  // Beside another copy of the base it is named.
+  const auto beside_it =
+      with_adapters(Checkpoint::open((folder / "base" / "last").string()), {{folder / "run" / "last", 1.0}});
+  EXPECT_TRUE(torch::equal(logits(*load_causal(*beside_it)), learned));
 }
 
 TEST_P(Adapters, GoOnBitForBit) {
@@ -112,7 +118,7 @@ TEST_P(Adapters, GoOnBitForBit) {
 
 INSTANTIATE_TEST_SUITE_P(All, Adapters,
                          testing::Values("lora", "mola", "llava-mole", "dynmole", "loramoe", "lora-mixer", "smora",
-                                         "mora", "flylora"),
+                                         "mora", "flylora", "adamoe-linear"),
                          [](const auto& info) {
                            std::string name = info.param;
                            for (char& c : name)
@@ -155,6 +161,58 @@ TEST(AdapterRuns, GoOnFromAnAdapter) {
   // It adapts the base, not the adapter.
   EXPECT_EQ(json::parse(read_text(folder / "second" / "last" / "adapter_config.json"))["base_model_name_or_path"],
             (folder / "base" / "last").string());
+}
+
+// A base with biases, and what a run of a LoRA that trains them writes.
+TEST(AdapterRuns, TrainBiasesOfTheBase) {
+  const TemporaryFolder folder("moiety-test");
+  auto base = tiny::run(folder, "biased", 4);
+  base.model.config["model_type"] = "qwen2";
+  Trainer(base).run();
+  const auto before = read_tensors(folder / "biased" / "last" / "model.safetensors");
+  for (const char* mode : {"none", "lora_only", "all"}) {
+    auto config =
+        beside(folder, mode, {{"slug", "lora"}, {"rank", 2}, {"target", {"q_proj", "o_proj"}}, {"bias", mode}}, 3);
+    config.model.checkpoint = (folder / "biased" / "last").string();
+    Trainer trainer(config);
+    trainer.run();
+    const auto last = folder / mode / "last";
+    const auto adapter = PeftAdapter::open(last);
+    const std::string all = mode;
+    EXPECT_EQ(adapter->bias(), mode);
+    // q alone, or q, k and v of both layers.
+    EXPECT_EQ(adapter->biases().size(), all == "none" ? 0u : all == "all" ? 6u : 2u);
+    for (const auto& bias : adapter->biases())
+      EXPECT_FALSE(torch::equal(as_tensor(bias.value), before.at(bias.path))) << bias.path;
+    std::map<std::string, Tensor> stored;
+    for (const auto& t : trainer.model().stored()) stored[t.name] = t.value();
+    for (const auto& [name, value] : before)
+      EXPECT_EQ(torch::equal(value, stored.at(name)), all != "all" || !is_bias(name)) << name;
+    const auto checkpoint = Checkpoint::open(last.string());
+    EXPECT_TRUE(torch::equal(logits(*load_causal(*checkpoint)), logits(trainer.model())));
+    EXPECT_LT(
+        (logits(*load_causal(*merged_checkpoint(checkpoint))) - logits(trainer.model())).abs().max().item<double>(),
+        1e-4);
+  }
+}
+
+TEST(AdapterRuns, GoOnBitForBitWhereAllBiasesLearn) {
+  const TemporaryFolder folder("moiety-test");
+  auto base = tiny::run(folder, "biased", 2);
+  base.model.config["model_type"] = "qwen2";
+  Trainer(base).run();
+  auto config = beside(folder, "whole", {{"slug", "lora"}, {"rank", 2}, {"bias", "all"}}, 4);
+  config.model.checkpoint = (folder / "biased" / "last").string();
+  Trainer(config).run();
+  config.output.folder = (folder / "stopped").string();
+  TrainOptions options;
+  int steps = 0;
+  options.stop = [&] { return ++steps == 2; };
+  EXPECT_EQ(Trainer(config, options).run().ended, "stopped");
+  EXPECT_EQ(Trainer(config).run().ended, "complete");
+  EXPECT_EQ(tiny::trace((folder / "whole").string()), tiny::trace((folder / "stopped").string()));
+  EXPECT_EQ(read_text(folder / "whole" / "last" / "adapter_model.safetensors"),
+            read_text(folder / "stopped" / "last" / "adapter_model.safetensors"));
 }
 
 TEST(AdapterRuns, LearnBesideBlocks) {

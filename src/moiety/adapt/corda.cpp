@@ -42,8 +42,9 @@ Tensor CordaCovariance::value() const {
   return sum_ / static_cast<double>(samples_);
 }
 
-void CordaCovariance::restore(Tensor sum, int64_t samples) {
+void CordaCovariance::restore(Tensor sum, int64_t samples, Tensor sizes) {
   sum_ = std::move(sum);
+  sizes_ = std::move(sizes);
   samples_ = samples;
 }
 

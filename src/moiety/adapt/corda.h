@@ -19,7 +19,7 @@ class CordaCovariance {
   void add(const torch::Tensor& x);
   int64_t samples() const { return samples_; }
   torch::Tensor value() const;  ///< [in, in]; Error without samples
-  void restore(torch::Tensor sum, int64_t samples);
+  void restore(torch::Tensor sum, int64_t samples, torch::Tensor sizes = {});
   const torch::Tensor& sum() const { return sum_; }
   /// The sum over samples of the mean of |X| over tokens, what ASVD scales by: [in].
   const torch::Tensor& mean_sizes() const { return sizes_; }

@@ -3,13 +3,19 @@
 #include <torch/torch.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <set>
+#include <span>
 
 #include "moiety/base/error.h"
 #include "moiety/base/log.h"
 #include "moiety/base/registry.h"
+#include "moiety/base/text.h"
+#include "moiety/io/finite.h"
 #include "moiety/io/overlay.h"
+#include "moiety/io/safetensors.h"
+#include "moiety/io/sha256.h"
 #include "moiety/models/model.h"
 #include "moiety/nn/part.h"
 #include "moiety/nn/weights.h"
@@ -37,6 +43,8 @@ const RegisterMethod watch({.slug = "corda-watch",
                                                }}});
 
 json without_parts(const Checkpoint& checkpoint) {
+  check(checkpoint.gguf() == nullptr, "{}: a GGUF file holds rows in another order; convert it to a directory first",
+        checkpoint.path().string());
   json config = checkpoint.config();
   const auto own = config.find("moiety");
   check(own == config.end() || !own->contains("parts") || (*own)["parts"].empty(),
@@ -82,16 +90,48 @@ std::string tensor_of(const Checkpoint& base, const std::string& path) {
   return name;
 }
 
-}  // namespace
-
-std::map<std::string, std::shared_ptr<const CordaCovariance>> corda_calibrate(
-    const Checkpoint& checkpoint, const CordaOptions& options, const std::vector<std::vector<int64_t>>& samples,
-    const std::function<void(int64_t)>& progress) {
-  check(!samples.empty(), "there is no calibration data");
+// The model with a watch at every input of the targets.
+struct Watched {
+  std::shared_ptr<CausalModel> model;
+  std::vector<const CordaWatch*> watches;
+};
+Watched watched(const Checkpoint& checkpoint, const CordaOptions& options) {
   json config = without_parts(checkpoint);
   config["moiety"]["parts"] = json::array({{{"slug", "corda-watch"}, {"target", options.targets}}});
-  const auto model = load_causal(checkpoint, config, {.dtype = options.dtype});
-  model->eval();
+  Watched out{load_causal(checkpoint, config, {.dtype = options.dtype}), {}};
+  out.model->eval();
+  for (const auto& module : out.model->modules())
+    if (const auto* w = dynamic_cast<const CordaWatch*>(module.get())) {
+      for (const auto& path : w->paths) tensor_of(checkpoint, path);
+      out.watches.push_back(w);
+    }
+  return out;
+}
+
+constexpr const char* kMoments = "moiety.corda-moments";
+
+// What tells a matrix from that of another model, whatever float type it is stored in: its shape and the corners that
+// are read at once.
+std::string fingerprint(const Checkpoint& checkpoint, const std::string& path) {
+  const TensorView weight = checkpoint.get(tensor_of(checkpoint, path));
+  std::string bytes;
+  for (const int64_t n : weight.shape) bytes += fmt::format("{} ", n);
+  for (const int64_t row : {int64_t{0}, weight.shape.at(0) - 1}) {
+    const auto values = as_tensor(slice_rows(weight, row, row + 1)).to(torch::kFloat32).contiguous();
+    bytes.append(static_cast<const char*>(values.const_data_ptr()), static_cast<size_t>(values.nbytes()));
+  }
+  Sha256 hash;
+  hash.update(std::as_bytes(std::span(bytes)));
+  return hash.hex();
+}
+
+}  // namespace
+
+CordaMoments corda_calibrate(const Checkpoint& checkpoint, const CordaOptions& options,
+                             const std::vector<std::vector<int64_t>>& samples,
+                             const std::function<void(int64_t)>& progress) {
+  check(!samples.empty(), "there is no calibration data");
+  const auto [model, watches] = watched(checkpoint, options);
   const torch::NoGradGuard frozen;
   int64_t done = 0;
   for (const auto& ids : samples) {
@@ -99,24 +139,100 @@ std::map<std::string, std::shared_ptr<const CordaCovariance>> corda_calibrate(
     model->hidden(torch::tensor(ids, torch::kInt64).unsqueeze(0), pass);
     if (progress) progress(++done);
   }
-  std::map<std::string, std::shared_ptr<const CordaCovariance>> out;
-  for (const auto& module : model->modules())
-    if (const auto* w = dynamic_cast<CordaWatch*>(module.get())) {
-      const auto held = std::make_shared<const CordaCovariance>(w->covariance);
-      for (const auto& path : w->paths) out[path] = held;
+  CordaMoments out;
+  for (const auto* w : watches) {
+    const auto held = std::make_shared<const CordaCovariance>(w->covariance);
+    for (const auto& path : w->paths) out[path] = held;
+  }
+  return out;
+}
+
+void write_moments(const std::filesystem::path& file, const CordaMoments& moments, const Checkpoint& checkpoint,
+                   const CordaSource& source) {
+  check(!moments.empty(), "there are no second moments to write");
+  // Every moment once, under the first of its matrices.
+  std::map<const CordaCovariance*, std::string> names;
+  json matrices = json::object();
+  std::vector<TensorInfo> infos;
+  std::vector<Tensor> values;
+  for (const auto& [path, moment] : moments) {
+    const auto [name, fresh] = names.emplace(moment.get(), path);
+    matrices[path] = {{"input", name->second}, {"weight", fingerprint(checkpoint, path)}};
+    if (!fresh) continue;
+    for (const auto& [what, value] :
+         {std::pair<const char*, Tensor>{"covariance", moment->sum()}, {"sizes", moment->mean_sizes()}}) {
+      check(value.defined(), "{} has seen no calibration data", path);
+      values.push_back(value.to(torch::kFloat32).contiguous());
+      infos.push_back({fmt::format("{}.{}", path, what), Format::F32, value.sizes().vec()});
     }
+  }
+  SafetensorsWriter writer(file, infos,
+                           {{"format", kMoments},
+                            {"model", source.model},
+                            {"text", source.text},
+                            {"samples", std::to_string(moments.begin()->second->samples())},
+                            {"tokens", std::to_string(source.tokens)},
+                            {"matrices", matrices.dump()}});
+  for (size_t i = 0; i < infos.size(); ++i)
+    writer.write(infos[i].name,
+                 {static_cast<const std::byte*>(values[i].const_data_ptr()), static_cast<size_t>(values[i].nbytes())});
+  writer.finish();
+}
+
+CordaMoments read_moments(const std::filesystem::path& file, const Checkpoint& checkpoint,
+                          const CordaOptions& options) {
+  const auto stored = SafetensorsFile::open(file);
+  const std::string where = file.string();
+  const auto said = [&](const char* key) {
+    const auto it = stored->metadata().find(key);
+    return it == stored->metadata().end() ? std::string() : it->second;
+  };
+  check(said("format") == kMoments, "{}: no second moments of `moiety convert --save-covariance` are in it", where);
+  int64_t samples = 0;
+  const std::string count = said("samples");
+  const auto [rest, error] = std::from_chars(count.data(), count.data() + count.size(), samples);
+  check(error == std::errc() && rest == count.data() + count.size() && samples >= 1, "{}: `samples` is `{}`", where,
+        shown(count));
+  const json matrices = parse_json(said("matrices"), where);
+  std::map<std::string, std::shared_ptr<const CordaCovariance>> by_input;
+  const auto read = [&](const std::string& input, const std::string& path) {
+    auto& held = by_input[input];
+    if (held) return held;
+    const int64_t in = checkpoint.get(tensor_of(checkpoint, path)).shape.at(1);
+    const auto tensor = [&](const char* what, const std::vector<int64_t>& shape) {
+      const TensorView view = stored->get(fmt::format("{}.{}", input, what));
+      check(view.format == Format::F32 && view.shape == shape,
+            "{}: '{}' is {} {}, and {} of this model asks for F32 {}", where, shown(view.name), info(view.format).name,
+            view.shape, path, shape);
+      const auto problem = not_finite(view.to_float(), shape);
+      check(problem.empty(), "{}: '{}' {}", where, shown(view.name), problem);
+      return as_tensor(view).clone();
+    };
+    const auto moment = std::make_shared<CordaCovariance>(path);
+    moment->restore(tensor("covariance", {in, in}), samples, tensor("sizes", {in}));
+    held = moment;
+    return held;
+  };
+  CordaMoments out;
+  reading_json(where, [&] {
+    for (const auto* w : watched(checkpoint, options).watches)
+      for (const auto& path : w->paths) {
+        check(matrices.contains(path), "{}: it has nothing of {}; it is of {}", where, path,
+              shown(fmt::format("{} matrices of {}", matrices.size(), said("model"))));
+        check(matrices.at(path).at("weight").get<std::string>() == fingerprint(checkpoint, path),
+              "{}: it is of another model ({}), whose {} is not that of {}", where, shown(said("model")), path,
+              checkpoint.path().string());
+        out[path] = read(matrices.at(path).at("input").get<std::string>(), path);
+      }
+    return 0;
+  });
   return out;
 }
 
 std::shared_ptr<const Checkpoint> corda_checkpoint(std::shared_ptr<const Checkpoint> base, const CordaOptions& options,
-                                                   const std::vector<std::vector<int64_t>>& samples,
-                                                   const Progress& progress) {
-  check(base->gguf() == nullptr, "{}: a GGUF file holds rows in another order; convert it to a directory first",
-        base->path().string());
+                                                   const CordaMoments& moments, const Progress& progress) {
   check(options.mode == "kpm" || options.mode == "ipm", "unknown mode `{}`; known are kpm and ipm", options.mode);
   json config = without_parts(*base);
-  const auto moments = corda_calibrate(
-      *base, options, samples, [&](int64_t n) { progress("calibration", n, static_cast<int64_t>(samples.size())); });
   for (const auto& [path, moment] : moments) tensor_of(*base, path);
   const double alpha = options.alpha > 0.0 ? options.alpha : static_cast<double>(options.rank),
                scale = alpha / static_cast<double>(options.rank);
@@ -154,15 +270,10 @@ std::shared_ptr<const Checkpoint> corda_checkpoint(std::shared_ptr<const Checkpo
 }
 
 std::shared_ptr<const Checkpoint> corda_compressed(std::shared_ptr<const Checkpoint> base, const std::string& kind,
-                                                   double drop, double asvd_alpha, const CordaOptions& options,
-                                                   const std::vector<std::vector<int64_t>>& samples,
+                                                   double drop, double asvd_alpha, const CordaMoments& moments,
                                                    const Progress& progress) {
-  check(base->gguf() == nullptr, "{}: a GGUF file holds rows in another order; convert it to a directory first",
-        base->path().string());
   check(drop >= 0.0 && drop < 1.0, "a share of {} cannot go: 0 to below 1", drop);
   const json config = without_parts(*base);
-  auto moments = corda_calibrate(*base, options, samples,
-                                 [&](int64_t n) { progress("calibration", n, static_cast<int64_t>(samples.size())); });
   std::map<std::string, Change> changes;
   int64_t done = 0;
   for (const auto& [path, moment] : moments) {

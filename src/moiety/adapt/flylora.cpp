@@ -82,6 +82,12 @@ FlyLora::FlyLora(std::string site, torch::Tensor a, torch::Tensor b, torch::Tens
   check(config.top_k >= 1 && config.top_k <= a.size(0), "top_k is {}, and there are {} ranks", config.top_k, a.size(0));
 }
 
+bool FlyLora::set_active(int64_t k) {
+  check(k >= 1 && k <= a_.size(0), "{} active ranks are impossible: there are {} to choose from", k, a_.size(0));
+  config_.top_k = k;
+  return true;
+}
+
 void FlyLora::apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs, Pass& pass) {
   if (x.dim() == 3) pass.batch = x.size(0);
   auto v = dropped(x, config_.dropout, pass.training);

@@ -40,6 +40,7 @@ class FlyLora : public Beside {
   FlyLora(std::string site, torch::Tensor a, torch::Tensor b, torch::Tensor bias, const FlyLoraConfig& config);
   void apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs, Pass& pass) override;
   torch::Tensor merged(const torch::Tensor& weight, int64_t place) const override;  ///< where every rank is active
+  bool set_active(int64_t k) override;                                              ///< ranks
   const torch::Tensor& bias() const { return bias_.buffer; }
 
  protected:

@@ -112,6 +112,13 @@ MoleBeside::MoleBeside(std::shared_ptr<MoleRouter> router, bool routes, std::vec
   }
 }
 
+bool MoleBeside::set_active(int64_t k) {
+  const int64_t own = router_->dense() ? a_[0].size(0) : 1;
+  check(k == own, "{} active experts are impossible: llava-mole gives every token {}", k,
+        router_->dense() ? fmt::format("all of its {} experts", own) : "one expert");
+  return true;
+}
+
 void MoleBeside::apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs, Pass& pass) {
   if (x.dim() == 3) pass.batch = x.size(0);
   const auto gates = routes_ ? router_->route(x.reshape({-1, x.size(-1)}), pass) : router_->decided(pass);

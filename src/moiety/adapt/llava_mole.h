@@ -40,6 +40,7 @@ class MoleRouter : public torch::nn::Module {
   torch::Tensor route(const torch::Tensor& x, Pass& pass);
   /// What was decided for the layer that runs. Error when nothing was.
   torch::Tensor decided(Pass& pass) const;
+  bool dense() const { return dense_; }
   Linear projection{nullptr};
 
  private:
@@ -55,6 +56,7 @@ class MoleBeside : public Beside {
   MoleBeside(std::shared_ptr<MoleRouter> router, bool routes, std::vector<torch::Tensor> a,
              std::vector<torch::Tensor> b, double scale, double dropout = 0.0);
   void apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs, Pass& pass) override;
+  bool set_active(int64_t k) override;  ///< an Error but for the number that there is
 
  protected:
   std::string not_one_matrix() const override { return "its router gives every token an expert of its own"; }

@@ -31,7 +31,8 @@ void LoraConfig::fields(Fields& f) {
   f("dropout", dropout, "on what they read, while training").min(0).max(0.99);
   f("rslora", rslora, "multiply by alpha / sqrt(rank) instead (rsLoRA)");
   f("dora", dora, "learn the norms of rows apart from their directions (DoRA)");
-  f("bias", bias, "lora_only: the biases of adapted matrices learn too").choices({"none", "lora_only"});
+  f("bias", bias, "which biases of the model learn too: none, those of adapted matrices (lora_only), or all")
+      .choices({"none", "lora_only", "all"});
   f("experts", experts,
     "beside the matrices of experts: own (every expert has its own pair), shared (one A for all, a B each), all (one "
     "pair for all experts)")
@@ -108,11 +109,21 @@ void Lora::apply(const Tensor& x, std::vector<Tensor>& outputs, Pass& pass) {
 }
 
 Tensor Lora::merged(const Tensor& weight, int64_t) const {
-  check(!bias.defined(), "a trained bias has no place in a matrix");
   const torch::NoGradGuard frozen;
   auto sum = torch::addmm(weight, b.to(torch::kFloat32), a.to(torch::kFloat32), 1.0, scale_);
   if (magnitude.defined()) sum = sum * (magnitude / sum.square().sum(1).sqrt()).unsqueeze(1);
   return sum;
+}
+
+Tensor Lora::unmerged(const Tensor& weight, int64_t place) const {
+  check(!magnitude.defined(),
+        "it cannot be taken out again: DoRA gives every row a new length, and the one that it had is gone");
+  check(!bias.defined(), "it cannot be taken out again: the bias that a trained one replaced is gone");
+  return Beside::unmerged(weight, place);
+}
+
+Tensor Lora::merged_bias(const Tensor& own, int64_t) const {
+  return bias.defined() ? bias : own;
 }
 
 LoraStack::LoraStack(Tensor first, Tensor second, double scale) : scale_(scale) {
@@ -165,6 +176,12 @@ const RegisterMethod registered(
                m.copy_(dora_norm(t.matrix->dense(torch::kFloat32), a, b, scale));
              });
            }
+           // What the first adds to a bias of its own the second does not see.
+           for (const auto& other : t.matrix->attached())
+             if (const auto* l = dynamic_cast<const Lora*>(other.beside.get()))
+               check(!l->bias.defined() || (!c.dora && c.bias != "lora_only"),
+                     "a LoRA with a trained bias stands beside the matrix already: {} cannot join it",
+                     c.dora ? "DoRA" : "another trained bias");
            if (c.bias == "lora_only" && t.matrix->bias.defined())
              bias = site.own.get("bias", {t.out}, [&](Tensor v) { v.copy_(t.matrix->bias); });
            return std::make_shared<Lora>(a, b, c.scale_at(t.path), c.dropout, t.matrix, magnitude, bias);

@@ -39,6 +39,8 @@ class Lora : public Beside {
        torch::Tensor magnitude = {}, torch::Tensor bias = {});
   void apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs, Pass& pass) override;
   torch::Tensor merged(const torch::Tensor& weight, int64_t place) const override;
+  torch::Tensor unmerged(const torch::Tensor& weight, int64_t place) const override;
+  torch::Tensor merged_bias(const torch::Tensor& own, int64_t place) const override;
   torch::Tensor a, b, magnitude, bias;
   double scale() const { return scale_; }
 

@@ -116,6 +116,13 @@ LoraMixer::LoraMixer(std::vector<Target> targets, const LoraMixerConfig& config)
   }
 }
 
+bool LoraMixer::set_active(int64_t k) {
+  const int64_t experts = targets_[0].router->out();
+  check(k >= 1 && k <= experts, "{} active experts are impossible: there are {} to choose from", k, experts);
+  config_.top_k = k;
+  return true;
+}
+
 std::string LoraMixer::mode(const Pass& pass) const {
   if (pass.training) return config_.stage;
   return config_.stage == "hard" && pass.labels.defined() ? "hard" : "topk";

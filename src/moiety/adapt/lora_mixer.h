@@ -54,6 +54,7 @@ class LoraMixer : public Beside {
   LoraMixer(std::vector<Target> targets, const LoraMixerConfig& config);
   void apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs, Pass& pass) override;
   torch::Tensor merged(const torch::Tensor& weight, int64_t place) const override;  ///< of one expert
+  bool set_active(int64_t k) override;                                              ///< outside of training
   /// What a pass does: the stage while training, topk elsewhere; hard wherever that stage finds labels.
   std::string mode(const Pass& pass) const;
 

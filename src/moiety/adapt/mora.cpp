@@ -55,6 +55,13 @@ Mora::Mora(std::string site, torch::Tensor old_a, torch::Tensor old_b, torch::Te
   b_ = register_parameter("lora_B", b, b.requires_grad());
 }
 
+bool Mora::set_active(int64_t k) {
+  const int64_t ranks = a_.size(0) + (old_a_.defined() ? old_a_.size(0) : 0), least = std::min<int64_t>(2, ranks);
+  check(k >= least && k <= ranks, "{} active ranks are impossible: a token takes {} to {}", k, least, ranks);
+  config_.top_k = k;
+  return true;
+}
+
 void Mora::apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs, Pass& pass) {
   if (x.dim() == 3) pass.batch = x.size(0);
   const auto v = dropped(x, config_.dropout, pass.training);

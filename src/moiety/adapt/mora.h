@@ -36,6 +36,7 @@ class Mora : public Beside {
   Mora(std::string site, torch::Tensor old_a, torch::Tensor old_b, torch::Tensor a, torch::Tensor b,
        const MoraConfig& config);
   void apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs, Pass& pass) override;
+  bool set_active(int64_t k) override;  ///< ranks, of those of all tasks
 
  protected:
   std::string not_one_matrix() const override { return "which of its ranks are active depends on the token"; }

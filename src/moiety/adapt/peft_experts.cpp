@@ -17,6 +17,9 @@ PeftExperts read_peft_experts(const std::vector<std::string>& folders, const std
     const auto adapter = PeftAdapter::open(folders[static_cast<size_t>(i)]);
     check(!adapter->dora(), "{} is DoRA, whose magnitudes are no LoRA expert: merge it into a base instead",
           adapter->path().string());
+    check(adapter->biases().empty(),
+          "{} was trained with biases, which no LoRA expert has: merge it into a base instead",
+          adapter->path().string());
     const PeftMatrix* m = adapter->find(path);
     if (m == nullptr) continue;
     const auto a = as_tensor(m->a).to(torch::kFloat32), b = as_tensor(m->b).to(torch::kFloat32);

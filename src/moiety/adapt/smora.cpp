@@ -6,6 +6,7 @@
 #include "moiety/adapt/routed_lora.h"
 #include "moiety/adapt/soft_router.h"
 #include "moiety/base/error.h"
+#include "moiety/base/log.h"
 #include "moiety/base/registry.h"
 #include "moiety/moe/topk.h"
 
@@ -51,6 +52,16 @@ Smora::Smora(std::string site, Linear router, torch::Tensor a, torch::Tensor b, 
   check(bias.size(0) == a.size(0) && a.size(0) == b.size(1), "A has {} ranks, B {}, the bias {}", a.size(0), b.size(1),
         bias.size(0));
   check(config.active >= 1 && config.active <= a.size(0), "{} of {} ranks cannot be active", config.active, a.size(0));
+}
+
+bool Smora::set_active(int64_t k) {
+  auto other = config_;
+  other.active = k;
+  const auto problem = other.problem();
+  check(k >= 1 && problem.empty(), "{} active ranks are impossible: {}", k,
+        problem.empty() ? "at least one is needed" : problem);
+  config_ = other;
+  return true;
 }
 
 void Smora::apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs, Pass& pass) {
@@ -101,16 +112,19 @@ const RegisterMethod registered(
                "Zhao et al.", 2025, "2501.15103"},
      .sites = {"linear"},
      .config = describe<SmoraConfig>,
-     .make = MakeBeside{.per_input = false,
-                        .make = [](LinearSite& site, const nlohmann::json& settings) -> std::shared_ptr<Beside> {
-                          const auto c = parse<SmoraConfig>(settings, "smora");
-                          const LinearTarget& t = site.targets.at(0);
-                          const auto router = site.own.linear("router", t.in, c.rank / c.block, false, uniform_init());
-                          const auto a = site.own.get("lora_A", {c.rank, t.in}, uniform_init()),
-                                     b = site.own.get("lora_B", {t.out, c.rank}, constant_init(0.0)),
-                                     bias = site.own.get("bias", {c.rank}, constant_init(0.0));
-                          return std::make_shared<Smora>(t.name, router, a, b, bias, c);
-                        }}});
+     .make = MakeBeside{
+         .per_input = false, .make = [](LinearSite& site, const nlohmann::json& settings) -> std::shared_ptr<Beside> {
+           const auto c = parse<SmoraConfig>(settings, "smora");
+           const LinearTarget& t = site.targets.at(0);
+           // Saved without the balance, it starts anew.
+           if (site.own.has("lora_A") && !site.own.has("bias") && site.shared.emplace("smora.lacks_bias", true).second)
+             log::warn("smora: the adapter was saved without its balance bias ({}): zeros are used", t.path);
+           const auto router = site.own.linear("router", t.in, c.rank / c.block, false, uniform_init());
+           const auto a = site.own.get("lora_A", {c.rank, t.in}, uniform_init()),
+                      b = site.own.get("lora_B", {t.out, c.rank}, constant_init(0.0)),
+                      bias = site.own.optional("bias", {c.rank}, constant_init(0.0));
+           return std::make_shared<Smora>(t.name, router, a, b, bias, c);
+         }}});
 
 }  // namespace
 }  // namespace moiety

@@ -35,6 +35,7 @@ class Smora : public Beside {
   Smora(std::string site, Linear router, torch::Tensor a, torch::Tensor b, torch::Tensor bias,
         const SmoraConfig& config);
   void apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs, Pass& pass) override;
+  bool set_active(int64_t k) override;  ///< ranks; a multiple of the block
   const torch::Tensor& bias() const { return bias_.buffer; }
 
  protected:

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <exception>
 #include <map>
@@ -18,8 +19,8 @@
 #include "moiety/io/edge_experts.h"
 #include "moiety/io/gguf_names.h"
 #include "moiety/io/gguf_tokenizer.h"
-#include "moiety/io/tokenizer_files.h"
 #include "moiety/io/hf_defaults.h"
+#include "moiety/io/tokenizer_files.h"
 
 namespace fs = std::filesystem;
 using nlohmann::json;
@@ -99,6 +100,9 @@ void source_row(const TensorView& view, int64_t cols, int64_t row, float* out) {
   dequantize_row(view.format, view.data.data() + row * bytes, out, cols);
 }
 
+// Rounds to infinity.
+constexpr float kAboveF16 = 65520.f;
+
 std::vector<std::byte> encode(const Target& t, int threads) {
   std::vector<std::byte> out(static_cast<size_t>(t.info.bytes()));
   if (t.raw) {
@@ -108,6 +112,11 @@ std::vector<std::byte> encode(const Target& t, int threads) {
   if (t.info.elements() == 0) return out;
   const int64_t rows = t.info.elements() / t.cols, bytes = row_bytes(t.info.format, t.cols);
   auto quantize = [&](const float* x, int64_t row) {
+    if (t.info.format == Format::F16)
+      for (int64_t i = 0; i < t.cols; ++i)
+        check(!(std::abs(x[i]) >= kAboveF16) || std::isinf(x[i]),
+              "tensor '{}' holds {} in row {}, column {}, which is beyond f16: write bf16 or f32", t.info.name, x[i],
+              row, i);
     try {
       quantize_row(t.info.format, x, out.data() + row * bytes, t.cols);
     } catch (const Error& e) {
@@ -665,8 +674,7 @@ WriteReport write_gguf_checked(const Checkpoint& ckpt, const fs::path& file, con
   } else {
     plan = plan_gguf(ckpt, config);
   }
-  if (options.leave_out)
-    std::erase_if(plan.targets, [&](const Target& t) { return options.leave_out(t.info.name); });
+  if (options.leave_out) std::erase_if(plan.targets, [&](const Target& t) { return options.leave_out(t.info.name); });
   check(!plan.targets.empty(), "{}: there are no tensors to write", ckpt.path().string());
   const json c = with_defaults(config);
   int64_t experts = 0;

@@ -14,8 +14,10 @@
 #include "moiety/base/config.h"
 #include "moiety/base/error.h"
 #include "moiety/base/files.h"
+#include "moiety/base/log.h"
 #include "moiety/base/registry.h"
 #include "moiety/base/text.h"
+#include "moiety/io/finite.h"
 #include "moiety/io/overlay.h"
 #include "moiety/io/regex.h"
 
@@ -28,6 +30,7 @@ namespace {
 constexpr const char* kConfig = "adapter_config.json";
 constexpr const char* kWeights = "adapter_model.safetensors";
 constexpr const char* kFront = "base_model.model.";
+constexpr size_t kFrontSize = std::char_traits<char>::length(kFront);
 constexpr size_t kLongestName = 512;
 
 std::string config_text(const fs::path& folder) {
@@ -84,6 +87,28 @@ double by_pattern(const Patterns& patterns, const char* key, const std::string& 
   return otherwise;
 }
 
+// A stored name or path as the base calls it: without PEFT's front and the wrappers that it puts around modules.
+std::string without_wrappers(std::string path) {
+  if (path.rfind(kFront, 0) == 0) path = path.substr(kFrontSize);
+  constexpr const char* kWrapper = ".base_layer";
+  for (size_t at; (at = path.find(kWrapper)) != std::string::npos;) {
+    const size_t end = at + std::char_traits<char>::length(kWrapper);
+    if (end < path.size() && path[end] != '.') break;
+    path.erase(at, end - at);
+  }
+  return path;
+}
+
+// The numbers of a stored tensor; PEFT takes whatever there is.
+std::vector<float> finite_floats(const SafetensorsFile& weights, const std::string& name, const fs::path& folder) {
+  const TensorView view = weights.get(name);
+  auto values = view.to_float();
+  const auto problem = not_finite(values, view.shape);
+  check(problem.empty(), "{}: tensor '{}' {}: such an adapter gives no answer; take an earlier checkpoint of it",
+        folder.string(), shown(name), problem);
+  return values;
+}
+
 bool rslora(const json& config) {
   return set_in(config, "use_rslora");
 }
@@ -120,6 +145,37 @@ bool stands_beside_matrices(const json& part) {
   for (const Method* m : find_methods(part.value("slug", std::string())))
     if (m->kind == "part") return m->sites == std::vector<std::string>{"linear"};
   return false;
+}
+
+json parts_of(const json& config) {
+  const auto own = config.find("moiety");
+  return own != config.end() && own->is_object() ? own->value("parts", json()) : json();
+}
+
+bool is_bias(const std::string& name) {
+  const size_t dot = name.rfind('.');
+  return name.find("bias", dot == std::string::npos ? 0 : dot + 1) != std::string::npos;
+}
+
+namespace {
+
+// What a part says about biases.
+std::string bias_of(const json& part) {
+  if (!part.is_object() || !part.contains("bias") || !part["bias"].is_string()) return "none";
+  return part["bias"];
+}
+
+bool biased(const json& parts) {
+  return parts.is_array() &&
+         std::any_of(parts.begin(), parts.end(), [](const json& part) { return bias_of(part) != "none"; });
+}
+
+}  // namespace
+
+bool biases_learn(const json& parts) {
+  return parts.is_array() && std::any_of(parts.begin(), parts.end(), [](const json& part) {
+           return bias_of(part) == "all" && stands_beside_matrices(part);
+         });
 }
 
 bool is_adapter(const fs::path& folder) {
@@ -159,17 +215,28 @@ std::shared_ptr<const PeftAdapter> PeftAdapter::open(const fs::path& folder) {
     }
     const auto rank = c.value("r", json(8)), alpha = c.value("lora_alpha", json(8));
     check(rank.is_number() && alpha.is_number(), "{}: `r` and `lora_alpha` are numbers", where);
+    out->bias_ = c.value("bias", std::string("none"));
+    check(out->bias_ == "none" || out->bias_ == "lora_only" || out->bias_ == "all",
+          "{}: `bias` is {}; none, lora_only and all are known", where, shown(out->bias_));
     const std::string text = config_text(folder);
     const auto ranks = patterns_of(text, "rank_pattern"), alphas = patterns_of(text, "alpha_pattern");
     std::map<std::string, PeftMatrix> by_path;  // by stored path, "base_layer" included
+    std::set<std::string> adapted, biases;
     for (const TensorInfo& t : weights->tensors()) {
       check(t.name.size() <= kLongestName, "{}: tensor '{}' has a name of {} bytes", folder.string(), shown(t.name),
             t.name.size());
+      finite_floats(*weights, t.name, folder);
       const size_t at = t.name.find(".lora_");
+      if (at == std::string::npos && out->bias_ != "none" && is_bias(t.name)) {
+        PeftBias bias{without_wrappers(t.name), weights->get(t.name)};
+        check(biases.insert(bias.path).second, "{}: the bias '{}' is there twice", folder.string(), shown(bias.path));
+        out->biases_.push_back(std::move(bias));
+        continue;
+      }
       check(at != std::string::npos, "{}: tensor '{}' is no part of a LoRA", folder.string(), shown(t.name));
       std::string path = t.name.substr(0, at);
       const std::string what = t.name.substr(at + 1);
-      if (path.rfind(kFront, 0) == 0) path = path.substr(std::strlen(kFront));
+      if (path.rfind(kFront, 0) == 0) path = path.substr(kFrontSize);
       PeftMatrix& m = by_path[path];
       if (what == "lora_A.weight")
         m.a = weights->get(t.name);
@@ -186,9 +253,8 @@ std::shared_ptr<const PeftAdapter> PeftAdapter::open(const fs::path& folder) {
     for (auto& [stored, m] : by_path) {
       check(m.a.shape.size() == 2 && m.b.shape.size() == 2, "{}: '{}' needs matrices lora_A and lora_B",
             folder.string(), shown(stored));
-      m.path = stored;
-      static const std::regex inner("(\\.base_layer)+$");
-      m.path = std::regex_replace(m.path, inner, "");
+      m.path = without_wrappers(stored);
+      adapted.insert(m.path);
       m.experts = m.path.size() > 8 && m.path.compare(m.path.size() - 8, 8, ".experts") == 0;
       check(m.a.shape[0] == m.b.shape[1], "{}: '{}': lora_A has {} {}, lora_B {}", folder.string(), shown(stored),
             m.experts ? "rows" : "rank", m.a.shape[0], m.b.shape[1]);
@@ -205,6 +271,11 @@ std::shared_ptr<const PeftAdapter> PeftAdapter::open(const fs::path& folder) {
       m.scale = rslora(c) ? a / std::sqrt(r) : a / r;
       out->matrices_.push_back(m);
     }
+    if (out->bias_ == "lora_only")
+      for (const std::string& path : biases)
+        check(path.size() > 5 && path.compare(path.size() - 5, 5, ".bias") == 0 &&
+                  adapted.count(path.substr(0, path.size() - 5)) != 0,
+              "{}: '{}' is no bias of an adapted matrix, and `bias` is lora_only", folder.string(), shown(path));
     return std::shared_ptr<const PeftAdapter>(out);
   });
 }
@@ -240,6 +311,12 @@ Heads heads_of(const json& config) {
 int64_t interleaved_row(int64_t row, int64_t size) {
   const int64_t head = row / size, i = row % size, half = size / 2;
   return head * size + 2 * (i % half) + i / half;
+}
+
+std::vector<int64_t> shape_in(const Checkpoint& checkpoint, const std::string& name) {
+  for (const TensorInfo& t : checkpoint.tensors())
+    if (t.name == name) return t.shape;
+  return {};
 }
 
 // Rows of a matrix [n, width] or vector [n, 1], to the order of the file or back.
@@ -279,6 +356,7 @@ struct Collected {
   };
   std::map<std::string, std::map<int64_t, One>> by_name;  // matrix -> layer
   bool dora = false;
+  std::string bias = "none";
 };
 
 std::string escaped(const std::string& path) {
@@ -325,8 +403,46 @@ json part_of(const Collected& c, const std::string& adapter, double strength) {
   if (!ranks.empty()) part["rank_pattern"] = std::move(ranks);
   if (!alphas.empty()) part["alpha_pattern"] = std::move(alphas);
   if (c.dora) part["dora"] = true;
+  if (c.bias != "none") part["bias"] = c.bias;
   if (strength != 1.0) part["strength"] = strength;
   return part;
+}
+
+// What a base calls a tensor that transformers calls `path`.
+std::string base_tensor(const std::string& path, const std::string& front) {
+  constexpr const char* kModel = "model.";
+  return path.rfind(kModel, 0) == 0 ? front + path.substr(std::strlen(kModel)) : path;
+}
+
+// The other way.
+std::string peft_path(const std::string& name, const std::string& front) {
+  return name.rfind(front, 0) == 0 ? "model." + name.substr(front.size()) : name;
+}
+
+bool turned_bias(const json& config, const std::string& name) {
+  static const std::regex rows(".*\\.[qk]_proj\\.bias$");
+  return interleaved(config) && std::regex_match(name, rows);
+}
+
+// The biases of an adapter as overlay tensors that take the place of the base's.
+void add_biases(const PeftAdapter& adapter, const Checkpoint& base, std::vector<OverlayTensor>& own) {
+  const std::string front = front_of(base), where = adapter.path().string();
+  const int64_t size = heads_of(base.config()).size;
+  for (const PeftBias& bias : adapter.biases()) {
+    const std::string name = base_tensor(bias.path, front);
+    check(base.has(name), "{}: the bias '{}' has no place in this model", where, shown(bias.path));
+    const auto shape = shape_in(base, name);
+    check(bias.value.shape == shape, "{}: the bias '{}' has the shape {}, and the model's {}", where, shown(bias.path),
+          bias.value.shape, shape);
+    auto values = bias.value.to_float();
+    if (turned_bias(base.config(), name)) {
+      const auto rows = static_cast<int64_t>(values.size());
+      check(size > 0 && size % 2 == 0 && rows % size == 0, "{}: '{}' has {} numbers, which are no heads of {}", where,
+            shown(bias.path), rows, size);
+      reorder(values, rows, 1, size, false);
+    }
+    own.push_back(overlay_of(name, shape, std::move(values)));
+  }
 }
 
 void add_peft(const PeftAdapter& adapter, const Checkpoint& base, const std::string& adapter_name, double strength,
@@ -337,8 +453,16 @@ void add_peft(const PeftAdapter& adapter, const Checkpoint& base, const std::str
   const std::string where = adapter.path().string();
   const int64_t layers = number(config, "num_hidden_layers", 0), hidden = number(config, "hidden_size", 0);
   Collected collected;
+  std::map<std::string, const TensorView*> biases;  // of adapted matrices, by their paths
+  if (adapter.bias() == "lora_only")
+    for (const PeftBias& bias : adapter.biases()) biases[bias.path.substr(0, bias.path.size() - 5)] = &bias.value;
+  if (!adapter.biases().empty()) collected.bias = adapter.bias();
+  if (adapter.bias() == "all") add_biases(adapter, base, own);
+  bool lacking = false;
   for (const PeftMatrix& m : adapter.matrices()) {
     if (m.experts) {
+      check(biases.count(m.path) == 0, "{}: {} has a bias, and matrices of experts have none of their own", where,
+            shown(m.path));
       const auto place = place_of(m.path.substr(0, m.path.size() - 8));
       check(place.has_value() && place->layer < layers, "{}: {} is no layer of this model, which has {}", where,
             shown(m.path), layers);
@@ -388,10 +512,25 @@ void add_peft(const PeftAdapter& adapter, const Checkpoint& base, const std::str
     check(begin == m.b.shape[0], "{}: {} has {} rows, and {} were expected", where, shown(m.path), m.b.shape[0], begin);
     check(pieces.size() == 1 || !m.has_magnitude, "{}: DoRA of {} cannot be taken apart", where, shown(m.path));
     const auto a = m.a.to_float(), b = m.b.to_float();
+    const std::string base_bias = base_tensor(m.path + ".bias", front);
+    const auto stored_bias = biases.find(m.path);
+    std::vector<float> all_biases;
+    if (stored_bias != biases.end()) {
+      check(stored_bias->second->elements() == m.b.shape[0], "{}: {} has {} biases for {} rows", where, shown(m.path),
+            stored_bias->second->elements(), m.b.shape[0]);
+      all_biases = stored_bias->second->to_float();
+    } else if (adapter.bias() != "none" && base.has(base_bias)) {
+      lacking = lacking || adapter.biases().empty();
+      // Those that were not stored are the base's.
+      if (!biases.empty()) all_biases = base.get(base_bias).to_float();
+    }
     begin = 0;
     for (const Piece& p : pieces) {
       const std::string at = fmt::format("{}layers.{}.adapters.{}{}.", front, place->layer, middle, p.name);
       std::vector<float> rows(b.begin() + begin * m.rank, b.begin() + (begin + p.rows) * m.rank);
+      std::vector<float> bias;
+      if (static_cast<int64_t>(all_biases.size()) == m.b.shape[0])
+        bias.assign(all_biases.begin() + begin, all_biases.begin() + begin + p.rows);
       begin += p.rows;
       std::vector<float> magnitude = m.has_magnitude ? m.magnitude.to_float() : std::vector<float>();
       if (interleaved(config) && turns(p.name)) {
@@ -399,6 +538,8 @@ void add_peft(const PeftAdapter& adapter, const Checkpoint& base, const std::str
               "{}: {} has {} rows, which are no heads of {}", where, shown(m.path), p.rows, heads.size);
         reorder(rows, p.rows, m.rank, heads.size, false);
         if (m.has_magnitude) reorder(magnitude, p.rows, 1, heads.size, false);
+        // The base's own lie in its order already.
+        if (!bias.empty() && stored_bias != biases.end()) reorder(bias, p.rows, 1, heads.size, false);
       }
       own.push_back(overlay_of(at + "lora_A", {m.rank, m.a.shape[1]}, a));
       own.push_back(overlay_of(at + "lora_B", {p.rows, m.rank}, std::move(rows)));
@@ -406,13 +547,22 @@ void add_peft(const PeftAdapter& adapter, const Checkpoint& base, const std::str
         own.push_back(overlay_of(at + "magnitude", {p.rows}, std::move(magnitude)));
         collected.dora = true;
       }
+      if (!bias.empty()) own.push_back(overlay_of(at + "bias", {p.rows}, std::move(bias)));
       collected.by_name[p.name][place->layer] = {m.rank, m.scale * static_cast<double>(m.rank)};
     }
   }
   check(!collected.dora || std::all_of(adapter.matrices().begin(), adapter.matrices().end(),
                                        [](const PeftMatrix& m) { return m.has_magnitude; }),
         "{}: some matrices have magnitudes (DoRA) and some have none", where);
+  if (lacking)
+    log::warn("{}: `bias` is {}, and it holds no biases, as some versions of PEFT write it: the model's own are used",
+              where, adapter.bias());
   parts.push_back(part_of(collected, adapter_name, strength));
+}
+
+// A tensor of the base that an adapter may bring anew.
+bool is_replaced(const std::string& name) {
+  return is_bias(name) && name.find(".adapters.") == std::string::npos;
 }
 
 bool is_own(const json& config) {
@@ -430,6 +580,7 @@ std::shared_ptr<const Checkpoint> with_adapters(std::shared_ptr<const Checkpoint
   if (!parts.is_array()) parts = json::array();
   std::vector<OverlayTensor> own;
   std::set<std::string> names;
+  std::vector<std::string> with_biases;  // adapters
   for (const json& part : parts)
     if (part.is_object() && part.contains("name") && part["name"].is_string()) names.insert(part["name"]);
   for (const AdapterChoice& choice : adapters) {
@@ -445,12 +596,22 @@ std::shared_ptr<const Checkpoint> with_adapters(std::shared_ptr<const Checkpoint
     }
     const std::string where = (choice.folder / kConfig).string();
     reading_json(where, [&] {
+      const auto count_biased = [&] {
+        with_biases.push_back(choice.folder.string());
+        check(with_biases.size() == 1,
+              "{} and {} were both trained with biases, of which there can be one only: merge one of them first",
+              with_biases[0], with_biases.back());
+        check(choice.strength == 1.0, "{} was trained with biases, which have no strength", choice.folder.string());
+      };
       if (!is_own(description)) {
-        add_peft(*PeftAdapter::open(choice.folder), *base, name, choice.strength, own, parts);
+        const auto adapter = PeftAdapter::open(choice.folder);
+        if (!adapter->biases().empty()) count_biased();
+        add_peft(*adapter, *base, name, choice.strength, own, parts);
         return 0;
       }
       const auto list = description.value("moiety", json::object()).value("parts", json());
       check(list.is_array() && !list.empty(), "{}: no `moiety.parts` in it", where);
+      if (biased(list)) count_biased();
       for (json part : list) {
         check(part.is_object() && part.contains("slug"), "{}: `moiety.parts` holds something that is no part", where);
         if (!name.empty()) {
@@ -476,15 +637,23 @@ std::shared_ptr<const Checkpoint> with_adapters(std::shared_ptr<const Checkpoint
       for (const TensorInfo& t : weights->tensors()) {
         std::string own_name = t.name;
         const size_t at = own_name.find(".adapters.");
+        if (at == std::string::npos && biases_learn(list) && is_bias(t.name)) {
+          const std::string bias = base->has(front + own_name) ? front + own_name : own_name;
+          check(base->has(bias) && shape_in(*base, bias) == t.shape, "{}: the bias '{}' {} has no place in this model",
+                where, shown(t.name), t.shape);
+          own.push_back(overlay_of(bias, t.shape, finite_floats(*weights, t.name, choice.folder)));
+          continue;
+        }
         check(at != std::string::npos, "{}: tensor '{}' is no adapter's", where, shown(t.name));
         if (!name.empty()) own_name.insert(at + 10, name + ".");
-        own.push_back(overlay_of(front + own_name, t.shape, weights->get(t.name).to_float()));
+        own.push_back(overlay_of(front + own_name, t.shape, finite_floats(*weights, t.name, choice.folder)));
       }
       return 0;
     });
   }
   for (const auto& t : own)
-    check(!base->has(t.info.name), "{}: tensor '{}' is there already", base->path().string(), shown(t.info.name));
+    check(!base->has(t.info.name) || is_replaced(t.info.name), "{}: tensor '{}' is there already",
+          base->path().string(), shown(t.info.name));
   return overlay(std::move(base), std::move(config), std::move(own));
 }
 
@@ -546,16 +715,17 @@ struct AsPeft {
 std::optional<AsPeft> as_peft(const json& parts, const std::vector<AdapterTensor>& tensors, const Checkpoint& base) {
   if (parts.size() != 1 || parts[0].value("slug", std::string()) != "lora") return {};
   const json& part = parts[0];
-  if (part.value("bias", std::string("none")) != "none") return {};
   const json& model = base.config();
   const Heads heads = heads_of(model);
   const std::string front = front_of(base), middle = part.contains("name") ? part["name"].get<std::string>() + "." : "";
   static const std::regex shape_of("layers\\.([0-9]+)\\.adapters\\.(.*)\\.lora_A$");
   AsPeft out;
-  std::set<std::string> modules, parameters;
+  std::set<std::string> modules, parameters, adapted;
   std::map<std::string, std::set<int64_t>> layers;
+  bool biases = false;
   int64_t model_layers = number(model, "num_hidden_layers", 0);
   for (const AdapterTensor& t : tensors) {
+    if (is_replaced(t.name)) continue;
     if (t.name.rfind(front, 0) != 0) return {};
     const std::string rest = t.name.substr(front.size());
     std::smatch m;
@@ -630,6 +800,26 @@ std::optional<AsPeft> as_peft(const json& parts, const std::vector<AdapterTensor
       if (interleaved(model) && turns(name)) reorder(magnitude.values, shape[0], 1, heads.size, true);
       out.tensors.push_back(std::move(magnitude));
     }
+    if (const auto* own = values_of(tensors, at + "bias", shape)) {
+      AdapterTensor bias{place + "base_layer.bias", shape, *own};
+      if (interleaved(model) && turns(name)) reorder(bias.values, shape[0], 1, heads.size, true);
+      out.tensors.push_back(std::move(bias));
+      biases = true;
+    }
+    adapted.insert(place);
+  }
+  // Biases of the base, those of adapted matrices inside of PEFT's wrapper.
+  const bool wraps_experts =
+      std::any_of(layers.begin(), layers.end(), [](const auto& l) { return l.first.rfind("experts.", 0) == 0; });
+  for (const AdapterTensor& t : tensors) {
+    if (!is_replaced(t.name)) continue;
+    AdapterTensor bias{kFront + peft_path(t.name, front), t.shape, t.values};
+    if (wraps_experts && bias.name.find(".experts.") != std::string::npos) return {};
+    const size_t last = bias.name.rfind('.') + 1;
+    if (adapted.count(bias.name.substr(0, last)) != 0) bias.name.insert(last, "base_layer.");
+    if (turned_bias(model, t.name)) reorder(bias.values, t.shape[0], 1, heads.size, true);
+    out.tensors.push_back(std::move(bias));
+    biases = true;
   }
   bool everywhere = true;
   for (const auto& [name, of] : layers) everywhere = everywhere && static_cast<int64_t>(of.size()) == model_layers;
@@ -656,7 +846,7 @@ std::optional<AsPeft> as_peft(const json& parts, const std::vector<AdapterTensor
        {"lora_dropout", part.value("dropout", 0.0)},
        {"use_rslora", part.value("rslora", false)},
        {"use_dora", part.value("dora", false)},
-       {"bias", "none"},
+       {"bias", biases ? bias_of(part) : "none"},
        {"fan_in_fan_out", false},
        {"init_lora_weights", part.value("init", std::string("uniform")) == "gaussian" ? json("gaussian") : json(true)},
        {"rank_pattern", part.value("rank_pattern", json::object())},
@@ -681,6 +871,10 @@ std::optional<AsPeft> as_peft(const json& parts, const std::vector<AdapterTensor
 bool write_adapter(const fs::path& folder, const json& parts, std::vector<AdapterTensor> tensors,
                    const Checkpoint& base, const std::string& base_name) {
   check(parts.is_array() && !parts.empty(), "there is no part to write as an adapter");
+  for (const auto& t : tensors) {
+    const auto problem = not_finite(t.values, t.shape);
+    check(problem.empty(), "{}: '{}' {}: such an adapter is not written", folder.string(), t.name, problem);
+  }
   std::optional<AsPeft> peft = as_peft(parts, tensors, base);
   const bool readable = peft.has_value();
   if (!readable) {

@@ -10,6 +10,7 @@
 #include "moiety/base/registry.h"
 #include "moiety/base/text.h"
 #include "moiety/io/moduleformer_names.h"
+#include "moiety/io/peft.h"
 #include "moiety/io/regex.h"
 #include "moiety/models/token_blocks.h"
 #include "moiety/models/weights_source.h"
@@ -258,9 +259,9 @@ LinearStack mxfp4_stack(WeightsSource& w, const string& name, int64_t experts, i
 }
 
 ExpertStacks gpt_oss_experts(WeightsSource& w, const string& at, int64_t experts, int64_t hidden, int64_t width) {
-  const auto bias = w.values(w.view(at + "gate_up_proj_bias", {experts, 2 * width})).view({experts, width, 2});
-  const auto gate_bias = w.parameter(bias.select(2, 0).contiguous()),
-             up_bias = w.parameter(bias.select(2, 1).contiguous());
+  const auto bias = w.bias_values(w.view(at + "gate_up_proj_bias", {experts, 2 * width})).view({experts, width, 2});
+  const auto gate_bias = w.bias_parameter(bias.select(2, 0).contiguous()),
+             up_bias = w.bias_parameter(bias.select(2, 1).contiguous());
   const auto down_bias = w.tensor(at + "down_proj_bias", {experts, hidden}, 0.0);
   ExpertStacks s;
   if (w.has(at + "gate_up_proj_blocks", false)) {
@@ -288,9 +289,9 @@ ExpertStacks make_experts(WeightsSource& w, const string& layer, const string& m
   if (w.random()) {
     torch::Tensor gb, ub, db;
     if (m.clamped) {
-      gb = w.parameter(torch::zeros({experts, width}));
-      ub = w.parameter(torch::zeros({experts, width}));
-      db = w.parameter(torch::zeros({experts, hidden}));
+      gb = w.bias_parameter(torch::zeros({experts, width}));
+      ub = w.bias_parameter(torch::zeros({experts, width}));
+      db = w.bias_parameter(torch::zeros({experts, hidden}));
     }
     s.gate = LinearStack(w.random_matrix({experts, width, hidden}), gb);
     s.up = LinearStack(w.random_matrix({experts, width, hidden}), ub);
@@ -444,6 +445,9 @@ class NamedWeights : public PartWeights {
   torch::Tensor get(const string& name, std::vector<int64_t> shape, const Init& init) override {
     return source_.tensor(prefix_ + name, std::move(shape), init);
   }
+  torch::Tensor optional(const string& name, std::vector<int64_t> shape, const Init& init) override {
+    return source_.tensor(prefix_ + name, std::move(shape), init, /*optional=*/true);
+  }
 
  private:
   WeightsSource& source_;
@@ -496,7 +500,8 @@ auto make_part(const PartEntry& entry, WeightsSource& w, const string& layer, co
     const MixtureConfig m = c.mixture_of(index);
     check(m.expert_map.empty(), "it cannot stand over experts that several rows of the router share");
     const auto p = mixture_parts(w, layer, c, m);
-    return std::make_shared<FamilyMixture>(FamilyMixture{p.projection, p.experts, p.shared, p.shared_gate});
+    return std::make_shared<FamilyMixture>(
+        FamilyMixture{p.projection, p.router, p.experts, p.shared, p.shared_gate, c.moe.jitter});
   };
   try {
     return factory<Make>(get_method("part", entry.slug))(at, entry.settings);
@@ -705,11 +710,41 @@ std::shared_ptr<Block> make_block(WeightsSource& w, int64_t index, const Decoder
                                  before_ffn, after_ffn);
 }
 
+// Compressed experts as their authors' config names them: a part of every mixture that no other part takes.
+bool names_compressed_experts(const nlohmann::json& json) {
+  const auto use = json.find("use_ce");
+  check(use == json.end() || use->is_boolean() || use->is_null(), "config.json: 'use_ce' is {}, not true or false",
+        use == json.end() ? "" : use->dump());
+  return use != json.end() && *use == true;
+}
+
+std::vector<PartEntry> parts_of(const nlohmann::json& json, const DecoderConfig& c) {
+  auto entries = parse_parts(json, static_cast<int64_t>(c.layers.size()));
+  if (!names_compressed_experts(json)) return entries;
+  PartEntry entry;
+  entry.slug = "compressed-experts";
+  entry.site = "ffn";
+  entry.settings = nlohmann::json::object();
+  for (size_t i = 0; i < c.layers.size(); ++i) {
+    const auto layer = static_cast<int64_t>(i);
+    const bool taken = std::any_of(entries.begin(), entries.end(), [&](const PartEntry& e) {
+      return e.site == "ffn" && std::binary_search(e.layers.begin(), e.layers.end(), layer);
+    });
+    if (c.layers[i].mixture && !taken) entry.layers.push_back(layer);
+  }
+  check(!entry.layers.empty() || !entries.empty(),
+        "config.json: 'use_ce' asks for compressed experts, and no layer is a mixture");
+  if (const auto n = json.find("n_ce"); n != json.end() && !n->is_null()) entry.settings["n_ce"] = *n;
+  if (!entry.layers.empty()) entries.push_back(std::move(entry));
+  return entries;
+}
+
 std::shared_ptr<CausalModel> assemble(WeightsSource& w, const nlohmann::json& json, const DecoderConfig& c) {
   std::vector<std::shared_ptr<const Rope>> ropes;
   for (const RopeConfig& r : c.ropes) ropes.push_back(std::make_shared<const Rope>(r));
+  ModelParts parts{parts_of(json, c), c.layers.size(), {}, {}};
+  w.biases_learn = biases_learn(parts_of(json));
   const auto embed = w.linear("embed_tokens", c.hidden, c.vocab, false);
-  ModelParts parts{parse_parts(json, static_cast<int64_t>(c.layers.size())), c.layers.size(), {}, {}};
   std::vector<std::shared_ptr<Block>> blocks;
   for (size_t i = 0; i < c.layers.size(); ++i)
     blocks.push_back(make_block(w, static_cast<int64_t>(i), c, parts, ropes));
@@ -882,7 +917,7 @@ std::shared_ptr<CausalModel> load_causal(const Checkpoint& checkpoint, const nlo
   WeightsSource source(checkpoint, options);
   // Parts that the checkpoint was saved with have their tensors in it; parts that are added to it start new.
   const auto own = [](const nlohmann::json& c) { return c.value("moiety", nlohmann::json()); };
-  source.may_create = own(config) != own(checkpoint.config());
+  source.may_create = own(config) != own(checkpoint.config()) || names_compressed_experts(config);
   return assemble(source, config, parsed);
 }
 

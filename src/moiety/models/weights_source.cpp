@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "moiety/base/error.h"
+#include "moiety/io/peft.h"
 #include "moiety/nn/beside.h"
 #include "moiety/nn/weights.h"
 
@@ -30,38 +31,46 @@ torch::Dtype compute_dtype(const std::string& name, const Checkpoint* checkpoint
 
 namespace {
 
-thread_local bool merging = false;
+thread_local int merging = 0;  // 1: parts are added to their matrices, -1: taken out
 
 }  // namespace
 
-StoreMerged::StoreMerged() {
-  check(!merging, "two merges at once");
-  merging = true;
+StoreMerged::StoreMerged(bool backwards) {
+  check(merging == 0, "two merges at once");
+  merging = backwards ? -1 : 1;
 }
 
 StoreMerged::~StoreMerged() {
-  merging = false;
+  merging = 0;
 }
 
 torch::Tensor stored_matrix(const Linear& matrix) {
   auto w = matrix->weight.defined() ? matrix->weight : matrix->dense(torch::kFloat32);
-  if (merging && !matrix->attached().empty()) {
+  if (merging != 0 && !matrix->attached().empty()) {
     w = w.to(torch::kFloat32);
-    for (const auto& [beside, place] : matrix->attached()) w = beside->merged(w, place);
+    for (const auto& [beside, place] : matrix->attached())
+      w = merging > 0 ? beside->merged(w, place) : beside->unmerged(w, place);
   }
   return w;
 }
 
 torch::Tensor stored_matrix(const LinearStack& stack, int64_t expert) {
   auto w = stack->weight.defined() ? stack->weight.select(0, expert) : stack->dense(expert, torch::kFloat32);
-  return merging && stack->beside() ? w.to(torch::kFloat32) + stack->beside()->delta(expert) : w;
+  return merging != 0 && stack->beside() ? w.to(torch::kFloat32) + merging * stack->beside()->delta(expert) : w;
 }
 
 torch::Tensor stored_matrices(const LinearStack& stack) {
-  if (stack->weight.defined() && !(merging && stack->beside())) return stack->weight;
+  if (stack->weight.defined() && !(merging != 0 && stack->beside())) return stack->weight;
   std::vector<torch::Tensor> all;
   for (int64_t e = 0; e < stack->count(); ++e) all.push_back(stored_matrix(stack, e));
   return torch::stack(all);
+}
+
+torch::Tensor stored_bias(const Linear& matrix) {
+  auto b = matrix->bias;
+  if (merging > 0)
+    for (const auto& [beside, place] : matrix->attached()) b = beside->merged_bias(b, place);
+  return b;
 }
 
 WeightsSource::WeightsSource(const Checkpoint& checkpoint, const LoadOptions& options)
@@ -131,6 +140,15 @@ torch::Tensor WeightsSource::values(const TensorView& v) const {
   return (is_block(v.format) ? dequantize(v) : as_tensor(v)).to(options_.device, parameter_dtype());
 }
 
+torch::Tensor WeightsSource::bias_values(const TensorView& v) const {
+  return (is_block(v.format) ? dequantize(v) : as_tensor(v))
+      .to(options_.device, learns_biases() ? torch::kFloat32 : parameter_dtype());
+}
+
+torch::Tensor WeightsSource::bias_parameter(const torch::Tensor& t) const {
+  return learns_biases() ? leaf(t) : parameter(t);
+}
+
 torch::Tensor WeightsSource::parameter(const torch::Tensor& t) const {
   return trainable() ? leaf(t) : t;
 }
@@ -150,20 +168,24 @@ torch::Tensor WeightsSource::fresh(const std::vector<int64_t>& shape, double fil
 }
 
 torch::Tensor WeightsSource::tensor(const std::string& name, std::vector<int64_t> shape, double fill) {
-  const auto t = random() ? fresh(shape, fill) : floats(view(name, shape));
+  auto t = random() ? fresh(shape, fill) : torch::Tensor();
+  if (is_bias(name))
+    t = bias_parameter(t.defined() ? t : bias_values(view(name, shape)));
+  else if (!t.defined())
+    t = floats(view(name, shape));
   store(name, [t] { return t; });
   return t;
 }
 
 torch::Tensor WeightsSource::tensor(const std::string& name, std::vector<int64_t> shape,
-                                    const std::function<void(torch::Tensor)>& init) {
+                                    const std::function<void(torch::Tensor)>& init, bool optional) {
   torch::Tensor t;
   if (has(name, false)) {
     const auto v = view(name, shape);
     t = (is_block(v.format) ? dequantize(v) : as_tensor(v))
             .to(options_.device, options_.trainable ? torch::kFloat32 : dtype_);
   } else {
-    check(random() || may_create, "{}: the model needs tensor '{}' {}, which is not there",
+    check(random() || may_create || optional, "{}: the model needs tensor '{}' {}, which is not there",
           random() ? "" : checkpoint_->path().string(), full(name), shape);
     torch::NoGradGuard frozen;
     t = torch::empty(shape, torch::TensorOptions().dtype(torch::kFloat32).device(options_.device));
@@ -217,9 +239,7 @@ Linear WeightsSource::linear(const std::string& name, int64_t in, int64_t out, b
 Linear WeightsSource::rows(const std::string& name, int64_t in, int64_t total, int64_t begin, int64_t out, bool bias) {
   torch::Tensor b;
   if (has(name + ".bias", bias)) {
-    b = random() ? fresh({out}, 0.0) : parameter(values(view(name + ".bias", {total})).narrow(0, begin, out));
-    store(
-        name + ".bias", [b] { return b; }, 0, begin);
+    b = bias_parameter(random() ? fresh({out}, 0.0) : bias_values(view(name + ".bias", {total})).narrow(0, begin, out));
   }
   Linear linear{nullptr};
   if (random()) {
@@ -231,6 +251,9 @@ Linear WeightsSource::rows(const std::string& name, int64_t in, int64_t total, i
   }
   store(
       name + ".weight", [linear] { return stored_matrix(linear); }, 0, begin);
+  if (b.defined())
+    store(
+        name + ".bias", [linear] { return stored_bias(linear); }, 0, begin);
   return linear;
 }
 

@@ -16,10 +16,10 @@
 namespace moiety {
 
 /// While one lives, on this thread, what a model's tensors are stored as is what their matrices give together with the
-/// parts that stand beside them: Beside::merged.
+/// parts that stand beside them, Beside::merged; backwards, what they give without them: Beside::unmerged.
 class StoreMerged {
  public:
-  StoreMerged();
+  explicit StoreMerged(bool backwards = false);
   ~StoreMerged();
   StoreMerged(const StoreMerged&) = delete;
   StoreMerged& operator=(const StoreMerged&) = delete;
@@ -28,6 +28,7 @@ class StoreMerged {
 torch::Tensor stored_matrix(const Linear& matrix);
 torch::Tensor stored_matrix(const LinearStack& stack, int64_t expert);
 torch::Tensor stored_matrices(const LinearStack& stack);
+torch::Tensor stored_bias(const Linear& matrix);
 
 class WeightsSource {
  public:
@@ -47,11 +48,13 @@ class WeightsSource {
 
   /// A float tensor of exactly this shape (decoded when it is blocks). `fill`: what random initialisation puts there.
   torch::Tensor tensor(const std::string& name, std::vector<int64_t> shape, double fill);
-  /// One of a part: filled by `init` when it is not stored; Error then unless may_create or random(). What of a frozen
-  /// base is trainable is these.
+  /// One of a part: filled by `init` when it is not stored; Error then unless may_create, random() or `optional`. What
+  /// of a frozen base is trainable is these.
   torch::Tensor tensor(const std::string& name, std::vector<int64_t> shape,
-                       const std::function<void(torch::Tensor)>& init);
+                       const std::function<void(torch::Tensor)>& init, bool optional = false);
   bool may_create = false;
+  /// Beside a frozen base its biases learn, too.
+  bool biases_learn = false;
   /// The matrix NAME.weight [out, in] and NAME.bias when there is one (`bias`: when random).
   Linear linear(const std::string& name, int64_t in, int64_t out, bool bias);
   /// Rows [begin, begin + out) of a fused matrix NAME.weight with `total` rows.
@@ -64,6 +67,9 @@ class WeightsSource {
   torch::Tensor floats(const TensorView& view) const { return parameter(values(view)); }
   /// The same without a gradient and perhaps shared with the file: what parameters are cut or joined from.
   torch::Tensor values(const TensorView& view) const;
+  /// values() and parameter() for biases, which may learn where the rest is frozen: then they are f32.
+  torch::Tensor bias_values(const TensorView& view) const;
+  torch::Tensor bias_parameter(const torch::Tensor& t) const;
   /// What a module may register. Trainable models get a contiguous copy that asks for gradients, always a leaf; others
   /// `t` itself.
   torch::Tensor parameter(const torch::Tensor& t) const;
@@ -99,6 +105,7 @@ class WeightsSource {
   std::string full(const std::string& name) const;
   torch::Tensor fresh(const std::vector<int64_t>& shape, double fill) const;
   torch::Dtype parameter_dtype() const;
+  bool learns_biases() const { return options_.trainable && biases_learn; }
   torch::Tensor leaf(const torch::Tensor& t) const;
 
   const Checkpoint* checkpoint_ = nullptr;

@@ -135,6 +135,18 @@ void AdaMoeBeside::apply(const torch::Tensor& x, std::vector<torch::Tensor>& out
   y = y + mix(*router, *experts, flat, pass.at(site_), pass).view(y.sizes());
 }
 
+torch::Tensor AdaMoeBeside::merged(const torch::Tensor& weight, int64_t place) const {
+  if (experts->count() != 1 || !router->null_gate.is_empty()) return Beside::merged(weight, place);
+  const torch::NoGradGuard frozen;
+  // What the expert gives for every feature alone, a row each; nothing is dropped.
+  const bool training = experts->is_training();
+  experts->eval();
+  const auto features = torch::eye(weight.size(1), weight.options());
+  const auto rows = experts->forward(features, {features.size(0)});
+  experts->train(training);
+  return weight + rows.t();
+}
+
 namespace {
 
 const RegisterMethod registered_linear(

@@ -77,8 +77,12 @@ class AdaMoeBeside : public Beside {
   AdaMoeBeside(std::string site, std::shared_ptr<NullRouter> router, std::shared_ptr<LoraExperts> experts,
                double jitter = 0.0);
   void apply(const torch::Tensor& x, std::vector<torch::Tensor>& outputs, Pass& pass) override;
+  torch::Tensor merged(const torch::Tensor& weight, int64_t place) const override;  ///< of one expert that all take
   std::shared_ptr<NullRouter> router;
   std::shared_ptr<LoraExperts> experts;
+
+ protected:
+  std::string not_one_matrix() const override { return "its router gives every token experts of its own, or none"; }
 
  private:
   std::string site_;

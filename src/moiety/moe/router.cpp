@@ -10,6 +10,7 @@
 #include "moiety/base/error.h"
 #include "moiety/kernels/token.h"
 #include "moiety/moe/topk.h"
+#include "moiety/nn/beside.h"
 #include "moiety/nn/dots.h"
 #include "moiety/nn/shortcut.h"
 
@@ -63,12 +64,18 @@ void Router::check_active(int64_t k) const {
 void set_active_experts(torch::nn::Module& model, int64_t k) {
   // Routers of adapters are asked only where the model has no others.
   std::vector<Router*> own, beside;
-  for (const auto& module : model.named_modules())
+  std::vector<Beside*> parts;
+  for (const auto& module : model.named_modules()) {
     if (auto* router = dynamic_cast<Router*>(module.value().get()))
       (module.key().find(".adapter") == std::string::npos ? own : beside).push_back(router);
+    else if (auto* part = dynamic_cast<Beside*>(module.value().get()))
+      parts.push_back(part);
+  }
   for (Router* router : own.empty() ? beside : own) router->set_active(k);
-  check(!own.empty() || !beside.empty(),
-        "the model has no mixture of experts, so the number of active experts cannot be chosen");
+  bool any = !own.empty() || !beside.empty();
+  if (own.empty())
+    for (Beside* part : parts) any = part->set_active(k) || any;
+  check(any, "the model has no mixture of experts, so the number of active experts cannot be chosen");
 }
 
 void Router::edit_logits(torch::Tensor& logits, const Site& site, Pass& pass) {

@@ -28,6 +28,18 @@ torch::Tensor Beside::merged(const torch::Tensor&, int64_t) const {
   fail("it cannot be merged into one matrix: {}", not_one_matrix());
 }
 
+torch::Tensor Beside::unmerged(const torch::Tensor& weight, int64_t place) const {
+  return weight - merged(torch::zeros_like(weight), place);
+}
+
+torch::Tensor Beside::merged_bias(const torch::Tensor& bias, int64_t) const {
+  return bias;
+}
+
+bool Beside::set_active(int64_t) {
+  return false;
+}
+
 std::vector<torch::Tensor> project(std::initializer_list<Linear> matrices, const torch::Tensor& x, Pass& pass) {
   auto out = multiply_all(matrices, x);
   // Parts in the order in which they were attached, each with its outputs by place.

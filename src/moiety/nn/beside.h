@@ -23,6 +23,14 @@ class Beside : public torch::nn::Module {
   /// The matrix [out, in] that gives what `weight` and this give together, in f32; `place` as in `outputs`. Error, with
   /// the reason, where no matrix does.
   virtual torch::Tensor merged(const torch::Tensor& weight, int64_t place) const;
+  /// The other way: what merged() made `weight` of, up to rounding. Error as there, and where what is left of a matrix
+  /// does not tell.
+  virtual torch::Tensor unmerged(const torch::Tensor& weight, int64_t place) const;
+  /// The bias [out] that goes with that matrix: `bias`, or what takes its place.
+  virtual torch::Tensor merged_bias(const torch::Tensor& bias, int64_t place) const;
+  /// From now on a token takes k of its experts, or of its ranks where these are chosen. False where it has no such
+  /// number, or a Router in it has. Error: it has experts and no such number, or cannot take k.
+  virtual bool set_active(int64_t k);
   int64_t matrices = 0;  ///< it is attached to; LinearImpl::attach counts
 
  protected:

@@ -32,19 +32,24 @@ class PartWeights {
   virtual bool has(const std::string& name) const = 0;
   /// f32 or the model's dtype. Error when the stored tensor has another shape.
   virtual torch::Tensor get(const std::string& name, std::vector<int64_t> shape, const Init& init) = 0;
+  /// The same for a tensor that checkpoints of the part may lack: `init` fills it there, too.
+  virtual torch::Tensor optional(const std::string& name, std::vector<int64_t> shape, const Init& init) = 0;
   Linear linear(const std::string& name, int64_t in, int64_t out, bool bias, const Init& init);
   LinearStack stack(const std::string& name, int64_t count, int64_t in, int64_t out, bool bias, const Init& init);
 };
 
 class Beside;
 class Experts;
+class Router;
 
 /// What a family's own mixture holds at a site, in the checkpoint or new: a part may route these experts its own way.
 struct FamilyMixture {
-  Linear router{nullptr};
+  Linear router{nullptr};           ///< the matrix
+  std::shared_ptr<Router> chooser;  ///< the family's own rule over that matrix
   std::shared_ptr<Experts> experts;
   std::shared_ptr<FeedForward> shared;
   Linear shared_gate{nullptr};
+  double jitter = 0.0;  ///< see Mixture::jitter
 };
 
 /// The matrices of a dense gated layer, [f, d], [f, d], [d, f]; undefined when the checkpoint has none here.

@@ -132,10 +132,6 @@ std::set<std::string> matched(const std::vector<std::string>& patterns, const st
 
 namespace {
 
-json own_parts(const json& config) {
-  return config.value("moiety", json::object()).value("parts", json());
-}
-
 // All parts stand beside matrices, so that the model itself need not learn.
 bool stands_beside(const json& parts) {
   if (!parts.is_array() || parts.empty()) return false;
@@ -161,7 +157,7 @@ OpenRun open_run(const TrainConfig& config, torch::Device device, const fs::path
   bool adapting = false;
   if (!config.model.checkpoint.empty()) {
     checkpoint = Checkpoint::open(config.model.checkpoint);
-    adapting = stands_beside(config.parts.is_null() ? own_parts(checkpoint->config()) : config.parts) &&
+    adapting = stands_beside(config.parts.is_null() ? parts_of(checkpoint->config()) : config.parts) &&
                config.train.train.empty();
     if (adapting && checkpoint->config().value("moiety_rope_interleaved", false))
       for (const auto& part : config.parts.is_array() ? config.parts : json::array())
@@ -245,12 +241,15 @@ std::vector<Slot> trained_slots(torch::nn::Module& model, const TrainConfig& con
     return std::regex_search(name, beside) || name.find(".new.") != std::string::npos;
   };
   const bool added = std::any_of(names.begin(), names.end(), is_added);
+  const auto* causal = dynamic_cast<const CausalModel*>(&model);
+  const bool biases = added && causal != nullptr && biases_learn(parts_of(causal->config()));
   std::vector<Slot> slots;
   for (const auto& name : names) {
     auto& parameter = parameters[name];
     // What a part brings frozen stays so.
-    const bool chosen =
-        config.train.train.empty() ? (!added || (is_added(name) && parameter.requires_grad())) : train.count(name) != 0;
+    const bool chosen = config.train.train.empty()
+                            ? (!added || ((is_added(name) || (biases && is_bias(name))) && parameter.requires_grad()))
+                            : train.count(name) != 0;
     const bool learns = chosen && freeze.count(name) == 0;
     parameter.set_requires_grad(learns);
     if (!learns) continue;
@@ -300,14 +299,17 @@ namespace {
 
 void write_run_adapter(const fs::path& folder, const OpenRun& run) {
   const torch::NoGradGuard frozen;
+  const bool biases = biases_learn(parts_of(run.config));
   std::vector<AdapterTensor> tensors;
   for (const StoredTensor& stored : run.model->stored()) {
-    if (stored.name.find(".adapters.") == std::string::npos) continue;
+    if (stored.name.find(".adapters.") == std::string::npos &&
+        !(biases && is_bias(stored.name) && run.adapted->has(stored.name)))
+      continue;
     const auto t = stored.value().detach().to(torch::kCPU, torch::kFloat32).contiguous();
     tensors.push_back({stored.name, t.sizes().vec(),
                        std::vector<float>(t.const_data_ptr<float>(), t.const_data_ptr<float>() + t.numel())});
   }
-  write_adapter(folder, own_parts(run.config), std::move(tensors), *run.adapted, run.adapted_name);
+  write_adapter(folder, parts_of(run.config), std::move(tensors), *run.adapted, run.adapted_name);
   const auto chat = run.files.find("chat_template.jinja");
   if (chat != run.files.end()) write_file(folder / chat->first, chat->second);
 }
