@@ -116,7 +116,7 @@ TEST_P(Neurons, OfAPermutedCopyAreFoundAgain) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Kinds, Neurons, testing::Bool(),
-                         [](const auto& info) { return info.param ? "gated" : "plain"; });
+                         [](const auto& info) { return std::string(info.param ? "gated" : "plain"); });
 
 TEST(Alignment, LooksAtEveryMatrix) {
   torch::manual_seed(7);

@@ -32,7 +32,7 @@ TEST_P(Align, BringsPermutedCopiesBackAndKeepsEveryFunction) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Kinds, Align, testing::Bool(),
-                         [](const auto& info) { return info.param ? "gated" : "plain"; });
+                         [](const auto& info) { return std::string(info.param ? "gated" : "plain"); });
 
 TEST(MSmoeAlign, IsToTheReferenceThatIsAskedFor) {
   torch::manual_seed(2);

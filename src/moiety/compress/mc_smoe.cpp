@@ -201,7 +201,7 @@ double remaining_share(const RowPruningConfig& c, int64_t t) {
   if (t <= first) return c.initial_threshold;
   if (t > last) return c.final_threshold;
   const double left = 1.0 - static_cast<double>(t - first) / static_cast<double>(last - first);
-  return c.final_threshold + (c.initial_threshold - c.final_threshold) * (left * left * left);
+  return c.final_threshold + (c.initial_threshold - c.final_threshold) * std::pow(left, 3.0);
 }
 
 RowPruning::RowPruning(std::vector<Tensor> matrices, RowPruningConfig config)
