@@ -3,12 +3,14 @@
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "corda_options.h"
 #include "moiety/base/error.h"
 #include "moiety/base/log.h"
 #include "moiety/base/progress.h"
 #include "moiety/base/text.h"
+#include "moiety/compress/compressed_checkpoint.h"
 #include "moiety/convert/upcycle.h"
 #include "verb.h"
 #include "write_checkpoint.h"
@@ -26,6 +28,7 @@ struct Options {
   std::string method;
   CordaArguments corda;
   UpcycleOptions upcycle;
+  std::optional<int64_t> compressed;
 };
 
 int64_t parse_size(const std::string& text) {
@@ -76,6 +79,11 @@ int run(const Options& options) {
     checkpoint = corda_checkpoint(checkpoint, options.corda.options, moments, corda_progress());
   }
   if (options.method == "upcycle") checkpoint = upcycled(checkpoint, options.upcycle);
+  if (options.compressed) {
+    check(!to_gguf, "a GGUF file has no place for the vectors of compressed experts; '{}' has to be a directory",
+          options.out);
+    checkpoint = with_compressed_experts(checkpoint, *options.compressed);
+  }
   const WriteReport report = write_checkpoint(*checkpoint, options.out, write, "convert");
   std::map<std::string, std::array<int64_t, 3>> formats;
   for (const auto& t : report.tensors) {
@@ -169,6 +177,9 @@ const Register verb({
       app.add_option("--alpha", options->corda.options.alpha, "What they add counts alpha / rank; 0: 1 (corda)")
           ->check(CLI::NonNegativeNumber)
           ->capture_default_str();
+      app.add_option("--compressed-experts", options->compressed,
+                     "Directory: so many experts of a token, -1 for half, become three vectors each, to be trained")
+          ->check(CLI::Range(int64_t{-1}, int64_t{1} << 20));
       app.add_option("--shard-size", options->shard_size, "Directory: split weights into files of this size")
           ->capture_default_str();
       app.add_option("--threads", options->threads, "Threads; 0 is one for every core")

@@ -1,4 +1,5 @@
 // moiety info: what a checkpoint holds.
+#include <algorithm>
 #include <iostream>
 #include <map>
 #include <memory>
@@ -87,6 +88,26 @@ json tokenizer_facts(const Checkpoint& checkpoint) {
           {"chat_template", !tokenizer->chat_template().empty()}};
 }
 
+// Parameters that a token does without because vectors stand for some of its experts.
+int64_t spared_by_compressed_experts(const Checkpoint& checkpoint, int64_t routed, int64_t experts, int64_t used) {
+  int64_t n = -1, vectors = 0, layers = 0;
+  const json& config = checkpoint.config();
+  const auto take = [&](const json& from) {
+    if (const auto key = from.find("n_ce"); key != from.end() && key->is_number_integer()) n = key->get<int64_t>();
+  };
+  take(config);
+  if (const auto own = config.find("moiety"); own != config.end() && own->is_object() && own->contains("parts"))
+    for (const json& part : (*own)["parts"])
+      if (part.is_object() && part.contains("slug") && part["slug"] == "compressed-experts") take(part);
+  for (const auto& t : checkpoint.tensors())
+    if (t.name.ends_with(".mlp.ces")) vectors += t.elements(), ++layers;
+  if (layers == 0) return 0;
+  if (n < 0) n = used / 2;
+  const int64_t hidden = std::max<int64_t>(1, entry(config, {"hidden_size"})), expert = routed / experts;
+  // Of every vector that is used 2 h + d numbers, d over all layers being what the matrices of one expert say.
+  return vectors + n * expert - n * (layers * 2 * hidden + expert / (3 * hidden));
+}
+
 json facts(const Checkpoint& checkpoint, const Options& options) {
   const json& config = checkpoint.config();
   const json& c = text_config(config);
@@ -128,8 +149,10 @@ json facts(const Checkpoint& checkpoint, const Options& options) {
     }
   }
   out["parameters"] = total;
-  out["active_parameters"] =
-      experts > 0 && used > 0 && used < experts ? total - routed / experts * (experts - used) : total;
+  out["active_parameters"] = experts > 0 && used > 0 && used < experts
+                                 ? total - routed / experts * (experts - used) -
+                                       spared_by_compressed_experts(checkpoint, routed, experts, used)
+                                 : total;
   const bool vision = is_vision(config);
   out["layers"] = entry(c, {"num_hidden_layers", "n_layers", vision ? "blocks" : ""});
   out["hidden_size"] = entry(c, {"hidden_size", "dim", vision ? "hidden" : ""});
