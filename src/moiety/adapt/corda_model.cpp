@@ -1,5 +1,6 @@
 #include "moiety/adapt/corda_model.h"
 
+#include <fmt/ranges.h>
 #include <torch/torch.h>
 
 #include <algorithm>
@@ -215,7 +216,8 @@ CordaMoments read_moments(const std::filesystem::path& file, const Checkpoint& c
   };
   CordaMoments out;
   reading_json(where, [&] {
-    for (const auto* w : watched(checkpoint, options).watches)
+    const Watched all = watched(checkpoint, options);
+    for (const auto* w : all.watches)
       for (const auto& path : w->paths) {
         check(matrices.contains(path), "{}: it has nothing of {}; it is of {}", where, path,
               shown(fmt::format("{} matrices of {}", matrices.size(), said("model"))));

@@ -13,7 +13,8 @@ std::string not_finite(std::span<const float> values, const std::vector<int64_t>
   auto at = static_cast<int64_t>(bad - values.begin());
   std::vector<int64_t> index(shape.size());
   for (size_t i = shape.size(); i-- > 0; at /= shape[i]) index[i] = at % shape[i];
-  return fmt::format("holds {} at [{}]", *bad, fmt::join(index, ", "));
+  const char* what = std::isnan(*bad) ? "nan" : *bad > 0.f ? "inf" : "-inf";
+  return fmt::format("holds {} at [{}]", what, fmt::join(index, ", "));
 }
 
 }  // namespace moiety

@@ -1,6 +1,6 @@
 #include "moiety/io/peft.h"
 
-#include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cmath>

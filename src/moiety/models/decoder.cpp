@@ -743,7 +743,7 @@ std::shared_ptr<CausalModel> assemble(WeightsSource& w, const nlohmann::json& js
   std::vector<std::shared_ptr<const Rope>> ropes;
   for (const RopeConfig& r : c.ropes) ropes.push_back(std::make_shared<const Rope>(r));
   ModelParts parts{parts_of(json, c), c.layers.size(), {}, {}};
-  w.biases_learn = biases_learn(parts_of(json));
+  w.biases_learn = biases_learn(moiety::parts_of(json));
   const auto embed = w.linear("embed_tokens", c.hidden, c.vocab, false);
   std::vector<std::shared_ptr<Block>> blocks;
   for (size_t i = 0; i < c.layers.size(); ++i)
