@@ -7,14 +7,15 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 
+#include "analyze.h"
 #include "moiety/analyze/routing.h"
 #include "moiety/base/error.h"
 #include "moiety/base/files.h"
 #include "moiety/base/progress.h"
+#include "moiety/models/vision.h"
 #include "moiety/offload/checkpoint_experts.h"
 #include "moiety/offload/edgemoe.h"
 #include "moiety/offload/record.h"
-#include "moiety/models/vision.h"
 #include "moiety/tasks/image_classification.h"
 #include "moiety/tasks/scoring.h"
 #include "open_model.h"
@@ -24,6 +25,11 @@ namespace moiety::cli {
 namespace {
 
 using nlohmann::json;
+
+std::vector<AnalyzeSetup>& registered() {
+  static std::vector<AnalyzeSetup> all;
+  return all;
+}
 
 struct Options {
   Common common;
@@ -274,6 +280,7 @@ const Register analyze({
     "moiety analyze routing olmoe/ --text book.txt --limit-tokens 20000 -o routing.json\n"
     "moiety analyze expert-traces m.gguf --text book.txt -o traces.safetensors --calibrate\n"
     "moiety analyze expert-paths m.gguf --text book.txt -o paths.safetensors\n"
+    "moiety analyze super-experts olmoe/ --text book.txt --evaluate -o report.json\n"
     "moiety analyze routing VISION-MODEL --images t10k-images-idx3-ubyte.gz",
     [](CLI::App& app) {
       auto o = std::make_shared<Options>();
@@ -353,11 +360,20 @@ const Register analyze({
       paths.add_option("--limit-tokens", p->limit_tokens, "Use only the first tokens of each text; 0: all")
           ->check(CLI::NonNegativeNumber)
           ->capture_default_str();
-      return [o, t, p, traces = &traces, paths = &paths] {
+      auto ways = std::make_shared<std::vector<AnalyzeWay>>();
+      for (const auto& setup : registered()) ways->push_back(setup(app));
+      return [o, t, p, ways, traces = &traces, paths = &paths] {
+        for (const AnalyzeWay& way : *ways)
+          if (way.app->parsed()) return way.run();
         return traces->parsed() ? run_traces(*t) : paths->parsed() ? run_paths(*p) : run_routing(*o);
       };
     },
 });
 
 }  // namespace
+
+RegisterAnalyze::RegisterAnalyze(AnalyzeSetup setup) {
+  registered().push_back(std::move(setup));
+}
+
 }  // namespace moiety::cli

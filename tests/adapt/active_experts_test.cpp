@@ -30,7 +30,7 @@ const std::vector<Case>& cases() {
        4},
       {"smora", {{"rank", 6}, {"active", 4}, {"block", 2}}, "active", 2, 6},
       {"flylora", {{"rank", 6}, {"top_k", 3}}, "top_k", 1, 6},
-      {"mora", {{"rank", 6}, {"top_k", 3}, {"threshold", 0.0}}, "top_k", 2, 6}};
+      {"mora", {{"rank", 6}, {"top_k", 3}, {"threshold", 0.0}, {"temperature", 1.0}}, "top_k", 2, 6}};
   return all;
 }
 
