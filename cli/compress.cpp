@@ -1,6 +1,7 @@
 // moiety compress: a smaller model out of one that has more than a task needs.
 #include <fmt/ranges.h>
 
+#include <algorithm>
 #include <iostream>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -103,7 +104,8 @@ int run_compress(const std::vector<CompressWay>& ways) {
 
 const Register compress({
     "compress",
-    "A smaller model: take out or merge experts that a text does not need, prune weights, compress what an expert adds, "
+    "A smaller model: take out or merge experts that a text does not need, prune weights, compress what an expert "
+    "adds, "
     "give every expert its own bit width",
     "moiety compress mixture/ --method reap --keep 0.5 --calibration text.txt -o half\n"
     "moiety compress mixture/ --method reap --keep 0.5 --across --calibration text.txt --save-plan plan.json --dry-run "
@@ -137,7 +139,8 @@ const Register compress({
           ->check(CLI::IsMember(prunes));
       app.add_option("--calibration", a->calibration,
                      "Text files, or images, of what the model has to do (--prune, and methods over experts)");
-      app.add_option("-o,--output", a->out, "The new model: a folder, or a GGUF file where the way can write one")->required();
+      app.add_option("-o,--output", a->out, "The new model: a folder, or a GGUF file where the way can write one")
+          ->required();
       auto ways = std::make_shared<std::vector<CompressWay>>();
       for (const auto& way : registered()) ways->push_back(way.setup(app, a));
       app.add_option("--context", a->context, "Tokens that the model sees at a time (default: 512, or its limit)")

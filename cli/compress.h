@@ -14,8 +14,8 @@ namespace moiety::cli {
 
 /// Options that all ways share.
 struct CompressArguments : Common {
-  std::string method;                    ///< --method, "" when it is not given
-  std::string prune;                     ///< --prune, the same
+  std::string method;  ///< --method, "" when it is not given
+  std::string prune;   ///< --prune, the same
   std::string out;
   std::vector<std::string> calibration;  ///< text files, or images, of what the model has to do
   int64_t context = 0, batch_size = 8, limit_tokens = 0;
