@@ -1,24 +1,18 @@
 // moiety compress: a smaller model out of one that has more than a task needs.
-#include <torch/torch.h>
-
 #include <fmt/ranges.h>
 
 #include <algorithm>
 #include <iostream>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
 
 #include "compress.h"
 #include "compress_experts.h"
-#include "moiety/analyze/routing.h"
 #include "moiety/base/error.h"
 #include "moiety/base/progress.h"
-#include "moiety/compress/module_pruning.h"
 #include "moiety/io/checkpoint_writer.h"
 #include "moiety/offload/low_experts.h"
-#include "moiety/tasks/scoring.h"
-#include "open_model.h"
-#include "read_texts.h"
 
 namespace moiety::cli {
 namespace {
@@ -34,30 +28,13 @@ std::vector<Registered>& registered() {
   return all;
 }
 
-struct PruneOptions {
-  std::string prune;
-  double tau = 0.01;
-  int64_t keep_at_least = 0;
+struct RegisteredPrune {
+  std::vector<std::string> names;
+  PruneSetup setup;
 };
-
-std::vector<ModuleUse> module_use(const CompressArguments& a, const OpenModel& open) {
-  RoutingOptions options;
-  options.context = a.context > 0 ? a.context : std::min<int64_t>(512, open.model->context_length());
-  options.batch_size = a.batch_size;
-  if (adds_bos(*open.tokenizer)) options.bos = *open.tokenizer->bos();
-  std::vector<RoutingText> texts;
-  auto ids = read_texts(*open.tokenizer, a.calibration, a.limit_tokens);
-  for (size_t i = 0; i < ids.size(); ++i) texts.push_back({a.calibration[i], std::move(ids[i])});
-  std::optional<Progress> progress;
-  const auto statistics = analyze_routing(*open.model, texts, options, [&](int64_t done, int64_t windows) {
-    if (!progress) progress.emplace("calibration", windows, "window");
-    progress->set(done);
-  });
-  std::vector<ModuleUse> use;
-  for (const auto& [site, s] : statistics.sites())
-    use.push_back({site.block, site.site, s.slots,
-                   s.load.to(torch::kFloat64) / static_cast<double>(std::max<int64_t>(1, s.tokens))});
-  return use;
+std::vector<RegisteredPrune>& registered_prunes() {
+  static std::vector<RegisteredPrune> all;
+  return all;
 }
 
 // Copies of experts in low precision, beside the originals.
@@ -88,47 +65,13 @@ int run_low_experts(const CompressArguments& a, const std::string& format) {
   return 0;
 }
 
-int run_prune(const CompressArguments& a, const PruneOptions& o) {
-  check(!a.calibration.empty(), "--prune looks at how a text uses the modules: give --calibration FILE");
-  const OpenModel open = open_causal(a);
-  const auto plan = plan_module_pruning(module_use(a, open), o.tau, o.keep_at_least);
-  const auto pruned = prune_modules(open.checkpoint, plan);
-  WriteOptions write;
-  write.overwrite = a.overwrite;
-  write.dry_run = a.dry_run;
-  const WriteReport report = write_hf(*pruned, a.out, write);
-  int64_t kept = 0, modules = 0, before = 0;
-  for (const auto& k : plan) kept += static_cast<int64_t>(k.keep.size()), modules += k.modules;
-  for (const auto& t : open.checkpoint->tensors()) before += t.elements();
-  if (a.json) {
-    json layers = json::array();
-    for (const auto& k : plan)
-      layers.push_back({{"layer", k.layer}, {"site", k.site}, {"modules", k.modules}, {"keep", k.keep}});
-    std::cout << json{{"output", a.out},    {"written", !a.dry_run}, {"tau", o.tau},         {"layers", layers},
-                      {"modules", modules}, {"kept", kept},          {"parameters", before}, {"left", report.elements}}
-                     .dump(2, ' ', false, json::error_handler_t::replace)
-              << "\n";
-    return 0;
-  }
-  fmt::print("{:>5} {:<10} {:>8} {:>6}\n", "layer", "site", "modules", "kept");
-  for (const auto& k : plan) fmt::print("{:>5} {:<10} {:>8} {:>6}\n", k.layer, k.site, k.modules, k.keep.size());
-  fmt::print("\n{} {}: {} of {} modules, {} of {} parameters\n", a.dry_run ? "would write" : "wrote", a.out, kept,
-             modules, report.elements, before);
-  return 0;
-}
-
 CompressWay setup_prune(CLI::App& app, std::shared_ptr<const CompressArguments> a) {
-  auto o = std::make_shared<PruneOptions>();
-  app.add_option("--prune", o->prune, "What is taken out: moduleformer (modules of its mixtures)")
-      ->check(CLI::IsMember({"moduleformer"}));
-  app.add_option("--tau", o->tau, "Modules stay that at least this share of the tokens chooses (--prune)")
-      ->check(CLI::Range(0.0, 1.0))
-      ->capture_default_str();
-  app.add_option("--keep-at-least", o->keep_at_least,
-                 "So many modules of every mixture stay in any case, the most frequent ones (--prune)")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  return {"--prune", [o] { return !o->prune.empty(); }, [a, o] { return run_prune(*a, *o); }};
+  auto runs = std::make_shared<std::map<std::string, std::function<int()>>>();
+  for (const auto& way : registered_prunes()) {
+    const auto run = way.setup(app, a);
+    for (const auto& name : way.names) (*runs)[name] = run;
+  }
+  return {"--prune", [a] { return !a->prune.empty(); }, [a, runs] { return runs->at(a->prune)(); }};
 }
 
 const RegisterCompress prune("", setup_prune);
@@ -161,8 +104,9 @@ int run_compress(const std::vector<CompressWay>& ways) {
 
 const Register compress({
     "compress",
-    "A smaller model: take out or merge experts that a text does not need, give every expert its own bit width, or add "
-    "small copies",
+    "A smaller model: take out or merge experts that a text does not need, prune weights, compress what an expert "
+    "adds, "
+    "give every expert its own bit width",
     "moiety compress mixture/ --method reap --keep 0.5 --calibration text.txt -o half\n"
     "moiety compress mixture/ --method reap --keep 0.5 --across --calibration text.txt --save-plan plan.json --dry-run "
     "-o half\n"
@@ -171,6 +115,8 @@ const Register compress({
     "moiety compress model.gguf --method edgemoe --tolerance 0.02 --eval val.txt -o model.edge.gguf\n"
     "moiety compress tuned/last --prune moduleformer --tau 0.05 --keep-at-least 2 --calibration task.txt -o small\n"
     "moiety compress tuned/last --prune moduleformer --calibration task.txt -o small --dry-run --json\n"
+    "moiety compress ./my-model --prune rd --sparsity 0.5 --calibration task.txt -o sparse\n"
+    "moiety compress ./my-lora --method compeft --density 0.2 -o my-lora.tv\n"
     "moiety compress ./my-model --method corda-svd --drop 0.2 --calibration-text val.txt -o smaller\n"
     "moiety compress mixture.gguf --add-low-experts q4_0 -o mixture.hobbit.gguf",
     [](CLI::App& app) {
@@ -183,10 +129,18 @@ const Register compress({
       std::sort(methods.begin(), methods.end());
       app.add_option("--method", a->method, fmt::format("A method by its slug: {}", fmt::join(methods, ", ")))
           ->check(CLI::IsMember(methods));
+      std::vector<std::string> prunes;
+      for (const auto& way : registered_prunes()) prunes.insert(prunes.end(), way.names.begin(), way.names.end());
+      app.add_option(
+             "--prune", a->prune,
+             fmt::format("What is taken out: modules of mixtures (moduleformer), or weights, by what shares them "
+                         "out among layers: {}",
+                         fmt::join(prunes, ", ")))
+          ->check(CLI::IsMember(prunes));
+      app.add_option("--calibration", a->calibration,
+                     "Text files, or images, of what the model has to do (--prune, and methods over experts)");
       app.add_option("-o,--output", a->out, "The new model: a folder, or a GGUF file where the way can write one")
           ->required();
-      app.add_option("--calibration", a->calibration,
-                     "Text files of what the model has to do (--prune, and methods over experts)");
       auto ways = std::make_shared<std::vector<CompressWay>>();
       for (const auto& way : registered()) ways->push_back(way.setup(app, a));
       app.add_option("--context", a->context, "Tokens that the model sees at a time (default: 512, or its limit)")
@@ -207,6 +161,10 @@ const Register compress({
 
 RegisterCompress::RegisterCompress(std::string method, CompressSetup setup) {
   registered().push_back({std::move(method), std::move(setup)});
+}
+
+RegisterPrune::RegisterPrune(std::vector<std::string> names, PruneSetup setup) {
+  registered_prunes().push_back({std::move(names), std::move(setup)});
 }
 
 }  // namespace moiety::cli

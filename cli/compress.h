@@ -15,8 +15,9 @@ namespace moiety::cli {
 /// Options that all ways share.
 struct CompressArguments : Common {
   std::string method;  ///< --method, "" when it is not given
+  std::string prune;   ///< --prune, the same
   std::string out;
-  std::vector<std::string> calibration;  ///< text files
+  std::vector<std::string> calibration;  ///< text files, or images, of what the model has to do
   int64_t context = 0, batch_size = 8, limit_tokens = 0;
   bool dry_run = false, overwrite = false;
 };
@@ -32,6 +33,15 @@ using CompressSetup = std::function<CompressWay(CLI::App& app, std::shared_ptr<c
 struct RegisterCompress {
   /// `method`: the name that --method takes, "" for a way with a flag of its own.
   RegisterCompress(std::string method, CompressSetup setup);
+};
+
+/// Ways of --prune: what is taken out of a model.
+using PruneSetup =
+    std::function<std::function<int()>(CLI::App& app, std::shared_ptr<const CompressArguments> arguments)>;
+
+struct RegisterPrune {
+  /// `names`: what --prune takes for it.
+  RegisterPrune(std::vector<std::string> names, PruneSetup setup);
 };
 
 }  // namespace moiety::cli

@@ -1,8 +1,14 @@
-// moiety merge: folds an adapter into the model that it adapts, or takes it out again.
+// moiety merge: folds an adapter into the model that it adapts or takes it out again, or makes one model of several
+// experts.
+#include <fmt/ranges.h>
+
+#include <algorithm>
 #include <iostream>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "merge.h"
 #include "moiety/adapt/corda.h"
 #include "moiety/adapt/flylora.h"
 #include "moiety/base/error.h"
@@ -20,12 +26,27 @@ using nlohmann::json;
 namespace moiety::cli {
 namespace {
 
-struct Options {
-  Common common;
-  std::string out, type, dtype, lora_of;
+struct Options : MergeArguments {
+  std::string lora_of;
   std::vector<std::string> average;
-  bool overwrite = false, dry_run = false, unmerge = false;
+  bool unmerge = false;
 };
+
+struct Registered {
+  std::vector<std::string> methods;
+  MergeSetup setup;
+};
+std::vector<Registered>& registered() {
+  static std::vector<Registered> all;
+  return all;
+}
+
+std::vector<std::string> method_names() {
+  std::vector<std::string> names;
+  for (const auto& way : registered()) names.insert(names.end(), way.methods.begin(), way.methods.end());
+  std::sort(names.begin(), names.end());
+  return names;
+}
 
 // What CorDA's LoRA has learned, as a LoRA of twice the rank over the model before.
 int run_lora_of(const Options& o) {
@@ -116,9 +137,6 @@ int run_average(const Options& o) {
 int run(const Options& o) {
   if (!o.average.empty()) return run_average(o);
   if (!o.lora_of.empty()) return run_lora_of(o);
-  const bool to_gguf = is_gguf(o.out);
-  check(to_gguf || o.type.empty(), "--type is for GGUF files, and '{}' does not end in .gguf", o.out);
-  check(!to_gguf || o.dtype.empty(), "--dtype is for directories; a GGUF file takes --type");
   const auto path = resolve_model(o.common.model);
   const bool adapter = is_adapter(path);
   check(!o.unmerge || (!adapter && !o.common.adapters.empty()) || (!adapter && !o.common.scaled_adapters.empty()),
@@ -135,40 +153,42 @@ int run(const Options& o) {
   }
   if (adapter) base = open_adapter(path, base);
   const auto adapted = with_adapters(base, adapters_of(o.common));
-  const auto merged = o.unmerge ? unmerged_checkpoint(adapted) : merged_checkpoint(adapted);
-  WriteOptions write;
-  write.type = o.type;
-  write.dtype = o.dtype;
-  write.overwrite = o.overwrite;
-  write.dry_run = o.dry_run;
-  const WriteReport report = write_checkpoint(*merged, o.out, write, "merge");
-  for (const auto& w : report.warnings) log::warn("{}", w);
-  if (o.common.json)
-    std::cout << json{{"output", o.out},
-                      {"written", !o.dry_run},
-                      {"tensors", report.tensors.size()},
-                      {"bytes", report.bytes}}
-                     .dump(2)
-              << "\n";
-  else
-    fmt::print("{} {}: {} tensors, {:.1f} MiB\n", o.dry_run ? "would write" : "wrote", o.out, report.tensors.size(),
-               static_cast<double>(report.bytes) / 1048576);
-  return 0;
+  return write_merged(*(o.unmerge ? unmerged_checkpoint(adapted) : merged_checkpoint(adapted)), o);
+}
+
+using Runs = std::map<std::string, std::function<int()>>;
+
+int run_method(const Options& o, const Runs& runs) {
+  if (o.method.empty()) {
+    check(o.experts.empty(), "{} models are given: say with --method how they become one ({})", o.experts.size() + 1,
+          fmt::join(method_names(), ", "));
+    return run(o);
+  }
+  check(!o.experts.empty(), "--method {} merges experts into a base: give them behind it", o.method);
+  check(o.average.empty() && o.lora_of.empty() && o.common.adapters.empty() && o.common.scaled_adapters.empty(),
+        "--method {} takes a base and experts; adapters are folded in without it", o.method);
+  return runs.at(o.method)();
 }
 
 const Register verb({
     "merge",
-    "Fold an adapter into the model that it adapts",
+    "Fold an adapter into the model that it adapts, or make one model of several experts",
     "moiety merge run/last -o merged\n"
     "moiety merge ./my-model --adapter ./my-lora -o merged.gguf --type q8_0\n"
     "moiety merge ./my-model --adapter-scaled ./my-lora:0.5 -o merged --dtype bf16\n"
-    "moiety merge merged --unmerge --adapter ./my-lora -o before",
+    "moiety merge merged --unmerge --adapter ./my-lora -o before\n"
+    "moiety merge ./my-model python.tv prose.tv --method ties -o both",
     [](CLI::App& app) -> std::function<int()> {
       auto o = std::make_shared<Options>();
       app.add_option(
              "MODEL", o->common.model,
              "The model: a directory, a .safetensors or .gguf file, or pip:PACKAGE; or an adapter that names it")
           ->required();
+      app.add_option(
+          "EXPERTS", o->experts,
+          "With --method: what is merged into MODEL, files of `moiety compress --method compeft`, or models");
+      app.add_option("--method", o->method, fmt::format("How experts become one: {}", fmt::join(method_names(), ", ")))
+          ->check(CLI::IsMember(method_names()));
       add_adapters(app, o->common);
       app.add_option("-o,--output", o->out,
                      "What to write: a name ending in .gguf is a GGUF file, any other a directory")
@@ -198,9 +218,43 @@ const Register verb({
           log::set_level(log::Level::Error);
         }
       });
-      return [o] { return run(*o); };
+      auto runs = std::make_shared<Runs>();
+      for (const auto& way : registered()) {
+        const auto body = way.setup(app, o);
+        for (const auto& method : way.methods) (*runs)[method] = body;
+      }
+      return [o, runs] { return run_method(*o, *runs); };
     },
 });
 
 }  // namespace
+
+int write_merged(const Checkpoint& merged, const MergeArguments& o) {
+  const bool to_gguf = is_gguf(o.out);
+  check(to_gguf || o.type.empty(), "--type is for GGUF files, and '{}' does not end in .gguf", o.out);
+  check(!to_gguf || o.dtype.empty(), "--dtype is for directories; a GGUF file takes --type");
+  WriteOptions write;
+  write.type = o.type;
+  write.dtype = o.dtype;
+  write.overwrite = o.overwrite;
+  write.dry_run = o.dry_run;
+  const WriteReport report = write_checkpoint(merged, o.out, write, "merge");
+  for (const auto& w : report.warnings) log::warn("{}", w);
+  if (o.common.json)
+    std::cout << json{{"output", o.out},
+                      {"written", !o.dry_run},
+                      {"tensors", report.tensors.size()},
+                      {"bytes", report.bytes}}
+                     .dump(2)
+              << "\n";
+  else
+    fmt::print("{} {}: {} tensors, {:.1f} MiB\n", o.dry_run ? "would write" : "wrote", o.out, report.tensors.size(),
+               static_cast<double>(report.bytes) / 1048576);
+  return 0;
+}
+
+RegisterMerge::RegisterMerge(std::vector<std::string> methods, MergeSetup setup) {
+  registered().push_back({std::move(methods), std::move(setup)});
+}
+
 }  // namespace moiety::cli

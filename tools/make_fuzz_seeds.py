@@ -50,6 +50,55 @@ def make_safetensors():
     put("safetensors", "spaces", safetensors(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}      ', b"x"))
 
 
+# ---- compressed task vectors ----
+
+def golomb(positions, b, signs=True):
+    """(position, negative) in order, to bytes."""
+    bits, previous = "", -1
+    for at, negative in positions:
+        gap = at - previous - 1
+        previous = at
+        bits += "1" * (gap >> b) + "0" + (f"{gap & ((1 << b) - 1):0{b}b}" if b else "") + (str(int(negative)) if signs else "")
+    bits += "0" * (-len(bits) % 8)
+    return bytes(int(bits[i:i + 8], 2) for i in range(0, len(bits), 8))
+
+
+def make_compeft():
+    kept = [(1, False), (6, True), (40, True), (76, False)]
+    words = lambda sign: struct.pack("<2Q", *(sum(1 << at - 64 * w for at, n in kept if n == sign and at // 64 == w) for w in (0, 1)))
+
+    def vector(form, tensors, **more):
+        """`tensors`: name -> (type, shape, bytes)."""
+        metadata = {"task_vector": "1", "kind": "full", "form": form, "density": "0.05", "alpha": "1", "d": "77", "nnz": "4", "b": "3",
+                    "names": json.dumps(["a", "b.c", "zz"]), "shapes": json.dumps([[2, 3], [], [70]])} | more
+        header, data = {"__metadata__": metadata}, b""
+        for name, (kind, shape, raw) in tensors.items():
+            header[name] = {"dtype": kind, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+            data += raw
+        return safetensors(header, data)
+
+    scale = ("F32", [], struct.pack("<f", 0.5))
+    code = golomb(kept, 3)
+    signs = {"signs.golomb": ("U8", [len(code)], code), "scale": scale}
+    places = golomb(kept, 3, signs=False)
+    pruned = {"values": ("F16", [4], np.arange(1, 5, dtype="<f2").tobytes()), "signs.golomb": ("U8", [len(places)], places), "scale": scale}
+    masks = {"signs.positive": ("U64", [2], words(False)), "signs.negative": ("U64", [2], words(True)), "scale": scale}
+    put("compeft", "golomb", vector("golomb", signs))
+    put("compeft", "masks", vector("masks", masks))
+    put("compeft", "prune", vector("prune", pruned, kind="lora", notes=json.dumps({"adapter_config": "{}"})))
+    put("compeft", "dense", vector("dense", {"values": ("F32", [77], np.arange(77, dtype="<f4").tobytes()), "scale": scale}, nnz="77", b="0"))
+    put("compeft", "nothing", vector("golomb", {"signs.golomb": ("U8", [0], b""), "scale": ("F32", [], bytes(4))}, nnz="0", b="0"))
+    put("compeft", "version", vector("golomb", signs, task_vector="2"))
+    put("compeft", "cut", vector("golomb", {"signs.golomb": ("U8", [2], code[:2]), "scale": scale}))
+    put("compeft", "longer", vector("golomb", {"signs.golomb": ("U8", [len(code) + 1], code + b"\0"), "scale": scale}))
+    put("compeft", "huge", vector("golomb", signs, d=str(1 << 47), names='["a"]', shapes=json.dumps([[1 << 47]])))
+    put("compeft", "overflow", vector("golomb", signs, names='["a"]', shapes=json.dumps([[1 << 40, 1 << 40]])))
+    put("compeft", "wide", vector("golomb", signs, b="57"))
+    put("compeft", "both", vector("masks", masks | {"signs.negative": ("U64", [2], words(False))}))
+    put("compeft", "head", vector("golomb", signs | {"classifier.weight": ("BF16", [2], bytes(4))}, aliases='{"tied": "a"}'))
+    put("compeft", "order", vector("golomb", signs, names='["b.c", "a", "zz"]'))
+
+
 # ---- adapters ----
 
 def adapter(config, tensors):
@@ -424,7 +473,7 @@ def make_dataset():
     put("dataset", "idx", bytes([6, 0, 0]) + b"\0\0\x08\x03" + struct.pack(">III", 1, 2, 2) + b"abcd")
 
 
-MAKERS = [make_chat_template, make_image, make_dataset, make_tokenizer, make_safetensors, make_peft, make_gguf, make_format, make_yaml, make_config]
+MAKERS = [make_chat_template, make_image, make_dataset, make_tokenizer, make_safetensors, make_compeft, make_peft, make_gguf, make_format, make_yaml, make_config]
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:

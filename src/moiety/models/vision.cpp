@@ -188,6 +188,10 @@ VisionModel::VisionModel(VisionConfig c, WeightsSource& w) : config_(std::move(c
 }
 
 Tensor VisionModel::forward(const Tensor& images, Pass& pass) {
+  return read_out(body_->forward(embed(images), pass));
+}
+
+Tensor VisionModel::embed(const Tensor& images) {
   check(images.dim() == 4 && images.size(1) == config_.channels && images.size(2) == config_.image &&
             images.size(3) == config_.image,
         "the model takes images of {} channel(s) and {} x {} pixels", config_.channels, config_.image, config_.image);
@@ -195,8 +199,11 @@ Tensor VisionModel::forward(const Tensor& images, Pass& pass) {
                .flatten(2)
                .transpose(1, 2);
   x = torch::constant_pad_nd(x, {0, 0, 1, 0}) + positions_.to(dtype_);
-  if (config_.dropout > 0.0) x = torch::dropout(x, config_.dropout, is_training());
-  x = norm_->forward(body_->forward(x, pass)).mean(1);
+  return config_.dropout > 0.0 ? torch::dropout(x, config_.dropout, is_training()) : x;
+}
+
+Tensor VisionModel::read_out(const Tensor& positions) {
+  const auto x = norm_->forward(positions).mean(1);
   return head_(torch::tanh(representation_(x))).to(torch::kFloat32);
 }
 

@@ -46,6 +46,10 @@ class VisionModel : public torch::nn::Module {
   /// images [B, channels, image, image] f32, about -1 to 1 -> logits [B, classes] f32. Capacity couples the images of a
   /// batch; a capacity factor of infinity does not. Error for images of another shape.
   torch::Tensor forward(const torch::Tensor& images, Pass& pass);
+  /// forward() in steps: images to positions [B, T, hidden], which body() takes to others, and from those to logits.
+  torch::Tensor embed(const torch::Tensor& images);
+  WideNet& body() { return *body_; }
+  torch::Tensor read_out(const torch::Tensor& positions);
   const VisionConfig& config() const { return config_; }
   /// What its config.json holds: `model_type` and the keys of VisionConfig.
   nlohmann::json json() const;

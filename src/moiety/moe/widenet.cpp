@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <set>
+#include <utility>
 
 #include "moiety/base/error.h"
 #include "moiety/base/registry.h"
@@ -111,18 +113,30 @@ WideNet::WideNet(std::vector<WideNetBlock> b, double dropout) : blocks_(std::mov
   }
 }
 
+namespace {
+
+// What one block needs to run again later.
+std::function<torch::Tensor(const torch::Tensor&, Pass&)> body_of(WideNetBlock b, double dropout, bool training) {
+  return [b = std::move(b), dropout, training](const torch::Tensor& input, Pass& now) {
+    const auto y = b.attention->forward(b.before_attention->forward(input), now.mask);
+    const auto u = input + (dropout > 0.0 ? torch::dropout(y, dropout, training) : y);
+    return u + b.ffn->forward(b.before_ffn->forward(u), now);
+  };
+}
+
+}  // namespace
+
+torch::Tensor WideNet::run_block(size_t i, const torch::Tensor& x, Pass& pass) {
+  pass.block = static_cast<int64_t>(i);
+  return body_of(blocks_.at(i), dropout_, is_training())(x, pass);
+}
+
 torch::Tensor WideNet::forward(const torch::Tensor& x, Pass& pass) {
   auto h = x;
   const bool recomputed = pass.recompute_blocks && torch::GradMode::is_enabled();
   for (size_t i = 0; i < blocks_.size(); ++i) {
     pass.block = static_cast<int64_t>(i);
-    const auto block = [b = blocks_[i], dropout = dropout_, training = is_training()](const torch::Tensor& input,
-                                                                                      Pass& now) {
-      const auto y = b.attention->forward(b.before_attention->forward(input), now.mask);
-      const auto u = input + (dropout > 0.0 ? torch::dropout(y, dropout, training) : y);
-      return u + b.ffn->forward(b.before_ffn->forward(u), now);
-    };
-    h = recomputed ? recompute(h, pass, block) : block(h, pass);
+    h = recomputed ? recompute(h, pass, body_of(blocks_[i], dropout_, is_training())) : run_block(i, h, pass);
   }
   pass.finish();
   return h;

@@ -73,6 +73,8 @@ class WideNet : public torch::nn::Module {
   WideNet(std::shared_ptr<BidirectionalAttention> attention, std::shared_ptr<Mixture> mixture,
           std::vector<std::pair<std::shared_ptr<Norm>, std::shared_ptr<Norm>>> norms, double dropout = 0.0);
   torch::Tensor forward(const torch::Tensor& x, Pass& pass);
+  /// One block alone, as forward() runs it.
+  torch::Tensor run_block(size_t i, const torch::Tensor& x, Pass& pass);
   const std::vector<WideNetBlock>& blocks() const { return blocks_; }
 
  private:
