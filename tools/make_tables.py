@@ -93,6 +93,8 @@ def load_time():
 def study(slug):
     """What `moiety reproduce SLUG --budget full` found."""
     r = load(f"results/systems/{slug}.json")
+    if not r and not (ROOT / "studies" / (slug.replace("-", "_") + ".cpp")).exists():
+        return ["There is no study of it yet."]
     if not r:
         return [f"Not measured yet: `moiety reproduce {slug} --budget full --report results/systems`."]
 
