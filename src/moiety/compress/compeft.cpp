@@ -367,6 +367,16 @@ CompressedVector load_task_vector(const TaskVectorFile& file) {
   out.scale = h.scale;
   if (h.form != "dense") out.signs = file.masks();
   if (out.form != "golomb") out.values = torch::tensor(file.values(), torch::kFloat32);
+  if (out.form != "prune") return out;
+  // The file holds places; their signs are those of the values.
+  const float* value = out.values.const_data_ptr<float>();
+  const TernaryMasks places = out.signs;
+  each_kept(places, 0, out.d, [&](int64_t i, bool) {
+    if (!std::signbit(*value++)) return;
+    const auto word = static_cast<size_t>(i / 64);
+    out.signs.positive[word] ^= uint64_t{1} << i % 64;
+    out.signs.negative[word] |= uint64_t{1} << i % 64;
+  });
   return out;
 }
 

@@ -297,9 +297,9 @@ void find_chunks(const std::vector<Merged>& tensors, const ExpertMergingConfig& 
 }
 
 std::shared_ptr<const Checkpoint> with_merged(std::shared_ptr<const Checkpoint> base,
-                                              const std::vector<Merged>& tensors) {
+                                              const std::vector<Merged>& merged) {
   std::vector<OverlayTensor> tensors;
-  for (const Merged& s : tensors) {
+  for (const Merged& s : merged) {
     Merged own = s;
     own.parameter = own.value = Tensor();  // the student goes
     if (own.raw.defined()) own.raw = own.raw.detach().clone();
