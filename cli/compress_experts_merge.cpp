@@ -32,7 +32,7 @@ const RegisterExpertMethod dern({
           ->capture_default_str();
       app.add_option("--init", c->init, "First centres: own, of the expert's own neurons, or peak, of all (dern)")
           ->capture_default_str();
-      app.add_option("--iterations", c->iterations, "Most rounds of clustering (dern)")->capture_default_str();
+      app.add_option("--rounds", c->iterations, "Most rounds of clustering (dern)")->capture_default_str();
       app.add_flag("!--no-router-transfer", c->router_transfer, "Leave the rows of the router as they are (dern)");
       return [c](const ExpertRequest& r) {
         return plan_of(plan_dern(r.layers, *r.calibration, r.keep, r.protect, checked(*c, "dern")));
