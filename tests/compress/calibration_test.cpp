@@ -70,7 +70,7 @@ TEST_F(Calibrating, CountsWhatRoutersAndExpertsDo) {
     EXPECT_NEAR(l.importance().sum().item<double>(), 1.0, 1e-6);  // gates of a token sum to 1
     EXPECT_LT(
         distance(l.gram, record.routing.logits.t().to(torch::kFloat64).mm(record.routing.logits.to(torch::kFloat64))),
-        1e-9);
+        1e-5);  // watched experts add up in another order: layers above differ in their last digits
     for (int64_t e = 0; e < 6; ++e) {
       const auto w = layers_.expert(i, e);
       double sum = 0;
@@ -152,7 +152,7 @@ TEST_F(Calibrating, BestExpertsStayInEveryLayerOrWhereTheyMatter) {
   // 9 of 18: two a layer, then the largest shares: 1/3 in the last, 0.2 in the first.
   EXPECT_EQ(select_experts(layers_, s, {.keep = 0.5, .across = true}),
             (std::vector<std::vector<int64_t>>{{1, 2, 4, 5}, {0, 1}, {0, 1, 2}}));
-  const auto protect = parse_protected(layers_, "1,5;0,0");
+  const auto protect = parse_protected(layers_, std::string("1,5;0,0"));
   EXPECT_EQ(select_experts(layers_, s, {.keep = 1}, protect), (std::vector<std::vector<int64_t>>{{0}, {5}, {0}}));
   EXPECT_EQ(parse_protected(layers_, nlohmann::json::parse(
                                          R"({"super_experts": [{"layer_index": 1, "expert_index": 5},
@@ -168,10 +168,11 @@ TEST_F(Calibrating, BadSelectionsAreRefusedInWords) {
   EXPECT_EQ(refused(0), "0 experts cannot be kept: give a number, or a share below 1");
   EXPECT_EQ(refused(2.5), "2.5 experts cannot be kept: give a whole number, or a share below 1");
   EXPECT_EQ(refused(7), "layer 0 has 6 experts, 7 cannot be kept");
-  EXPECT_EQ(refused(1, parse_protected(layers_, "2,1;2,0")), "layer 2 keeps 1 experts, but 2 are protected");
-  EXPECT_EQ(message_of([&] { parse_protected(layers_, "2,1;x"); }),
+  EXPECT_EQ(refused(1, parse_protected(layers_, std::string("2,1;2,0"))),
+            "layer 2 keeps 1 experts, but 2 are protected");
+  EXPECT_EQ(message_of([&] { parse_protected(layers_, std::string("2,1;x")); }),
             "'x' names no expert: write LAYER,EXPERT;LAYER,EXPERT");
-  EXPECT_EQ(message_of([&] { parse_protected(layers_, "0,6"); }), "layer 0 has no expert 6: it has 6");
+  EXPECT_EQ(message_of([&] { parse_protected(layers_, std::string("0,6")); }), "layer 0 has no expert 6: it has 6");
 }
 
 TEST_F(Calibrating, RowsThatShareAnExpertCountOnce) {

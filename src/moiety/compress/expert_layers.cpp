@@ -320,7 +320,8 @@ bool identity(const std::vector<int64_t>& map, int64_t experts) {
   return true;
 }
 
-void check_plan(const NewExperts& n, const ExpertLayers::Layer& l, int64_t groups, int64_t top_groups) {
+void check_plan(const NewExperts& n, const ExpertLayers::Layer& l, const TopKRouterOptions& router) {
+  const int64_t groups = router.groups;
   check(!n.rows.empty() && !n.from.empty(), "layer {} would be left without experts", l.block);
   std::set<int64_t> seen;
   for (const int64_t r : n.rows) {
@@ -355,8 +356,11 @@ void check_plan(const NewExperts& n, const ExpertLayers::Layer& l, int64_t group
     check(left[static_cast<size_t>(g)] == each,
           "layer {} routes in {} groups: as many experts of each have to stay, but {} of group {} and {} on average",
           l.block, groups, left[static_cast<size_t>(g)], g, each);
-  check(l.top_k <= top_groups * each, "layer {}: a token takes {} experts of {} groups, which would have {} each",
-        l.block, l.top_k, top_groups, each);
+  check(!router.group_by_top2 || each >= 2,
+        "layer {} ranks its {} groups by their two best experts: at least two of each have to stay", l.block, groups);
+  check(l.top_k <= router.top_groups * each,
+        "layer {}: a token takes {} experts of {} groups, which would have {} each", l.block, l.top_k,
+        router.top_groups, each);
 }
 
 }  // namespace
@@ -375,7 +379,7 @@ std::shared_ptr<const Checkpoint> with_experts(const ExpertLayers& layers, std::
     const size_t at = layers.of_block(entry.block);
     const ExpertLayers::Layer& l = layers.layers()[at];
     check(seen.insert(entry.block).second, "layer {} is named twice", entry.block);
-    check_plan(entry, l, parsed.moe.router.groups, parsed.moe.router.top_groups);
+    check_plan(entry, l, parsed.moe.router);
     const ExpertLayers::Places& p = *layers.places_[at];
     check(!any_made(entry) || !p.alternating,
           "layer {}: clamped experts with biases can be taken out, but not computed with", entry.block);

@@ -60,6 +60,7 @@ Tensor cosine_affinity(const Tensor& gram) {
   const auto g = gram.to(torch::kFloat64);
   const auto norm = g.diagonal().clamp_min(0.0).sqrt().clamp_min(kLeastNorm);
   auto affinity = (g / norm.unsqueeze(0) / norm.unsqueeze(1)).clamp(-1.0, 1.0).add(1.0).mul(0.5);
+  affinity = 0.5 * (affinity + affinity.t());  // products are symmetric to rounding only
   affinity.diagonal().fill_(1.0);
   return affinity;
 }

@@ -8,6 +8,7 @@
 
 #include "moiety/base/error.h"
 #include "moiety/base/random.h"
+#include "moiety/io/hf_defaults.h"
 #include "moiety/io/overlay.h"
 #include "moiety/models/decoder_config.h"
 #include "moiety/nn/weights.h"
@@ -26,8 +27,14 @@ Tensor normal(std::vector<int64_t> shape, double std, uint64_t seed, const std::
   return t;
 }
 
-json mixture_config(const json& dense, const UpcycleOptions& o, int64_t width) {
-  json c = dense;
+json mixture_config(const json& dense, const DecoderConfig& parsed, const UpcycleOptions& o, int64_t width) {
+  // What the config leaves out means another thing in the other family.
+  json c = with_defaults(dense);
+  c.update({{"rms_norm_eps", parsed.norm_eps},
+            {"head_dim", parsed.head_dim},
+            {"num_key_value_heads", parsed.kv_heads},
+            {"max_position_embeddings", parsed.context}});
+  if (!c.contains("rope_parameters")) c["rope_theta"] = parsed.ropes.at(0).theta;
   const int64_t experts = o.experts * o.granularity;
   if (dense.at("model_type") == "qwen3") {
     c["model_type"] = "qwen3_moe";
@@ -119,7 +126,7 @@ std::shared_ptr<const Checkpoint> upcycled(std::shared_ptr<const Checkpoint> den
     tensors.push_back(overlay_of(name, rows.sizes().vec(),
                                  std::vector<float>(rows.data_ptr<float>(), rows.data_ptr<float>() + rows.numel())));
   }
-  return overlay(dense, mixture_config(dense->config(), o, width), std::move(tensors), removed);
+  return overlay(dense, mixture_config(dense->config(), c, o, width), std::move(tensors), removed);
 }
 
 }  // namespace moiety
