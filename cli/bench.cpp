@@ -13,6 +13,7 @@
 #include "moiety/base/error.h"
 #include "moiety/base/progress.h"
 #include "moiety/kernels/cpu.h"
+#include "moiety/nn/parallel.h"
 #include "open_model.h"
 #include "verb.h"
 
@@ -42,7 +43,7 @@ double bandwidth() {
   double best = 1e9;
   for (int i = 0; i < 3; ++i) {
     const auto start = Clock::now();
-    at::parallel_for(0, buffer.numel(), 1 << 16, [&](int64_t first, int64_t last) {
+    parallel_for(0, buffer.numel(), 1 << 16, [&](int64_t first, int64_t last) {
       int64_t part[8] = {};
       for (int64_t at = first; at + 8 <= last; at += 8)
         for (int k = 0; k < 8; ++k) part[k] += data[at + k];

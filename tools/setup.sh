@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 apt_packages=(g++ cmake ninja-build ccache git python3-venv
   nlohmann-json3-dev libyaml-cpp-dev libcli11-dev libfmt-dev libspdlog-dev libpcre2-dev libutf8proc-dev libstb-dev libturbojpeg0-dev zlib1g-dev
   libedit-dev liburing-dev libgloo-dev libgtest-dev librapidcheck-dev libbenchmark-dev
-  clang-14 libclang-rt-14-dev clang-format-14
+  clang-19 libclang-rt-19-dev clang-format-14
   # what studies learn: text and images
   libpython3-stdlib perl-doc fortunes debian-reference-{en,de,fr,ja} dataset-fashion-mnist)
 torch_packages=(torch==2.13.0 numpy)

@@ -1,6 +1,6 @@
 #include "moiety/nn/team.h"
+#include "moiety/nn/parallel.h"
 
-#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
 #include <stdexcept>
@@ -58,7 +58,7 @@ TEST(Team, AnErrorOfOneMemberEndsTheOthers) {
 TEST(Team, InsideAParallelRegionItIsOneThread) {
   const test::Threads use(2);
   std::atomic<int64_t> members{0};
-  at::parallel_for(0, 2, 1, [&](int64_t, int64_t) {
+  parallel_for(0, 2, 1, [&](int64_t, int64_t) {
     Team team(1);
     team.run([&](Team::Member& m) { members += m.count(); });
   });

@@ -1,6 +1,5 @@
 #include "moiety/compress/compeft.h"
 
-#include <ATen/Parallel.h>
 #include <fmt/ranges.h>
 #include <torch/torch.h>
 
@@ -12,6 +11,7 @@
 #include "moiety/base/error.h"
 #include "moiety/base/registry.h"
 #include "moiety/base/text.h"
+#include "moiety/nn/parallel.h"
 
 namespace moiety {
 namespace {
@@ -36,7 +36,7 @@ int64_t pieces(int64_t d) {
 template <class Body>
 double sum_pieces(int64_t d, const Body& body) {
   std::vector<double> sums(static_cast<size_t>(pieces(d)));
-  at::parallel_for(0, pieces(d), 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, pieces(d), 1, [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p)
       sums[static_cast<size_t>(p)] = body(p * kPiece, std::min(d, (p + 1) * kPiece));
   });
@@ -64,7 +64,7 @@ int64_t steps_of(double density) {
 void check_finite(std::span<const float> x) {
   std::vector<int64_t> first(static_cast<size_t>(pieces(static_cast<int64_t>(x.size()))), -1);
   const auto d = static_cast<int64_t>(x.size());
-  at::parallel_for(0, pieces(d), 1, [&](int64_t from, int64_t to) {
+  parallel_for(0, pieces(d), 1, [&](int64_t from, int64_t to) {
     for (int64_t p = from; p < to; ++p)
       for (int64_t i = p * kPiece; i < std::min(d, (p + 1) * kPiece) && first[static_cast<size_t>(p)] < 0; ++i)
         if (!std::isfinite(x[static_cast<size_t>(i)])) first[static_cast<size_t>(p)] = i;
@@ -77,7 +77,7 @@ void check_finite(std::span<const float> x) {
 // What is at least as large as the threshold, with its signs; a zero has none.
 TernaryMasks signs_from(std::span<const float> x, float threshold) {
   TernaryMasks out(static_cast<int64_t>(x.size()));
-  at::parallel_for(0, static_cast<int64_t>(out.positive.size()), kPiece / 64, [&](int64_t first, int64_t last) {
+  parallel_for(0, static_cast<int64_t>(out.positive.size()), kPiece / 64, [&](int64_t first, int64_t last) {
     for (auto w = static_cast<size_t>(first); w < static_cast<size_t>(last); ++w) {
       uint64_t positive = 0, negative = 0;
       const size_t begin = w * 64, count = std::min<size_t>(64, x.size() - begin);

@@ -1,6 +1,5 @@
 #include "moiety/compress/dern.h"
 
-#include <ATen/Parallel.h>
 #include <torch/torch.h>
 
 #include <algorithm>
@@ -9,6 +8,7 @@
 #include "moiety/base/registry.h"
 #include "moiety/compress/expert_statistics.h"
 #include "moiety/moe/topk.h"
+#include "moiety/nn/parallel.h"
 
 namespace moiety {
 namespace {
@@ -72,7 +72,7 @@ Nearest nearest(const Rows& from, const Rows& to) {
     const int64_t rows = std::min(kBlock, n - first);
     const auto about = torch::matmul(from.unit.narrow(0, first, rows), to.unit.t()).contiguous();
     const float* near = about.const_data_ptr<float>();
-    at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const int64_t i = first + r;
         if (a_norm[i] == 0.0) continue;  // as near to all
@@ -192,7 +192,7 @@ void update(Tensor& centres, const Rows& rows, const Tensor& weight, const Tenso
   const float* from = rows.v.const_data_ptr<float>();
   const double *size = rows.norm.const_data_ptr<double>(), *w = weight.const_data_ptr<double>();
   float* to = centres.data_ptr<float>();
-  at::parallel_for(0, width, 16, [&](int64_t first, int64_t last) {
+  parallel_for(0, width, 16, [&](int64_t first, int64_t last) {
     std::vector<double> sum(static_cast<size_t>(p));
     for (int64_t k = first; k < last; ++k) {
       double mass = 0.0, sizes = 0.0;

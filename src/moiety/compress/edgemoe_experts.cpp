@@ -1,11 +1,11 @@
 #include "moiety/compress/edgemoe_experts.h"
 
-#include <ATen/Parallel.h>
 #include <torch/torch.h>
 
 #include "moiety/base/error.h"
 #include "moiety/models/decoder.h"
 #include "moiety/moe/mixture.h"
+#include "moiety/nn/parallel.h"
 
 namespace moiety {
 namespace {
@@ -120,7 +120,7 @@ void EdgeMoeExperts::set_bits(const std::vector<int64_t>& bits) {
       l.to[p].select(0, e).copy_(torch::from_blob(w.data(), {l.from[p]->out(), columns}, torch::kFloat32));
     }
   };
-  at::parallel_for(0, static_cast<int64_t>(changed.size()), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, static_cast<int64_t>(changed.size()), 1, [&](int64_t begin, int64_t end) {
     torch::NoGradGuard inside;
     for (int64_t i = begin; i < end; ++i) one(changed[static_cast<size_t>(i)]);
   });

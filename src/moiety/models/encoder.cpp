@@ -315,7 +315,8 @@ class Encoder : public EncoderModel {
 bool is_encoder(const json& config) {
   const auto known = encoder_families();
   const auto it = config.find("model_type");
-  return it != config.end() && std::find(known.begin(), known.end(), *it) != known.end();
+  return it != config.end() && it->is_string() &&
+         std::find(known.begin(), known.end(), it->get_ref<const std::string&>()) != known.end();
 }
 
 std::shared_ptr<EncoderModel> load_encoder(const Checkpoint& checkpoint, const LoadOptions& options) {

@@ -7,6 +7,7 @@
 #include "moiety/base/error.h"
 #include "moiety/kernels/swiglu.h"
 #include "moiety/nn/elements.h"
+#include "moiety/nn/parallel.h"
 #include "moiety/nn/shortcut.h"
 
 namespace moiety {
@@ -36,7 +37,7 @@ void sum_pairs(const Tensor& rows, const Tensor& weights, const Tensor& tokens, 
   const Bits<T>* from = bits<T>(rows);
   Bits<T>* to = bits<T>(out);
   const float* weight = weights.defined() ? weights.const_data_ptr<float>() : nullptr;
-  at::parallel_for(0, out.size(0), std::max<int64_t>(1, 16384 / width), [&](int64_t first, int64_t last) {
+  parallel_for(0, out.size(0), std::max<int64_t>(1, 16384 / width), [&](int64_t first, int64_t last) {
     std::vector<const Bits<T>*> row;
     std::vector<float> scale;
     for (int64_t n = first; n < last; ++n) {

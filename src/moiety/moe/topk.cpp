@@ -1,12 +1,12 @@
 #include "moiety/moe/topk.h"
 
-#include <ATen/Parallel.h>
 #include <torch/torch.h>
 
 #include <algorithm>
 #include <cmath>
 
 #include "moiety/base/error.h"
+#include "moiety/nn/parallel.h"
 
 namespace moiety {
 
@@ -42,7 +42,7 @@ torch::Tensor few_largest(const torch::Tensor& scores, int64_t k) {
   auto indices = torch::empty(shape, torch::kInt64);
   const float* from = scores.const_data_ptr<float>();
   int64_t* to = indices.data_ptr<int64_t>();
-  at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / size), [&](int64_t first, int64_t last) {
+  parallel_for(0, rows, std::max<int64_t>(1, 16384 / size), [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) largest(from + r * size, size, k, to + r * k);
   });
   return indices;

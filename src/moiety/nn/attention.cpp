@@ -1,6 +1,5 @@
 #include "moiety/nn/attention.h"
 
-#include <ATen/Parallel.h>
 #include <torch/torch.h>
 
 #include <cmath>
@@ -9,6 +8,7 @@
 #include "moiety/base/error.h"
 #include "moiety/kernels/token.h"
 #include "moiety/nn/beside.h"
+#include "moiety/nn/parallel.h"
 #include "moiety/nn/shortcut.h"
 
 namespace moiety {
@@ -72,7 +72,7 @@ torch::Tensor attend_by_rows(const torch::Tensor& q, const torch::Tensor& k, con
   const auto seen = allowed.defined() ? allowed.contiguous() : torch::Tensor();
   auto out = torch::empty({batch, 1, heads, v_size}, q.options());
   const int64_t grain = std::max<int64_t>(1, 100'000 / (groups * length * (q.size(3) + v_size)));
-  at::parallel_for(0, batch * shared, grain, [&](int64_t first, int64_t last) {
+  parallel_for(0, batch * shared, grain, [&](int64_t first, int64_t last) {
     static thread_local std::vector<float> scratch;
     scratch.resize(static_cast<size_t>(groups * length));
     for (int64_t i = first; i < last; ++i) {

@@ -1,11 +1,11 @@
 #include "moiety/nn/dots.h"
 
-#include <ATen/Parallel.h>
 #include <torch/torch.h>
 
 #include <algorithm>
 
 #include "moiety/kernels/token.h"
+#include "moiety/nn/parallel.h"
 #include "moiety/nn/shortcut.h"
 
 namespace moiety {
@@ -19,15 +19,14 @@ torch::Tensor times_dots(const torch::Tensor& x, const torch::Tensor& weight, co
   auto y = bias.defined() ? bias.expand(shape).clone(at::MemoryFormat::Contiguous) : torch::zeros(shape, x.options());
   const float *a = from.const_data_ptr<float>(), *w = weight.const_data_ptr<float>();
   float* to = y.data_ptr<float>();
-  at::parallel_for(0, out, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, in * rows)),
-                   [&](int64_t first, int64_t last) {
-                     for (int64_t r = first; r < last; ++r)
-                       for (int64_t i = 0; i < rows; ++i) {
-                         float sum = 0.f;
-                         rows_times(w + r * in, 1, in, a + i * in, &sum);
-                         to[i * out + r] += sum;
-                       }
-                   });
+  parallel_for(0, out, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, in * rows)), [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r)
+      for (int64_t i = 0; i < rows; ++i) {
+        float sum = 0.f;
+        rows_times(w + r * in, 1, in, a + i * in, &sum);
+        to[i * out + r] += sum;
+      }
+  });
   return y;
 }
 

@@ -1,12 +1,12 @@
 #include "moiety/nn/norm.h"
 
-#include <ATen/Parallel.h>
 #include <torch/torch.h>
 
 #include <algorithm>
 
 #include "moiety/kernels/token.h"
 #include "moiety/nn/elements.h"
+#include "moiety/nn/parallel.h"
 #include "moiety/nn/shortcut.h"
 
 namespace moiety {
@@ -41,7 +41,7 @@ Tensor normalized(const Tensor& x, const Tensor& weight, double eps, double offs
     using T = decltype(one);
     const auto* from = bits<T>(x);
     auto* to = bits<T>(y);
-    at::parallel_for(0, x.numel() / n, std::max<int64_t>(1, 32768 / n), [&](int64_t first, int64_t last) {
+    parallel_for(0, x.numel() / n, std::max<int64_t>(1, 32768 / n), [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r)
         rms_norm(from + r * n, w.const_data_ptr<float>(), static_cast<float>(offset), static_cast<float>(eps),
                  to + r * n, n);
@@ -77,7 +77,7 @@ class Normalize : public torch::autograd::Function<Normalize> {
       using T = decltype(one);
       const auto *from = bits<T>(x), *grad = bits<T>(dy);
       auto* to = bits<T>(dx);
-      at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+      parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
         for (int64_t p = first; p < last; ++p)
           for (int64_t r = rows * p / parts; r < rows * (p + 1) / parts; ++r)
             rms_norm_backward(from + r * n, w.const_data_ptr<float>(), static_cast<float>(offset), eps, grad + r * n,

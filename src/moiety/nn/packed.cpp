@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "moiety/base/error.h"
+#include "moiety/nn/parallel.h"
 #include "moiety/nn/tasks.h"
 
 namespace moiety {
@@ -55,7 +56,7 @@ PackedMatrix::PackedMatrix(const TensorView& blocks)
   const int64_t bytes = packed_group_bytes(format_, cols_);
   const auto to = piece(static_cast<size_t>(bytes * groups()));
   data_ = to;
-  at::parallel_for(0, groups(), std::max<int64_t>(1, (1 << 18) / bytes), [&](int64_t first, int64_t last) {
+  parallel_for(0, groups(), std::max<int64_t>(1, (1 << 18) / bytes), [&](int64_t first, int64_t last) {
     for (int64_t g = first; g < last; ++g)
       pack_group(format_, blocks.data.data(), rows_, cols_, g, to.get() + g * bytes);
   });
@@ -113,7 +114,7 @@ void quantize_all(std::span<const TileJob> jobs) {
   std::vector<std::pair<size_t, int64_t>> all;
   for (size_t i = 0; i < jobs.size(); ++i)
     for (int64_t t = 0; t < jobs[i].x->tiles(); ++t) all.emplace_back(i, t);
-  at::parallel_for(0, static_cast<int64_t>(all.size()), 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, static_cast<int64_t>(all.size()), 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const auto [job, tile] = all[static_cast<size_t>(i)];
       fill(jobs[job], tile);

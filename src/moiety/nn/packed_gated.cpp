@@ -1,10 +1,10 @@
 #include "moiety/nn/packed_gated.h"
 
-#include <ATen/Parallel.h>
 #include <torch/torch.h>
 
 #include "moiety/base/error.h"
 #include "moiety/kernels/token.h"
+#include "moiety/nn/parallel.h"
 
 namespace moiety {
 namespace {
@@ -94,8 +94,8 @@ torch::Tensor act_times(Activation act, torch::Tensor g, const torch::Tensor& u)
   if (g.numel() <= kGrain)
     times(to, by, g.numel());
   else
-    at::parallel_for(0, g.numel(), kGrain,
-                     [&](int64_t first, int64_t last) { times(to + first, by + first, last - first); });
+    parallel_for(0, g.numel(), kGrain,
+                 [&](int64_t first, int64_t last) { times(to + first, by + first, last - first); });
   return g;
 }
 

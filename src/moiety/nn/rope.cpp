@@ -1,6 +1,5 @@
 #include "moiety/nn/rope.h"
 
-#include <ATen/Parallel.h>
 #include <torch/torch.h>
 
 #include <algorithm>
@@ -10,6 +9,7 @@
 #include "moiety/base/error.h"
 #include "moiety/kernels/token.h"
 #include "moiety/nn/elements.h"
+#include "moiety/nn/parallel.h"
 #include "moiety/nn/shortcut.h"
 
 namespace moiety {
@@ -49,7 +49,7 @@ torch::Tensor rotate_heads(const torch::Tensor& x, const torch::Tensor& cosine, 
   const float *c = cosine.const_data_ptr<float>(), *s = sine.const_data_ptr<float>();
   const int64_t row = cosine.size(0) == 1 ? 0 : time;  // angles of another row of the batch
   auto* to = bits<T>(out);
-  at::parallel_for(0, x.size(0) * time, std::max<int64_t>(1, 32768 / (heads * size)), [&](int64_t first, int64_t last) {
+  parallel_for(0, x.size(0) * time, std::max<int64_t>(1, 32768 / (heads * size)), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t b = i / time, t = i % time, angle = (b * row + t) * half;
       for (int64_t h = 0; h < heads; ++h)

@@ -9,6 +9,8 @@
 #include <exception>
 #include <mutex>
 
+#include "moiety/nn/parallel.h"
+
 namespace moiety {
 
 /// Runs task(0) ... task(count - 1) in this order of starting. The caller's autograd does not see what tasks do. An
@@ -19,7 +21,7 @@ void run_tasks(int64_t count, Task task) {
   std::exception_ptr failure;
   std::mutex lock;
   const int64_t threads = at::get_num_threads();
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     for (int64_t i = next++; i < count; i = next++) {
       try {

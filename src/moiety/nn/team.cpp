@@ -1,12 +1,12 @@
 #include "moiety/nn/team.h"
 
 #include <ATen/Parallel.h>
-#include <omp.h>
 
 #include <algorithm>
 #include <thread>
 
 #include "moiety/base/error.h"
+#include "moiety/nn/parallel.h"
 
 namespace moiety {
 namespace {
@@ -35,8 +35,8 @@ void Team::fail(std::exception_ptr what) {
 
 void Team::Member::wait() {
   ++step_;
-  if (team_.members_ == 1) return;
-  if (team_.arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == team_.members_) {
+  if (count_ == 1) return;
+  if (team_.arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
     team_.arrived_.store(0, std::memory_order_relaxed);
     team_.step_.store(step_, std::memory_order_release);
     return;
@@ -59,12 +59,8 @@ bool Team::Member::take(int64_t total, int64_t piece, int64_t& first, int64_t& l
 }
 
 void Team::run(const std::function<void(Member&)>& body) {
-  const int threads = omp_in_parallel() != 0 ? 1 : at::get_num_threads();
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp single
-    members_ = omp_get_num_threads();
-    Member member(*this, omp_get_thread_num());
+  parallel::on_threads(parallel::inside() ? 1 : at::get_num_threads(), [&](int index, int count) {
+    Member member(*this, index, count);
     try {
       body(member);
     } catch (const Abandoned&) {
@@ -72,7 +68,7 @@ void Team::run(const std::function<void(Member&)>& body) {
     } catch (...) {
       fail(std::current_exception());
     }
-  }
+  });
   if (failure_) std::rethrow_exception(failure_);
 }
 

@@ -15,7 +15,7 @@ class Team {
   class Member {
    public:
     int64_t index() const { return index_; }
-    int64_t count() const { return team_.members_; }
+    int64_t count() const { return count_; }
     /// Waits until every member is here; what they wrote before is visible behind it.
     void wait();
     /// The next items [first, last) of `total` that nobody has taken, about `piece` of them; false: none are left.
@@ -26,9 +26,9 @@ class Team {
 
    private:
     friend class Team;
-    Member(Team& team, int64_t index) : team_(team), index_(index) {}
+    Member(Team& team, int64_t index, int64_t count) : team_(team), index_(index), count_(count) {}
     Team& team_;
-    int64_t index_, work_ = 0;
+    int64_t index_, count_, work_ = 0;
     uint32_t step_ = 0;
   };
 
@@ -45,7 +45,7 @@ class Team {
   void fail(std::exception_ptr what);
 
   std::unique_ptr<Counter[]> counters_;
-  int64_t works_, members_ = 1;
+  int64_t works_;
   alignas(64) std::atomic<int64_t> arrived_{0};
   alignas(64) std::atomic<uint32_t> step_{0};
   std::atomic<bool> failed_{false};

@@ -1,9 +1,9 @@
 #include "moiety/nn/weights.h"
 
-#include <ATen/Parallel.h>
 #include <torch/torch.h>
 
 #include "moiety/base/error.h"
+#include "moiety/nn/parallel.h"
 
 namespace moiety {
 
@@ -74,7 +74,7 @@ torch::Tensor dequantize(const TensorView& view) {
   const int64_t rows = view.rows(), cols = view.cols();
   const int64_t bytes = row_bytes(view.format, cols);
   float* data = out.data_ptr<float>();
-  at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols)), [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols)), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
       dequantize_row(view.format, view.data.data() + r * bytes, data + r * cols, cols);
   });

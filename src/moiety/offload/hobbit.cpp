@@ -45,7 +45,7 @@ std::optional<HobbitWeights> HobbitConfig::given_weights() const {
   HobbitWeights w;
   double* const places[] = {&w.lru, &w.lfu, &w.lhu, &w.fld};
   const char* const names[] = {"lru", "lfu", "lhu", "fld"};
-  const auto bad = [&] [[noreturn]] {
+  const auto bad = [&] {
     fail("weights is `{}` but must be auto, four numbers lru,lfu,lhu,fld, or a section with these keys",
          shown(weights.is_string() ? weights.get<std::string>() : weights.dump()));
   };

@@ -1,13 +1,12 @@
 #include "moiety/offload/low_experts.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "moiety/base/error.h"
 #include "moiety/io/gguf.h"
+#include "moiety/nn/parallel.h"
 
 namespace moiety {
 namespace {
@@ -26,7 +25,7 @@ std::vector<std::byte> encoded(const TensorView& view, Format format) {
   const int64_t rows = view.rows(), cols = view.cols();
   const int64_t from = row_bytes(view.format, cols), to = row_bytes(format, cols);
   std::vector<std::byte> out(static_cast<size_t>(rows * to));
-  at::parallel_for(0, rows, 64, [&](int64_t first, int64_t last) {
+  parallel_for(0, rows, 64, [&](int64_t first, int64_t last) {
     std::vector<float> row(static_cast<size_t>(cols));
     for (int64_t r = first; r < last; ++r) {
       dequantize_row(view.format, view.data.data() + r * from, row.data(), cols);

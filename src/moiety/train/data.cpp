@@ -1,6 +1,5 @@
 #include "moiety/train/data.h"
 
-#include <ATen/Parallel.h>
 #include <fmt/format.h>
 #include <torch/torch.h>
 
@@ -10,6 +9,7 @@
 
 #include "moiety/base/error.h"
 #include "moiety/base/random.h"
+#include "moiety/nn/parallel.h"
 
 namespace moiety {
 namespace {
@@ -20,7 +20,7 @@ constexpr int64_t kDocumentsAtATime = 256;
 std::vector<Example> encode_documents(const Dataset& data, const Encoder& encoder, std::span<const int64_t> indices) {
   std::vector<Example> out(indices.size());
   std::vector<std::exception_ptr> errors(indices.size());
-  at::parallel_for(0, static_cast<int64_t>(indices.size()), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, static_cast<int64_t>(indices.size()), 1, [&](int64_t begin, int64_t end) {
     for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
       try {
         out[i] = encode_example(data.get(indices[i]), *encoder.tokenizer, encoder.chat_template.get(), encoder.options);
