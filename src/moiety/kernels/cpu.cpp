@@ -63,6 +63,16 @@ void set_isa(Isa value) {
   chosen.store(static_cast<int>(value), std::memory_order_relaxed);
 }
 
+bool has_fast_bf16_products() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return best_isa() > Isa::Avx2 || (std::getenv("MOIETY_ISA") == nullptr && __builtin_cpu_supports("avx512bw") &&
+                                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"));
+#else
+  return true;
+#endif
+}
+
 std::string_view isa_name(Isa value) {
   switch (value) {
     case Isa::Avx2:

@@ -16,6 +16,9 @@ Isa best_isa();
 Isa isa();
 /// Chooses a set for the whole process (tests and benchmarks). Throws Error when the machine lacks it.
 void set_isa(Isa value);
+/// Whether products of bf16 matrices are about as fast as those of f32. On x86 torch's need AVX-512; without it they
+/// take more than ten times as long. Other processors: unknown, true.
+bool has_fast_bf16_products();
 std::string_view isa_name(Isa value);
 
 }  // namespace moiety

@@ -1,16 +1,17 @@
 #include "moiety/nn/linear.h"
 
-#include <ATen/Parallel.h>
 #include <torch/torch.h>
 
 #include <cmath>
 
 #include "moiety/base/error.h"
+#include "moiety/kernels/cpu.h"
 #include "moiety/kernels/dot.h"
 #include "moiety/nn/arithmetic.h"
 #include "moiety/nn/beside.h"
 #include "moiety/nn/elements.h"
 #include "moiety/nn/packed.h"
+#include "moiety/nn/parallel.h"
 #include "moiety/nn/shortcut.h"
 #include "moiety/nn/weights.h"
 
@@ -52,13 +53,13 @@ torch::Tensor times_kernel(const torch::Tensor& input, const TensorView& blocks)
   const auto x = input.contiguous();
   const int64_t n = x.size(0), out = blocks.shape[0], in = blocks.shape[1], bytes = row_bytes(blocks.format, in);
   std::vector<QuantizedRow> rows(static_cast<size_t>(n));
-  at::parallel_for(0, n, 8, [&](int64_t begin, int64_t end) {
+  parallel_for(0, n, 8, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       quantize_activations(blocks.format, x.const_data_ptr<float>() + t * in, in, rows[static_cast<size_t>(t)]);
   });
   auto y = torch::empty({n, out}, x.options());
   float* data = y.data_ptr<float>();
-  at::parallel_for(0, out, std::max<int64_t>(8, 32768 / in), [&](int64_t first, int64_t last) {
+  parallel_for(0, out, std::max<int64_t>(8, 32768 / in), [&](int64_t first, int64_t last) {
     // A piece of the weights stays near the core until all rows of x have used it.
     const int64_t piece = n <= kKernelRows ? last - first : std::max<int64_t>(8, 65536 / bytes);
     for (int64_t begin = first; begin < last; begin += piece) {
@@ -70,6 +71,20 @@ torch::Tensor times_kernel(const torch::Tensor& input, const TensorView& blocks)
     }
   });
   return y;
+}
+
+// x [..., in] bf16 -> x W^T [..., out] where products of bf16 are slow: in f32, by pieces of the weights.
+torch::Tensor times_widened(const torch::Tensor& x, const torch::Tensor& w) {
+  const auto flat = x.reshape({-1, x.size(-1)}).to(torch::kFloat32);
+  auto y = torch::empty({flat.size(0), w.size(0)}, x.options());
+  const int64_t piece = std::max<int64_t>(1, kPieceElements / w.size(1));
+  for (int64_t begin = 0; begin < w.size(0); begin += piece) {
+    const int64_t end = std::min(w.size(0), begin + piece);
+    y.slice(1, begin, end).copy_(at::matmul(flat, w.slice(0, begin, end).to(torch::kFloat32).t()));
+  }
+  auto shape = x.sizes().vec();
+  shape.back() = w.size(0);
+  return y.view(shape);
 }
 
 // Rows of a float matrix up to which dot products keep up with a matrix product.
@@ -227,6 +242,12 @@ torch::Tensor LinearImpl::forward(const torch::Tensor& x) {
 torch::Tensor LinearImpl::multiply(const torch::Tensor& x) {
   check_width(*this, x);
   const auto plain = [&](const torch::Tensor& w) {
+    static const bool slow_bf16 = !has_fast_bf16_products();
+    if (slow_bf16 && x.scalar_type() == torch::kBFloat16 && x.device().is_cpu() && x.numel() > x.size(-1) &&
+        may_shorten({x, w, bias})) {
+      const auto y = times_widened(x, w);
+      return bias.defined() ? y + cast(bias, torch::kBFloat16) : y;
+    }
     return at::linear(x, cast(w, x.scalar_type()), bias.defined() ? cast(bias, x.scalar_type()) : bias);
   };
   if (!blocks_) return plain(weight);

@@ -13,6 +13,7 @@
 #include "moiety/base/log.h"
 #include "moiety/base/text.h"
 #include "moiety/base/version.h"
+#include "moiety/kernels/cpu.h"
 #include "moiety/nn/parameters.h"
 #include "moiety/nn/random_state.h"
 #include "moiety/train/expert_parallel.h"
@@ -130,7 +131,13 @@ Trainer::Trainer(TrainConfig config, TrainOptions options)
   const auto saved = options_.resume == TrainOptions::restart ? std::vector<int64_t>() : folder_->steps();
   check(options_.resume != TrainOptions::required || !saved.empty(), "{} has no checkpoint to go on from",
         folder_->path().string());
-  in_turn([&] { task_ = open_task(config_, {options_.device, folder_->path()}); });
+  TrainConfig computed = config_;
+  if (config_.train.dtype == "bf16" && options_.device.is_cpu() && !has_fast_bf16_products()) {
+    // The run stays one of bf16: elsewhere it goes on as it says.
+    computed.train.dtype = "f32";
+    if (leader()) log::warn("train.dtype is bf16, whose products are slow on this processor: f32 is computed in");
+  }
+  in_turn([&] { task_ = open_task(computed, {options_.device, folder_->path()}); });
   if (options_.prepare) options_.prepare(task_->model());
   if (config_.parallel.experts > 1) spread_experts();
   task_->open_data();
