@@ -3,6 +3,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <iostream>
 #include <optional>
 
@@ -100,9 +101,6 @@ Size size_of(const ExpertLayers& layers) {
 int run(const CompressArguments& a, const Options& o, const std::function<ExpertPlan(const ExpertRequest&)>& decide,
         const ExpertMethod* method) {
   const ExpertLayers layers(Checkpoint::open(a.model));
-  check(!is_gguf(a.out) || layers.checkpoint()->gguf() == nullptr,
-        "{} is a GGUF file: what becomes of it is written as a directory, of which moiety convert makes a GGUF file",
-        a.model);
   ExpertPlan plan;
   if (method == nullptr) {
     plan.layers = planned(layers, o.plan);
@@ -112,12 +110,11 @@ int run(const CompressArguments& a, const Options& o, const std::function<Expert
       calibration =
           calibration_of(a, {a.calibration, o.calibration_file, a.context, a.batch_size, a.limit_tokens}, layers);
     ExpertRequest request{layers, calibration ? &*calibration : nullptr, {o.keep, o.across}, {}, o.seed};
+    std::vector<ExpertAt> protect;
     if (!o.protect.empty())
-      request.protect = o.protect.find(',') != std::string::npos && o.protect.find(".json") == std::string::npos
-                            ? parse_protected(layers, o.protect)
-                            : parse_protected(layers, parse_json(read_text(o.protect), o.protect));
-    else
-      request.protect.resize(layers.layers().size());
+      protect = std::filesystem::exists(o.protect) ? reported_experts(o.protect, layers.checkpoint()->config())
+                                                   : parse_experts(o.protect);
+    request.protect = protected_experts(layers, protect);
     plan = decide(request);
   }
   for (const NewExperts& n : plan.layers) {

@@ -11,12 +11,12 @@
 #include "compress.h"
 #include "moiety/analyze/routing.h"
 #include "moiety/base/error.h"
-#include "moiety/base/files.h"
 #include "moiety/base/progress.h"
 #include "moiety/compress/module_pruning.h"
 #include "moiety/io/checkpoint_writer.h"
 #include "moiety/tasks/scoring.h"
 #include "open_model.h"
+#include "read_texts.h"
 
 namespace moiety::cli {
 namespace {
@@ -34,13 +34,8 @@ std::vector<ModuleUse> module_use(const CompressArguments& a, const OpenModel& o
   options.batch_size = a.batch_size;
   if (adds_bos(*open.tokenizer)) options.bos = *open.tokenizer->bos();
   std::vector<RoutingText> texts;
-  for (const auto& path : a.calibration) {
-    auto ids = open.tokenizer->encode(read_text(path, int64_t{4} << 30), false);
-    check(!ids.empty(), "{} gives no tokens", path);
-    if (a.limit_tokens > 0 && static_cast<int64_t>(ids.size()) > a.limit_tokens)
-      ids.resize(static_cast<size_t>(a.limit_tokens));
-    texts.push_back({path, std::move(ids)});
-  }
+  auto ids = read_texts(*open.tokenizer, a.calibration, a.limit_tokens);
+  for (size_t i = 0; i < ids.size(); ++i) texts.push_back({a.calibration[i], std::move(ids[i])});
   std::optional<Progress> progress;
   const auto statistics = analyze_routing(*open.model, texts, options, [&](int64_t done, int64_t windows) {
     if (!progress) progress.emplace("calibration", windows, "window");

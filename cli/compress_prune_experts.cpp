@@ -31,11 +31,6 @@ CompressWay setup(CLI::App& app, std::shared_ptr<const CompressArguments> a) {
             const auto base = Checkpoint::open(a->model);
             const auto experts =
                 o->report.empty() ? parse_experts(o->experts) : reported_experts(o->report, base->config());
-            // The writer copies the tensors of a GGUF file as they lie in it.
-            check(
-                !base->gguf() || !is_gguf(a->out),
-                "{} is a GGUF file: pruned it is written to a directory, which `moiety convert` turns into GGUF again",
-                a->model);
             WriteOptions write;
             write.overwrite = a->overwrite;
             write.dry_run = a->dry_run;

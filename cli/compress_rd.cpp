@@ -20,6 +20,7 @@
 #include "moiety/io/tokenizer.h"
 #include "moiety/tasks/image_classification.h"
 #include "moiety/tasks/scoring.h"
+#include "read_texts.h"
 
 namespace moiety::cli {
 namespace {
@@ -68,13 +69,10 @@ std::vector<torch::Tensor> windows(const CompressArguments& a, const Options& o,
     torch::manual_seed(0);
     return in_batches(torch::randint(model.vocab_size(), {wanted, length}, torch::kInt64), a.batch_size);
   }
-  const auto tokenizer = Tokenizer::load(checkpoint);
-  std::vector<std::vector<int64_t>> texts;
-  for (const auto& path : a.calibration) {
-    texts.push_back(tokenizer->encode(read_text(path, int64_t{4} << 30), false));
-    check(static_cast<int64_t>(texts.back().size()) >= length, "{} gives fewer than {} tokens, one window", path,
-          length);
-  }
+  const auto texts = read_texts(*Tokenizer::load(checkpoint), a.calibration, a.limit_tokens);
+  for (size_t i = 0; i < texts.size(); ++i)
+    check(static_cast<int64_t>(texts[i].size()) >= length, "{} gives fewer than {} tokens, one window",
+          a.calibration[i], length);
   std::vector<torch::Tensor> rows;
   for (int64_t at = 0; static_cast<int64_t>(rows.size()) < wanted; at += length) {
     const size_t before = rows.size();

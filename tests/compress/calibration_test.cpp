@@ -152,12 +152,9 @@ TEST_F(Calibrating, BestExpertsStayInEveryLayerOrWhereTheyMatter) {
   // 9 of 18: two a layer, then the largest shares: 1/3 in the last, 0.2 in the first.
   EXPECT_EQ(select_experts(layers_, s, {.keep = 0.5, .across = true}),
             (std::vector<std::vector<int64_t>>{{1, 2, 4, 5}, {0, 1}, {0, 1, 2}}));
-  const auto protect = parse_protected(layers_, std::string("1,5;0,0"));
+  const auto protect = protected_experts(layers_, parse_experts("1,5;0,0"));
   EXPECT_EQ(select_experts(layers_, s, {.keep = 1}, protect), (std::vector<std::vector<int64_t>>{{0}, {5}, {0}}));
-  EXPECT_EQ(parse_protected(layers_, nlohmann::json::parse(
-                                         R"({"super_experts": [{"layer_index": 1, "expert_index": 5},
-                                          {"layer_index": 0, "expert_index": 0}, {"layer_index": 2, "expert_index": -1}]})")),
-            protect);
+  EXPECT_EQ(protected_experts(layers_, {{1, 5}, {0, 0}, {2, -1}}), protect);
 }
 
 TEST_F(Calibrating, BadSelectionsAreRefusedInWords) {
@@ -168,11 +165,30 @@ TEST_F(Calibrating, BadSelectionsAreRefusedInWords) {
   EXPECT_EQ(refused(0), "0 experts cannot be kept: give a number, or a share below 1");
   EXPECT_EQ(refused(2.5), "2.5 experts cannot be kept: give a whole number, or a share below 1");
   EXPECT_EQ(refused(7), "layer 0 has 6 experts, 7 cannot be kept");
-  EXPECT_EQ(refused(1, parse_protected(layers_, std::string("2,1;2,0"))),
+  EXPECT_EQ(refused(1, protected_experts(layers_, parse_experts("2,1;2,0"))),
             "layer 2 keeps 1 experts, but 2 are protected");
-  EXPECT_EQ(message_of([&] { parse_protected(layers_, std::string("2,1;x")); }),
-            "'x' names no expert: write LAYER,EXPERT;LAYER,EXPERT");
-  EXPECT_EQ(message_of([&] { parse_protected(layers_, std::string("0,6")); }), "layer 0 has no expert 6: it has 6");
+  EXPECT_EQ(message_of([&] { parse_experts("2,1;x"); }),
+            "'2,1;x' names no experts: LAYER,EXPERT;LAYER,EXPERT is wanted, as 1,68;2,92");
+  EXPECT_EQ(message_of([&] { protected_experts(layers_, parse_experts("0,6")); }), "layer 0 has no expert 6: it has 6");
+}
+
+TEST(KeptInGroups, TheBestOfEveryGroupStay) {
+  auto config = small_mixture::config_of("deepseek_v3", 8, 2);
+  config.update({{"n_group", 2}, {"topk_group", 1}});
+  const ExpertLayers layers(random_checkpoint(config, "/nowhere", 2));
+  const auto s = torch::tensor({8, 7, 6, 5, 4, 3, 2, 1}, torch::kFloat64);
+  EXPECT_EQ(select_experts(layers, {s, s}, {.keep = 0.5}),
+            (std::vector<std::vector<int64_t>>{{0, 1, 4, 5}, {0, 1, 4, 5}}));
+  EXPECT_EQ(select_experts(layers, {s, s}, {.keep = 6}, protected_experts(layers, {{2, 7}}))[1],
+            (std::vector<int64_t>{0, 1, 2, 4, 5, 7}));
+  EXPECT_EQ(message_of([&] {
+              select_experts(layers, {s, s}, {.keep = 3});
+            }),
+            "layer 1 routes in 2 groups, which cannot share 3 experts");
+  EXPECT_NE(message_of([&] {
+              select_experts(layers, {s, s}, {.keep = 0.5, .across = true});
+            }).find("not across layers"),
+            std::string::npos);
 }
 
 TEST_F(Calibrating, RowsThatShareAnExpertCountOnce) {

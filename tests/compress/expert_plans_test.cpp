@@ -114,8 +114,8 @@ TEST(Plans, DernAtOneIsPlainPruning) {
 TEST(Plans, DernRetainsProtectedExperts) {
   const auto base = small_mixture::make("mixtral");
   const ExpertLayers layers(base);
-  const auto plan =
-      plan_dern(layers, calibrated(base), {0.5, false}, parse_protected(layers, std::string("0,5;2,0;2,1;2,2")), {});
+  const auto plan = plan_dern(layers, calibrated(base), {0.5, false},
+                              protected_experts(layers, parse_experts("0,5;2,0;2,1;2,2")), {});
   const auto kept = [&](size_t at) { return plan.report[at]["retained"].get<std::set<int64_t>>(); };
   EXPECT_EQ(kept(0).count(5), 1U);
   EXPECT_EQ(kept(2), (std::set<int64_t>{0, 1, 2}));
@@ -157,7 +157,7 @@ TEST(Plans, UncurlLeavesProtectedExpertsAlone) {
   const auto base = small_mixture::make("mixtral");
   const ExpertLayers layers(base);
   const auto c = calibrated(base);
-  const auto plan = plan_uncurl(layers, c, parse_protected(layers, std::string("0,2;0,4")), {});
+  const auto plan = plan_uncurl(layers, c, protected_experts(layers, parse_experts("0,2;0,4")), {});
   const auto labels = plan.report[0]["labels"].get<std::vector<int64_t>>();
   EXPECT_EQ(plan.report[0]["clusters"], 3);
   for (const size_t alone : {2, 4}) EXPECT_EQ(std::count(labels.begin(), labels.end(), labels[alone]), 1);
@@ -166,7 +166,7 @@ TEST(Plans, UncurlLeavesProtectedExpertsAlone) {
   const ExpertLayers now(small);
   EXPECT_EQ(distance(now.expert(0, labels[4]).up, layers.expert(0, 4).up), 0.0);
   EXPECT_NE(message_of([&] {
-              plan_uncurl(layers, c, parse_protected(layers, std::string("0,0;0,1;0,2;0,3")), {});
+              plan_uncurl(layers, c, protected_experts(layers, parse_experts("0,0;0,1;0,2;0,3")), {});
             }).find("4 experts are protected, but 3"),
             std::string::npos);
 }

@@ -10,32 +10,37 @@ namespace {
 
 using torch::Tensor;
 
+Tensor counts(const Tensor& logits, int64_t top_k, const Tensor& real = {}) {
+  return selection_counts(route_logits(logits, top_k), logits.size(1), real);
+}
+
+Tensor mass_of(const Tensor& logits, int64_t top_k, bool normalize) {
+  return gate_mass(route_logits(logits, top_k, normalize), logits.size(1));
+}
+
 TEST(SelectionCounts, AreOfTheTopOfEachToken) {
   const auto logits = torch::tensor({{3.0, 1.0, 2.0}, {0.0, 5.0, 4.0}, {1.0, 1.0, 0.0}});
   // Ties go to the lowest index.
-  EXPECT_EQ(list_of(selection_counts(logits, 1)), (std::vector<int64_t>{2, 1, 0}));
-  EXPECT_EQ(list_of(selection_counts(logits, 2)), (std::vector<int64_t>{2, 2, 2}));
-  EXPECT_EQ(distance(usage_of(selection_counts(logits, 1)), torch::tensor({2.0, 1.0, 0.0}, torch::kFloat64) / 3.0), 0);
+  EXPECT_EQ(list_of(counts(logits, 1)), (std::vector<int64_t>{2, 1, 0}));
+  EXPECT_EQ(list_of(counts(logits, 2)), (std::vector<int64_t>{2, 2, 2}));
+  EXPECT_EQ(distance(usage_of(counts(logits, 1)), torch::tensor({2.0, 1.0, 0.0}, torch::kFloat64) / 3.0), 0);
 }
 
 TEST(SelectionCounts, LeavePaddingOut) {
   const auto logits = torch::tensor({{3.0, 1.0}, {0.0, 5.0}, {0.0, 5.0}});
   for (const auto type : {torch::kInt64, torch::kBool})
-    EXPECT_EQ(list_of(selection_counts(logits, 1, torch::tensor({1, 0, 1}).to(type))), (std::vector<int64_t>{1, 1}));
+    EXPECT_EQ(list_of(counts(logits, 1, torch::tensor({1, 0, 1}).to(type))), (std::vector<int64_t>{1, 1}));
 }
 
 TEST(SelectionCounts, OfNothingAreAnError) {
   const auto padding = torch::zeros({2}, torch::kInt64);
+  EXPECT_NE(message_of([&] { usage_of(counts(torch::ones({2, 3}), 1, padding)); }).find("padding"), std::string::npos);
+  EXPECT_NE(message_of([&] { real_tokens(2, padding); }).find("padding"), std::string::npos);
   EXPECT_NE(message_of([&] {
-              usage_of(selection_counts(torch::ones({2, 3}), 1, padding));
-            }).find("padding"),
-            std::string::npos);
-  EXPECT_NE(message_of([&] { real_tokens(torch::ones({2, 3}), padding); }).find("padding"), std::string::npos);
-  EXPECT_NE(message_of([&] {
-              selection_counts(torch::ones({3, 3}), 1, padding);
+              counts(torch::ones({3, 3}), 1, padding);
             }).find("2 entries for 3 tokens"),
             std::string::npos);
-  EXPECT_THROW(selection_counts(torch::ones({2, 3}), 4), Error);
+  EXPECT_THROW(counts(torch::ones({2, 3}), 4), Error);
 }
 
 TEST(CosineAffinity, IsOfColumnsNotCentred) {
@@ -81,7 +86,7 @@ TEST(CosineAffinity, IgnoresPadding) {
 TEST(GateMass, IsTheGatesOfThoseChosen) {
   const auto logits = torch::tensor({{0.0, 1.0, 2.0}, {3.0, 0.0, 1.0}});
   const auto p = torch::softmax(logits.to(torch::kFloat64), -1);
-  const auto raw = gate_mass(logits, 2, false), shared = gate_mass(logits, 2, true);
+  const auto raw = mass_of(logits, 2, false), shared = mass_of(logits, 2, true);
   EXPECT_NEAR(raw[0].item<double>(), p[1][0].item<double>(), 1e-6);
   EXPECT_NEAR(raw[1].item<double>(), p[0][1].item<double>(), 1e-6);
   EXPECT_NEAR(raw[2].item<double>(), (p[0][2] + p[1][2]).item<double>(), 1e-6);
@@ -91,9 +96,9 @@ TEST(GateMass, IsTheGatesOfThoseChosen) {
 }
 
 TEST(GateMass, ChoosesByLogitsWhereTheSoftmaxIsZero) {
-  const auto mass = gate_mass(torch::tensor({{300.0, 0.0, 1.0}}), 2, false);
+  const auto mass = mass_of(torch::tensor({{300.0, 0.0, 1.0}}), 2, false);
   EXPECT_EQ(mass[0].item<double>(), 1.0);
-  EXPECT_EQ(list_of(selection_counts(torch::tensor({{300.0, 0.0, 1.0}}), 2)), (std::vector<int64_t>{1, 0, 1}));
+  EXPECT_EQ(list_of(counts(torch::tensor({{300.0, 0.0, 1.0}}), 2)), (std::vector<int64_t>{1, 0, 1}));
 }
 
 class Neurons : public testing::TestWithParam<bool> {};

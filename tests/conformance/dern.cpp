@@ -33,8 +33,8 @@ DernConfig config_of(const Case& c) {
 
 torch::Tensor importance_of(const Case& c) {
   const auto logits = c.in("router_logits");
-  return gate_mass(logits, c.config.at("top_k"), c.config.at("norm_topk_prob")) /
-         static_cast<double>(real_tokens(logits));
+  return gate_mass(route_logits(logits, c.config.at("top_k"), c.config.at("norm_topk_prob")), logits.size(1)) /
+         static_cast<double>(real_tokens(logits.size(0)));
 }
 
 MOIETY_OP("dern", "importance", [](const Case& c) -> Outputs {

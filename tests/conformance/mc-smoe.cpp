@@ -12,7 +12,7 @@ namespace {
 
 MOIETY_OP("mc-smoe", "statistics", [](const Case& c) -> Outputs {
   const auto logits = c.in("router_logits");
-  return {{"usage", usage_of(selection_counts(logits, c.config.at("top_k")))},
+  return {{"usage", usage_of(selection_counts(route_logits(logits, c.config.at("top_k")), logits.size(1)))},
           {"similarity", cosine_affinity(logit_gram(logits))}};
 });
 

@@ -15,7 +15,7 @@ std::vector<ExpertWeights> experts_of(const Case& c) {
 
 MOIETY_OP("uncurl", "statistics", [](const Case& c) -> Outputs {
   const auto logits = c.in("router_logits"), mask = c.has("mask") ? c.in("mask") : torch::Tensor();
-  return {{"usage", usage_of(selection_counts(logits, c.config.at("top_k"), mask))},
+  return {{"usage", usage_of(selection_counts(route_logits(logits, c.config.at("top_k")), logits.size(1), mask))},
           {"affinity", cosine_affinity(logit_gram(logits, mask))}};
 });
 

@@ -7,6 +7,7 @@
 #include "moiety/base/error.h"
 #include "moiety/base/html.h"
 #include "moiety/compress/expert_selection.h"
+#include "moiety/compress/expert_statistics.h"
 
 namespace moiety {
 namespace pages {
@@ -28,11 +29,9 @@ json table(const Tensor& t) {
   return rows;
 }
 
-// G [n, n], inner products of n vectors -> their cosines; 0 where a vector is 0.
+// The cosines behind an affinity.
 Tensor cosines(const Tensor& gram) {
-  const auto size = gram.diagonal().clamp_min(0.0).sqrt();
-  const auto inverse = torch::where(size > 0, 1.0 / size, torch::zeros_like(size));
-  return gram * inverse.unsqueeze(1) * inverse.unsqueeze(0);
+  return 2.0 * cosine_affinity(gram) - 1.0;
 }
 
 // The pair of different experts with the largest entry.

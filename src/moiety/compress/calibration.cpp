@@ -9,9 +9,9 @@
 
 #include "moiety/base/config.h"
 #include "moiety/base/error.h"
+#include "moiety/compress/expert_statistics.h"
 #include "moiety/io/safetensors.h"
 #include "moiety/io/sha256.h"
-#include "moiety/moe/routing_counts.h"
 #include "moiety/moe/watch.h"
 #include "moiety/nn/weights.h"
 
@@ -28,7 +28,6 @@ template <class Layer, class F>
 void each_tensor(Layer& l, const F& f) {
   f("load", l.load);
   f("gates", l.gates);
-  f("probability", l.probability);
   f("gram", l.gram);
   f("pairs", l.pairs);
   f("output", l.output);
@@ -49,20 +48,15 @@ std::string fingerprint(const std::vector<std::vector<int64_t>>& texts, const Wi
 // One record of a router, padding left out.
 void count(LayerCalibration& l, const Trace::Record& record, const torch::Tensor& mask) {
   const auto& r = record.routing;
-  check(r.logits.defined() && r.logits.size(1) == l.load.numel(),
+  const int64_t rows = l.load.numel();
+  check(r.logits.defined() && r.logits.size(1) == rows,
         "block {}: its router gives {} logits, the checkpoint has {} experts there", l.block,
-        r.logits.defined() ? r.logits.size(1) : 0, l.load.numel());
+        r.logits.defined() ? r.logits.size(1) : 0, rows);
   const auto real = mask.reshape({-1});
-  RoutingCounts counts;
-  counts.add(record, real);
-  l.tokens += counts.tokens;
-  l.load += counts.load;
-  l.probability += counts.probability;
-  const auto logits = r.logits.to(torch::kCPU).index({real}).to(torch::kFloat64);
-  l.gram.addmm_(logits.t(), logits);
-  const auto chosen = r.experts.to(torch::kCPU);
-  const auto gates = r.gates.to(torch::kCPU, torch::kFloat64).masked_fill(~((chosen >= 0) & real.unsqueeze(1)), 0.0);
-  l.gates.index_add_(0, chosen.clamp_min(0).reshape({-1}), gates.reshape({-1}));
+  l.tokens += real_tokens(real.numel(), real);
+  l.load += selection_counts(r, rows, real);
+  l.gates += gate_mass(r, rows, real);
+  l.gram += logit_gram(r.logits, real);
 }
 
 // One call of a layer's experts.
@@ -95,7 +89,6 @@ Calibration empty_for(const ExpertLayers& layers) {
     l.block = layer.block;
     l.load = torch::zeros({layer.rows}, torch::kInt64);
     l.gates = torch::zeros({layer.rows}, torch::kFloat64);
-    l.probability = torch::zeros({layer.rows}, torch::kFloat64);
     l.gram = torch::zeros({layer.rows, layer.rows}, torch::kFloat64);
     l.pairs = torch::zeros({layer.experts}, torch::kInt64);
     l.output = torch::zeros({layer.experts}, torch::kFloat64);
@@ -115,8 +108,7 @@ int64_t number(const std::map<std::string, std::string>& meta, const std::string
 }  // namespace
 
 torch::Tensor LayerCalibration::usage() const {
-  const auto l = load.to(torch::kFloat64);
-  return l / l.sum().clamp_min(1.0);
+  return usage_of(load);
 }
 
 torch::Tensor LayerCalibration::importance() const {
@@ -189,9 +181,8 @@ Calibration Calibration::load(const std::filesystem::path& path) {
             where, l.block, name);
     });
     const int64_t rows = l.load.numel(), experts = l.pairs.numel();
-    check(l.load.dim() == 1 && l.gates.sizes() == l.load.sizes() && l.probability.sizes() == l.load.sizes() &&
-              l.gram.dim() == 2 && l.gram.size(0) == rows && l.gram.size(1) == rows && l.pairs.dim() == 1 &&
-              l.output.dim() == 1 && l.output.numel() == experts,
+    check(l.load.dim() == 1 && l.gates.sizes() == l.load.sizes() && l.gram.dim() == 2 && l.gram.size(0) == rows &&
+              l.gram.size(1) == rows && l.pairs.dim() == 1 && l.output.dim() == 1 && l.output.numel() == experts,
           "{}: the tensors of layer {} do not fit each other", where, l.block);
     c.layers.push_back(std::move(l));
   }

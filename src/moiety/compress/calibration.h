@@ -18,14 +18,13 @@ namespace moiety {
 struct LayerCalibration {
   int64_t block = 0;
   int64_t tokens = 0;
-  torch::Tensor load;         ///< [rows] int64: tokens that chose the expert
-  torch::Tensor gates;        ///< [rows] f64: sum of the gates really applied, 0 where not chosen
-  torch::Tensor probability;  ///< [rows] f64: sum of the router's scores
-  torch::Tensor gram;         ///< [rows, rows] f64: R^T R of the raw logits R [tokens, rows]
-  torch::Tensor pairs;        ///< [experts] int64: (token, expert) pairs; rows that share an expert are one pair
-  torch::Tensor output;       ///< [experts] f64: sum over pairs of gate * |expert(x)|_2
+  torch::Tensor load;    ///< [rows] int64: tokens that chose the expert
+  torch::Tensor gates;   ///< [rows] f64: sum of the gates really applied, 0 where not chosen
+  torch::Tensor gram;    ///< [rows, rows] f64: R^T R of the raw logits R [tokens, rows]
+  torch::Tensor pairs;   ///< [experts] int64: (token, expert) pairs; rows that share an expert are one pair
+  torch::Tensor output;  ///< [experts] f64: sum over pairs of gate * |expert(x)|_2
 
-  torch::Tensor usage() const;       ///< [rows] f64: load over all choices
+  torch::Tensor usage() const;       ///< [rows] f64: load over all choices. Error: there are none
   torch::Tensor importance() const;  ///< [rows] f64: gates over tokens
   /// [experts] f64: mean over the tokens of an expert of gate * |expert(x)|_2; 0 for one that was never chosen (REAP:
   /// Lasby et al. 2025, arXiv 2510.13999).

@@ -184,7 +184,8 @@ ExpertLayers::ExpertLayers(std::shared_ptr<const Checkpoint> checkpoint) : check
                 .map = m.expert_map,
                 .top_k = m.router.top_k,
                 .width = m.width,
-                .hidden = c.hidden};
+                .hidden = c.hidden,
+                .groups = std::max<int64_t>(1, m.router.groups)};
     auto places = std::make_unique<Places>();
     const std::string prefix = prefix_of(*checkpoint_, block);
     std::set<std::string> leaves;
@@ -321,7 +322,7 @@ bool identity(const std::vector<int64_t>& map, int64_t experts) {
 }
 
 void check_plan(const NewExperts& n, const ExpertLayers::Layer& l, const TopKRouterOptions& router) {
-  const int64_t groups = router.groups;
+  const int64_t groups = l.groups;
   check(!n.rows.empty() && !n.from.empty(), "layer {} would be left without experts", l.block);
   std::set<int64_t> seen;
   for (const int64_t r : n.rows) {

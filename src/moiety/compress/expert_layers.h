@@ -23,6 +23,7 @@ class ExpertLayers {
     int64_t rows = 0;          ///< of the router; more than `experts` where rows share one
     std::vector<int64_t> map;  ///< row -> expert; empty: the identity
     int64_t top_k = 0, width = 0, hidden = 0;
+    int64_t groups = 1;  ///< equal parts of the experts that a token chooses among first (DeepSeek-V3)
   };
 
   /// Error: a config of no decoder, no layer with experts, a part that replaces its experts, tensors that are missing.

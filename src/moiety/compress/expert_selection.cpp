@@ -12,56 +12,27 @@
 
 namespace moiety {
 
-using nlohmann::json;
-
-int64_t KeepRule::of_layer(int64_t block, int64_t experts) const {
+int64_t KeepRule::of_layer(int64_t block, int64_t experts, int64_t groups) const {
   check(std::isfinite(keep) && keep > 0.0, "{} experts cannot be kept: give a number, or a share below 1", keep);
-  if (keep < 1.0) return std::max<int64_t>(1, std::llround(keep * static_cast<double>(experts)));
+  if (keep < 1.0) {
+    const int64_t each = std::llround(keep * static_cast<double>(experts) / static_cast<double>(groups));
+    return groups * std::max<int64_t>(1, each);
+  }
   check(keep == std::floor(keep), "{} experts cannot be kept: give a whole number, or a share below 1", keep);
   check(keep <= static_cast<double>(experts), "layer {} has {} experts, {} cannot be kept", block, experts, keep);
-  return static_cast<int64_t>(keep);
+  const auto count = static_cast<int64_t>(keep);
+  check(count % groups == 0, "layer {} routes in {} groups, which cannot share {} experts", block, groups, count);
+  return count;
 }
 
-namespace {
-
-void protect(const ExpertLayers& layers, ProtectedExperts& out, int64_t block, int64_t expert) {
-  const size_t at = layers.of_block(block);
-  check(expert >= 0 && expert < layers.layers()[at].experts, "layer {} has no expert {}: it has {}", block, expert,
-        layers.layers()[at].experts);
-  out[at].insert(expert);
-}
-
-}  // namespace
-
-ProtectedExperts parse_protected(const ExpertLayers& layers, const std::string& list) {
+ProtectedExperts protected_experts(const ExpertLayers& layers, const std::vector<ExpertAt>& experts) {
   ProtectedExperts out(layers.layers().size());
-  std::string rest = list;
-  while (!rest.empty()) {
-    const auto end = rest.find(';');
-    const std::string pair = rest.substr(0, end);
-    rest = end == std::string::npos ? std::string() : rest.substr(end + 1);
-    if (pair.empty()) continue;
-    const auto comma = pair.find(',');
-    const auto digits = [](const std::string& s) {
-      return !s.empty() && s.size() < 10 && s.find_first_not_of("0123456789") == std::string::npos;
-    };
-    check(comma != std::string::npos && digits(pair.substr(0, comma)) && digits(pair.substr(comma + 1)),
-          "'{}' names no expert: write LAYER,EXPERT;LAYER,EXPERT", shown(pair));
-    protect(layers, out, std::stoll(pair.substr(0, comma)), std::stoll(pair.substr(comma + 1)));
-  }
-  return out;
-}
-
-ProtectedExperts parse_protected(const ExpertLayers& layers, const json& report) {
-  const json& list = report.is_object() && report.contains("super_experts") ? report["super_experts"] : report;
-  check(list.is_array(), "a report of experts is a list of objects with layer_index and expert_index");
-  ProtectedExperts out(layers.layers().size());
-  for (const json& e : list) {
-    check(e.is_object() && e.contains("layer_index") && e["layer_index"].is_number_integer() &&
-              e.contains("expert_index") && e["expert_index"].is_number_integer(),
-          "a report of experts holds {}, not an object with layer_index and expert_index", e.dump());
-    if (e["expert_index"] == -1) continue;  // the shared expert
-    protect(layers, out, e["layer_index"].get<int64_t>(), e["expert_index"].get<int64_t>());
+  for (const ExpertAt& e : experts) {
+    const size_t at = layers.of_block(e.layer);
+    if (e.expert == -1) continue;  // the shared one
+    check(e.expert >= 0 && e.expert < layers.layers()[at].experts, "layer {} has no expert {}: it has {}", e.layer,
+          e.expert, layers.layers()[at].experts);
+    out[at].insert(e.expert);
   }
   return out;
 }
@@ -105,6 +76,9 @@ std::vector<std::vector<int64_t>> select_experts(const ExpertLayers& layers, con
   const auto& all = layers.layers();
   check(scores.size() == all.size(), "scores of {} layers do not fit {} layers with experts", scores.size(),
         all.size());
+  for (const auto& l : all)
+    check(!rule.across || l.groups == 1,
+          "layer {} routes in groups of experts, which every layer has as many of: not across layers", l.block);
   struct Candidate {
     size_t layer;
     int64_t expert;
@@ -125,15 +99,20 @@ std::vector<std::vector<int64_t>> select_experts(const ExpertLayers& layers, con
     for (int64_t e = 0; e < all[i].experts; ++e)
       by_layer[i].push_back({i, e, s.const_data_ptr<double>()[e] / sum, i < keep.size() && keep[i].count(e) > 0});
     std::stable_sort(by_layer[i].begin(), by_layer[i].end(), best);
-    places += rule.of_layer(all[i].block, all[i].experts);
+    places += rule.of_layer(all[i].block, all[i].experts, all[i].groups);
   }
   std::vector<std::vector<int64_t>> kept(all.size());
   if (!rule.across) {
     for (size_t i = 0; i < all.size(); ++i) {
-      const int64_t count = rule.of_layer(all[i].block, all[i].experts);
-      const auto fixed = std::count_if(by_layer[i].begin(), by_layer[i].end(), [](const auto& c) { return c.stays; });
-      check(fixed <= count, "layer {} keeps {} experts, but {} are protected", all[i].block, count, fixed);
-      for (int64_t n = 0; n < count; ++n) kept[i].push_back(by_layer[i][static_cast<size_t>(n)].expert);
+      const auto& l = all[i];
+      const int64_t each = rule.of_layer(l.block, l.experts, l.groups) / l.groups, size = l.experts / l.groups;
+      std::vector<int64_t> taken(static_cast<size_t>(l.groups)), fixed(taken);
+      for (const Candidate& c : by_layer[i]) fixed[static_cast<size_t>(c.expert / size)] += c.stays ? 1 : 0;
+      const int64_t most = *std::max_element(fixed.begin(), fixed.end());
+      check(most <= each, "layer {} keeps {} experts{}, but {} are protected", l.block, each,
+            l.groups > 1 ? " of a group" : "", most);
+      for (const Candidate& c : by_layer[i])
+        if (taken[static_cast<size_t>(c.expert / size)]++ < each) kept[i].push_back(c.expert);
     }
   } else {
     std::vector<Candidate> rest;

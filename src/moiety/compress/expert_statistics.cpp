@@ -1,6 +1,5 @@
 #include "moiety/compress/expert_statistics.h"
 
-#include <ATen/Parallel.h>
 #include <torch/torch.h>
 
 #include <algorithm>
@@ -8,6 +7,7 @@
 #include "moiety/base/error.h"
 #include "moiety/compress/assignment.h"
 #include "moiety/moe/topk.h"
+#include "moiety/nn/parallel.h"
 
 namespace moiety {
 namespace {
@@ -16,30 +16,29 @@ using torch::Tensor;
 
 constexpr double kLeastNorm = 1e-7;
 
-/// The rows that count, on the CPU in f32.
-Tensor real_rows(const Tensor& logits, const Tensor& real) {
-  check(logits.dim() == 2, "router logits are a matrix, tokens by experts, not of {} dimensions", logits.dim());
-  auto rows = logits.detach().to(torch::kCPU, torch::kFloat32);
-  if (real.defined()) {
-    check(real.dim() == 1 && real.size(0) == logits.size(0), "a mask of {} entries for {} tokens", real.numel(),
-          logits.size(0));
-    rows = rows.index_select(0, real.to(torch::kCPU).ne(0).nonzero().squeeze(1));
-  }
-  check(!rows.isnan().any().item<bool>(), "a router logit is not a number");
-  return rows;
+/// Of `rows` tokens the indices that count; undefined: all do.
+Tensor real_rows(int64_t rows, const Tensor& real) {
+  if (!real.defined()) return {};
+  check(real.dim() == 1 && real.size(0) == rows, "a mask of {} entries for {} tokens", real.numel(), rows);
+  return real.to(torch::kCPU).ne(0).nonzero().squeeze(1);
+}
+
+Tensor only(const Tensor& t, const Tensor& rows) {
+  const auto here = t.detach().to(torch::kCPU);
+  return rows.defined() ? here.index_select(0, rows) : here;
 }
 
 }  // namespace
 
-int64_t real_tokens(const Tensor& logits, const Tensor& real) {
-  const int64_t n = real.defined() ? real.ne(0).sum().item<int64_t>() : logits.size(0);
+int64_t real_tokens(int64_t rows, const Tensor& real) {
+  const int64_t n = real.defined() ? real_rows(rows, real).numel() : rows;
   check(n > 0, "no token to look at: the calibration text is empty, or all of it is padding");
   return n;
 }
 
-Tensor selection_counts(const Tensor& logits, int64_t top_k, const Tensor& real) {
-  const auto rows = real_rows(logits, real);
-  return torch::bincount(moiety::top_k(rows, top_k).second.reshape({-1}), {}, rows.size(1));
+Tensor selection_counts(const Routing& routing, int64_t experts, const Tensor& real) {
+  const auto chosen = only(routing.experts, real_rows(routing.experts.size(0), real)).reshape({-1});
+  return torch::bincount(chosen.masked_select(chosen >= 0), {}, experts);
 }
 
 Tensor usage_of(const Tensor& counts) {
@@ -49,9 +48,38 @@ Tensor usage_of(const Tensor& counts) {
   return c / all;
 }
 
+Tensor gate_mass(const Routing& routing, int64_t experts, const Tensor& real) {
+  const auto rows = real_rows(routing.experts.size(0), real);
+  const auto chosen = only(routing.experts, rows).contiguous();
+  const auto gates = only(routing.gates, rows).to(torch::kFloat32).contiguous();
+  // Entry by entry in the order of tokens, whatever the number of threads.
+  auto mass = torch::zeros({experts}, torch::kFloat64);
+  double* to = mass.data_ptr<double>();
+  const float* g = gates.const_data_ptr<float>();
+  const int64_t* e = chosen.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < chosen.numel(); ++i)
+    if (e[i] >= 0) to[e[i]] += g[i];
+  return mass;
+}
+
 Tensor logit_gram(const Tensor& logits, const Tensor& real) {
-  const auto rows = real_rows(logits, real).to(torch::kFloat64);
+  check(logits.dim() == 2, "router logits are a matrix, tokens by experts, not of {} dimensions", logits.dim());
+  const auto rows = only(logits, real_rows(logits.size(0), real)).to(torch::kFloat64);
+  check(!rows.isnan().any().item<bool>(), "a router logit is not a number");
   return torch::matmul(rows.t(), rows);
+}
+
+Routing route_logits(const Tensor& logits, int64_t top_k, bool normalize) {
+  check(logits.dim() == 2, "router logits are a matrix, tokens by experts, not of {} dimensions", logits.dim());
+  Routing out;
+  out.logits = logits.detach().to(torch::kFloat32);
+  check(!out.logits.isnan().any().item<bool>(), "a router logit is not a number");
+  out.scores = torch::softmax(out.logits, -1);
+  // The logits choose: their softmax may round two of them to one number.
+  out.experts = moiety::top_k(out.logits, top_k).second;
+  out.gates = out.scores.gather(1, out.experts);
+  if (normalize) out.gates = out.gates / out.gates.sum(-1, true);
+  return out;
 }
 
 Tensor cosine_affinity(const Tensor& gram) {
@@ -63,22 +91,6 @@ Tensor cosine_affinity(const Tensor& gram) {
   affinity = 0.5 * (affinity + affinity.t());  // products are symmetric to rounding only
   affinity.diagonal().fill_(1.0);
   return affinity;
-}
-
-Tensor gate_mass(const Tensor& logits, int64_t top_k, bool normalize, const Tensor& real) {
-  const auto rows = real_rows(logits, real);
-  // The logits choose: their softmax may round two of them to one number.
-  const auto chosen = moiety::top_k(rows, top_k).second;
-  auto gates = torch::softmax(rows, -1).gather(1, chosen);
-  if (normalize) gates = gates / gates.sum(-1, true);
-  // Entry by entry in the order of tokens, whatever the number of threads.
-  auto mass = torch::zeros({rows.size(1)}, torch::kFloat64);
-  double* to = mass.data_ptr<double>();
-  const auto flat = gates.contiguous(), by = chosen.contiguous();
-  const float* g = flat.const_data_ptr<float>();
-  const int64_t* e = by.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < flat.numel(); ++i) to[e[i]] += g[i];
-  return mass;
 }
 
 int64_t width_of(const ExpertWeights& expert) {
@@ -173,7 +185,7 @@ std::vector<std::vector<int64_t>> members_of(const Tensor& labels) {
 }
 
 void for_each_expert(int64_t count, const std::function<void(int64_t)>& body) {
-  at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) body(i);
   });
 }

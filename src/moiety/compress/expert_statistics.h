@@ -8,26 +8,28 @@
 #include <vector>
 
 #include "moiety/compress/expert_weights.h"
+#include "moiety/nn/routing.h"
 
 namespace moiety {
 
-// --- the router; logits [N, E] of any float type, `real` [N] true or not 0 where a token is no padding (undefined:
-// all)
+// --- the router; `real` [N] is true or not 0 where a token is no padding (undefined: all)
 
-/// How often each expert is among the top_k of a token's raw logits, ties to the lowest index: [E] int64.
-torch::Tensor selection_counts(const torch::Tensor& logits, int64_t top_k, const torch::Tensor& real = {});
+/// How often each of `experts` experts was chosen: [experts] int64. Error: a mask of another length.
+torch::Tensor selection_counts(const Routing& routing, int64_t experts, const torch::Tensor& real = {});
 /// counts / sum of counts: [E] f64. Error: nothing was counted.
 torch::Tensor usage_of(const torch::Tensor& counts);
-/// Sum over tokens of R^T R, [E, E] f64: Gram matrices of parts of a text add up.
+/// Sum over tokens of the gates that each expert got: [experts] f64; see real_tokens for the mean.
+torch::Tensor gate_mass(const Routing& routing, int64_t experts, const torch::Tensor& real = {});
+/// Sum over tokens of R^T R, R the raw logits [N, E]: [E, E] f64. Gram matrices of parts of a text add up. Error: NaN.
 torch::Tensor logit_gram(const torch::Tensor& logits, const torch::Tensor& real = {});
 /// (cos(R[:, i], R[:, j]) + 1) / 2 from that sum, not centred; norms count as 1e-7 at least, the diagonal is 1: [E, E]
 /// f64.
 torch::Tensor cosine_affinity(const torch::Tensor& gram);
-/// Sum over tokens of [e in top-k] * g_e, g the softmax over all experts, over its sum on the chosen where
-/// `normalize`: [E] f64; see real_tokens for the mean.
-torch::Tensor gate_mass(const torch::Tensor& logits, int64_t top_k, bool normalize, const torch::Tensor& real = {});
-/// How many rows count. Error: none.
-int64_t real_tokens(const torch::Tensor& logits, const torch::Tensor& real = {});
+/// How many of N rows count. Error: none.
+int64_t real_tokens(int64_t rows, const torch::Tensor& real = {});
+/// What a plain router makes of logits [N, E]: the top_k raw logits, ties to the lowest index, gates their softmax over
+/// all experts, over its sum on the chosen where `normalize`.
+Routing route_logits(const torch::Tensor& logits, int64_t top_k, bool normalize = false);
 
 // --- experts
 

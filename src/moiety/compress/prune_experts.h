@@ -28,8 +28,7 @@ std::vector<ExpertAt> parse_experts(const std::string& text);
 torch::Tensor without_experts(const torch::Tensor& down, const std::vector<int64_t>& experts);
 
 /// The checkpoint with the down projections (and their biases) of these experts zeroed, in any layout and format;
-/// nothing else changes. Of a GGUF file the view is to be read or written to a directory: write_gguf copies the file's
-/// own tensors. Error naming layer or expert, and which there are.
+/// nothing else changes. Error naming layer or expert, and which there are.
 std::shared_ptr<const Checkpoint> prune_experts(std::shared_ptr<const Checkpoint> base,
                                                 const std::vector<ExpertAt>& experts);
 

@@ -112,10 +112,8 @@ Tensor drawn_entries(int64_t vocabulary, int64_t entries, uint64_t seed) {
 }
 
 Tensor logits_of(Decoder& model, const Tensor& x, const Tensor& entries) {
-  auto logits = entries.defined() ? torch::matmul(x, model.head->rows(entries, x.scalar_type()).t()) : model.head(x);
-  logits = logits.to(torch::kFloat32) * model.parsed.logits_scale;
-  const double cap = model.parsed.logits_softcap;
-  return cap != 0.0 ? torch::tanh(logits / cap) * cap : logits;
+  return model.finished(entries.defined() ? torch::matmul(x, model.head->rows(entries, x.scalar_type()).t())
+                                          : model.head(x));
 }
 
 }  // namespace
@@ -149,11 +147,7 @@ StagedModel stages_of(CausalModel& causal, int64_t entries, uint64_t seed) {
   Finder finder(model, model.stored());
   finder.skip(model.embed->weight);
   const auto contexts = std::make_shared<Contexts>();
-  out.stages.push_back([&model](const Tensor& ids) {
-    const auto x = model.embed->rows(ids, model.dtype());
-    return model.parsed.embedding_scale != 1.0 ? x * torch::scalar_tensor(model.parsed.embedding_scale, x.options())
-                                               : x;
-  });
+  out.stages.push_back([&model](const Tensor& ids) { return model.embedded(ids); });
   for (int64_t i = 0; i < model.blocks(); ++i) {
     out.stages.push_back([&model, contexts, i](const Tensor& x) {
       Pass pass;

@@ -25,6 +25,7 @@
 #include "moiety/io/gguf_tokenizer.h"
 #include "moiety/io/hf_defaults.h"
 #include "moiety/io/mapped_file.h"
+#include "moiety/io/overlay.h"
 #include "moiety/io/tokenizer_files.h"
 
 namespace fs = std::filesystem;
@@ -740,6 +741,10 @@ WriteReport write_gguf_checked(const Checkpoint& ckpt, const fs::path& file, con
         file.string());
   WriteReport out;
   const auto source = ckpt.gguf();
+  check(!source || !is_overlay(ckpt),
+        "{} is a GGUF file: what was changed in it is written as a directory, of which `moiety convert` makes a GGUF "
+        "file",
+        ckpt.path().string());
   const bool edge = edge_experts_of(ckpt) != nullptr;
   const json& config = ckpt.config();
   const Sources sources(ckpt);

@@ -64,6 +64,10 @@ std::shared_ptr<const Checkpoint> overlay(std::shared_ptr<const Checkpoint> base
   return std::make_shared<Overlay>(std::move(base), std::move(config), std::move(tensors), removed);
 }
 
+bool is_overlay(const Checkpoint& checkpoint) {
+  return dynamic_cast<const Overlay*>(&checkpoint) != nullptr;
+}
+
 OverlayTensor overlay_of(std::string name, std::vector<int64_t> shape, std::vector<float> values) {
   OverlayTensor t;
   t.info.name = std::move(name);

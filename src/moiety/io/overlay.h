@@ -22,6 +22,9 @@ std::shared_ptr<const Checkpoint> overlay(std::shared_ptr<const Checkpoint> base
                                           std::vector<OverlayTensor> tensors,
                                           const std::set<std::string>& removed = {});
 
+/// Whether a checkpoint comes of overlay(): a GGUF file behind it then does not hold what it is.
+bool is_overlay(const Checkpoint& checkpoint);
+
 /// A tensor of numbers in memory.
 OverlayTensor overlay_of(std::string name, std::vector<int64_t> shape, std::vector<float> values);
 

@@ -821,16 +821,29 @@ int64_t Decoder::experts(int64_t block) const {
   return layers[static_cast<size_t>(block)]->ffn->expert_count();
 }
 
-torch::Tensor Decoder::hidden(const torch::Tensor& ids, Pass& pass) {
-  check(ids.dim() == 2 && ids.scalar_type() == torch::kInt64, "token ids must be int64 [batch, time]");
-  const int64_t batch = ids.size(0), tokens = ids.size(1), past = pass.cache ? pass.cache->length() : 0;
-  check(tokens > 0 && batch > 0, "a pass needs at least one token");
+torch::Tensor Decoder::embedded(const torch::Tensor& ids) {
   if (ids.device().is_cpu()) {
     const auto [low, high] = at::aminmax(ids);
     check(low.item<int64_t>() >= 0 && high.item<int64_t>() < parsed.vocab,
           "token ids must lie between 0 and {}; found {} to {}", parsed.vocab - 1, low.item<int64_t>(),
           high.item<int64_t>());
   }
+  const auto x = embed->rows(ids, dtype_);
+  return parsed.embedding_scale != 1.0 ? x * torch::scalar_tensor(parsed.embedding_scale, x.options()) : x;
+}
+
+torch::Tensor Decoder::finished(const torch::Tensor& products) const {
+  auto logits = products.to(torch::kFloat32);
+  if (parsed.logits_scale != 1.0) logits = logits * parsed.logits_scale;
+  if (parsed.logits_softcap != 0.0) logits = torch::tanh(logits / parsed.logits_softcap) * parsed.logits_softcap;
+  return logits;
+}
+
+torch::Tensor Decoder::hidden(const torch::Tensor& ids, Pass& pass) {
+  check(ids.dim() == 2 && ids.scalar_type() == torch::kInt64, "token ids must be int64 [batch, time]");
+  const int64_t batch = ids.size(0), tokens = ids.size(1), past = pass.cache ? pass.cache->length() : 0;
+  check(tokens > 0 && batch > 0, "a pass needs at least one token");
+  auto x = embedded(ids);
   const auto whole = ids.options().dtype(torch::kInt64);
   const auto past_mask = pass.cache ? pass.cache->mask() : torch::Tensor();
   torch::Tensor padding;
@@ -859,8 +872,6 @@ torch::Tensor Decoder::hidden(const torch::Tensor& ids, Pass& pass) {
                     : positions + past;
   }
   const auto context = std::make_shared<const AttentionContext>(positions, past, padding, pass.segments);
-  auto x = embed->rows(ids, dtype_);
-  if (parsed.embedding_scale != 1.0) x = x * torch::scalar_tensor(parsed.embedding_scale, x.options());
   const bool recomputed = pass.recompute_blocks && torch::GradMode::is_enabled();
   const auto short_way = run_token_blocks(layers, x, *context, pass);
   if (short_way.defined()) x = short_way;
@@ -897,10 +908,7 @@ torch::Tensor Decoder::hidden(const torch::Tensor& ids, Pass& pass) {
 torch::Tensor Decoder::forward(const torch::Tensor& ids, Pass& pass) {
   auto x = hidden(ids, pass);
   if (pass.last_logits_only) x = x.narrow(1, x.size(1) - 1, 1);
-  auto logits = head(x).to(torch::kFloat32);
-  if (parsed.logits_scale != 1.0) logits = logits * parsed.logits_scale;
-  if (parsed.logits_softcap != 0.0) logits = torch::tanh(logits / parsed.logits_softcap) * parsed.logits_softcap;
-  return logits;
+  return finished(head(x));
 }
 
 std::vector<StoredTensor> CausalModel::stored() const {

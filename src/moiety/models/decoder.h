@@ -45,6 +45,10 @@ class Decoder : public CausalModel {
   const nlohmann::json& config() const override { return json_; }
   std::vector<StoredTensor> stored() const override { return stored_tensors; }
   torch::Dtype dtype() const { return dtype_; }  ///< of hidden states
+  /// What enters the first block: ids [B, T] -> [B, T, d]. Error: an id that the vocabulary does not have.
+  torch::Tensor embedded(const torch::Tensor& ids);
+  /// What comes of products with the head: f32, scaled and capped as the family does.
+  torch::Tensor finished(const torch::Tensor& products) const;
 
   DecoderConfig parsed;
   Linear embed{nullptr}, head{nullptr};  ///< the same module when tied

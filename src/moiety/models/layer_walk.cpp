@@ -15,13 +15,8 @@ LayerWalk::LayerWalk(Decoder& model, const std::vector<std::vector<int64_t>>& wi
   const auto device = parameters.empty() ? torch::Device(torch::kCPU) : parameters.front().device();
   for (const auto& window : windows) {
     check(!window.empty(), "a window has no tokens");
-    const auto [low, high] = std::minmax_element(window.begin(), window.end());
-    check(*low >= 0 && *high < model.vocab_size(), "token ids must lie between 0 and {}; found {} to {}",
-          model.vocab_size() - 1, *low, *high);
     const auto ids = torch::tensor(window, torch::kInt64).unsqueeze(0).to(device);
-    auto x = model.embed->rows(ids, model.dtype());
-    if (model.parsed.embedding_scale != 1.0) x = x * torch::scalar_tensor(model.parsed.embedding_scale, x.options());
-    hidden_.push_back(std::move(x));
+    hidden_.push_back(model.embedded(ids));
     auto& context = contexts_[ids.size(1)];
     if (!context)
       context = std::make_unique<AttentionContext>(torch::arange(ids.size(1), ids.options()).unsqueeze(0), 0,
