@@ -1,5 +1,6 @@
 // moiety bench: how fast a model reads a prompt and generates, beside what the machine's memory and arithmetic allow.
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <torch/torch.h>
 
 #include <algorithm>
@@ -118,6 +119,15 @@ Work work_of(const OpenModel& open, torch::Device device) {
   }
   if (head != nullptr) work.head = 2.0 * static_cast<double>(head->elements());
   return work;
+}
+
+// The library that multiplies dense matrices for torch, as torch was built: "mkl", "open", ...
+std::string blas() {
+  const std::string config = at::show_config(), key = "BLAS_INFO=";
+  const size_t at = config.find(key);
+  if (at == std::string::npos) return "none";
+  const size_t begin = at + key.size();
+  return config.substr(begin, config.find(',', begin) - begin);
 }
 
 struct Times {
@@ -247,11 +257,15 @@ int run(const Options& o) {
               {"operations_per_token", bench.work().operations},
               {"threads", at::get_num_threads()},
               {"instructions", isa_name(isa())},
+              {"blas", blas()},
+              {"torch_instructions", at::get_cpu_capability()},
               {"results", json::array()}};
   if (!o.common.json) {
-    fmt::print("{}: {:.1f} MiB, a token reads {:.1f} MiB and takes {:.2f} GFLOP; {} thread(s), {}\n", o.common.model,
-               static_cast<double>(open.checkpoint->bytes_on_disk()) / 1048576, bench.work().bytes / 1048576,
-               bench.work().operations * 1e-9, at::get_num_threads(), isa_name(isa()));
+    fmt::print(
+        "{}: {:.1f} MiB, a token reads {:.1f} MiB and takes {:.2f} GFLOP; {} thread(s), {}; torch multiplies by {}, "
+        "{}\n",
+        o.common.model, static_cast<double>(open.checkpoint->bytes_on_disk()) / 1048576, bench.work().bytes / 1048576,
+        bench.work().operations * 1e-9, at::get_num_threads(), isa_name(isa()), blas(), at::get_cpu_capability());
     fmt::print("{:<18}{:>23}   reached of the limit\n", "test", "tokens/s");
   }
   const auto add = [&](json row) {

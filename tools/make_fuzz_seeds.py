@@ -50,6 +50,29 @@ def make_safetensors():
     put("safetensors", "spaces", safetensors(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}      ', b"x"))
 
 
+# ---- matrices in parts ----
+
+def make_low_rank_sparse():
+    def parts(left=(3, 1), right=(1, 2), rows=(1, 2), index=(2,), dtype="F32"):
+        size = 4 if dtype == "F32" else 2
+        header, data = {}, b""
+        for name, shape in (("w.left", left), ("w.right", right), ("w.rows", rows)):
+            n = size * int(np.prod(shape))
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [len(data), len(data) + n]}
+            data += bytes([0, 0, 128, 63] * n)[:n]
+        packed = struct.pack(f"<{len(index)}q", *index)
+        header["w.index"] = {"dtype": "I64", "shape": [len(index)], "data_offsets": [len(data), len(data) + len(packed)]}
+        return safetensors(header, data + packed)
+    put("low_rank_sparse", "f32", parts())
+    put("low_rank_sparse", "bf16", parts(dtype="BF16"))
+    put("low_rank_sparse", "no_rows", parts(rows=(0, 2), index=()))
+    put("low_rank_sparse", "all_rows", parts(rows=(3, 2), index=(0, 1, 2)))
+    put("low_rank_sparse", "twice", parts(rows=(2, 2), index=(1, 1)))
+    put("low_rank_sparse", "outside", parts(index=(3,)))
+    put("low_rank_sparse", "wide", parts(left=(300, 1), right=(1, 300), rows=(0, 300), index=()))
+    put("low_rank_sparse", "no_rank", parts(left=(3, 0), right=(0, 2)))
+
+
 # ---- compressed task vectors ----
 
 def golomb(positions, b, signs=True):
@@ -473,7 +496,7 @@ def make_dataset():
     put("dataset", "idx", bytes([6, 0, 0]) + b"\0\0\x08\x03" + struct.pack(">III", 1, 2, 2) + b"abcd")
 
 
-MAKERS = [make_chat_template, make_image, make_dataset, make_tokenizer, make_safetensors, make_compeft, make_peft, make_gguf, make_format, make_yaml, make_config]
+MAKERS = [make_chat_template, make_image, make_dataset, make_tokenizer, make_safetensors, make_low_rank_sparse, make_compeft, make_peft, make_gguf, make_format, make_yaml, make_config]
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:

@@ -186,8 +186,8 @@ TEST(DynMole, OneStepMakesTheRouterDecisive) {
 
 TEST(DynMole, AllMatricesOfAModelPool) {
   torch::manual_seed(8);
-  const auto model =
-      make_causal(model_with({dynmole({{"balance_coef", 0.5}, {"entropy_coef", 0.25}})}), {.trainable = true});
+  const auto model = make_causal(model_with(json::array({dynmole({{"balance_coef", 0.5}, {"entropy_coef", 0.25}})})),
+                                 {.trainable = true});
   Trace trace;
   Pass pass;
   pass.trace = &trace;
@@ -206,7 +206,9 @@ TEST(DynMole, BadInputIsAnError) {
   EXPECT_THROW(entropy(p, 2.1, 1e-5, true, "tsallis"), Error);
   EXPECT_THROW(entropy(p, 1.1, 0.0, true, "tsallis"), Error);
   EXPECT_THROW(entropy(p, 1.1, 1e-5, true, "gini"), Error);
-  const auto says = [](const json& more) { return message_of([&] { make_causal(model_with({dynmole(more)})); }); };
+  const auto says = [](const json& more) {
+    return message_of([&] { make_causal(model_with(json::array({dynmole(more)}))); });
+  };
   EXPECT_NE(says({{"keep_top_k", 5}}).find("keep_top_k is 5, and there are 4 experts"), std::string::npos);
   EXPECT_NE(says({{"keep_top_k", 0}}).find("keep_top_k"), std::string::npos);
   EXPECT_NE(says({{"entropy_index", 1.001}}).find("nearly 1"), std::string::npos);

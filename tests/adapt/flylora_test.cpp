@@ -204,7 +204,9 @@ TEST(FlyLora, AdaptersWithAnotherAAreStackedOnly) {
 }
 
 TEST(FlyLora, BadSettingsAreErrors) {
-  const auto says = [](const json& more) { return message_of([&] { make_causal(model_with({fly(more)})); }); };
+  const auto says = [](const json& more) {
+    return message_of([&] { make_causal(model_with(json::array({fly(more)}))); });
+  };
   EXPECT_NE(says({{"top_k", 9}}).find("top_k is 9, and there are 8 ranks"), std::string::npos);
   EXPECT_NE(says({{"top_k", 1}, {"rank", 64}}).find("would be empty"), std::string::npos);
   EXPECT_NE(says({{"select", "both"}}).find("select"), std::string::npos);
@@ -214,7 +216,7 @@ TEST(FlyLora, BadSettingsAreErrors) {
 
 TEST(FlyLoraInModel, OnlyBLearns) {
   torch::manual_seed(10);
-  const auto model = make_causal(model_with({fly()}), {.trainable = true});
+  const auto model = make_causal(model_with(json::array({fly()})), {.trainable = true});
   for (const auto& p : model->named_parameters())
     if (p.key().find(".adapter") != std::string::npos) {
       EXPECT_NE(p.key().find("lora_B"), std::string::npos) << p.key();

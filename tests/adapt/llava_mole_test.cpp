@@ -213,16 +213,16 @@ TEST(LlavaMole, PaddingDoesNotCount) {
 
 TEST(LlavaMole, LayersMayHaveDifferentNumbersOfExperts) {
   torch::manual_seed(12);
-  const auto model = make_causal(
-      model_with({mole({{"layers", 0}, {"coef", 0.1}}), mole({{"layers", 1}, {"experts", 2}, {"coef", 0.1}})}),
-      {.trainable = true});
+  const auto model = make_causal(model_with(json::array({mole({{"layers", 0}, {"coef", 0.1}}),
+                                                         mole({{"layers", 1}, {"experts", 2}, {"coef", 0.1}})})),
+                                 {.trainable = true});
   Pass pass;
   train_pass(*model, torch::arange(12, torch::kInt64).view({2, 6}), pass).backward();
   EXPECT_EQ(pass.losses.size(), 2u);
 }
 
 TEST(LlavaMole, StandsBesideAGatedLayerOnly) {
-  const auto says = [](const json& part) { return message_of([&] { make_causal(model_with({part})); }); };
+  const auto says = [](const json& part) { return message_of([&] { make_causal(model_with(json::array({part}))); }); };
   EXPECT_NE(says(mole({{"target", "all"}})).find("[gate_proj, up_proj, down_proj]"), std::string::npos);
   EXPECT_NE(says(mole({{"target", {"gate_proj", "down_proj"}}})).find("[gate_proj, up_proj, down_proj]"),
             std::string::npos);
@@ -231,11 +231,11 @@ TEST(LlavaMole, StandsBesideAGatedLayerOnly) {
   EXPECT_NE(says(mole({{"rank", 0}})).find("rank"), std::string::npos);
   // A plain LoRA may stand beside attention, not beside the same matrices.
   EXPECT_EQ(message_of([&] {
-              make_causal(model_with({mole(), {{"slug", "lora"}, {"target", {"q_proj", "v_proj"}}}}));
+              make_causal(model_with(json::array({mole(), {{"slug", "lora"}, {"target", {"q_proj", "v_proj"}}}})));
             }),
             "");
   EXPECT_NE(message_of([&] {
-              make_causal(model_with({mole(), {{"slug", "lora"}, {"target", "gate_proj"}}}));
+              make_causal(model_with(json::array({mole(), {{"slug", "lora"}, {"target", "gate_proj"}}})));
             }).find("gate_proj"),
             std::string::npos);
 }

@@ -227,7 +227,7 @@ TEST(LoraMixer, RoutersAreAveraged) {
   torch::manual_seed(9);
   const auto ids = torch::arange(12, torch::kInt64).view({2, 6});
   for (const char* scope : {"site", "block"}) {
-    const auto model = make_causal(model_with({mixer({{"router_scope", scope}})}), {.trainable = true});
+    const auto model = make_causal(model_with(json::array({mixer({{"router_scope", scope}})})), {.trainable = true});
     Trace trace;
     Pass pass;
     pass.trace = &trace;
@@ -247,7 +247,8 @@ TEST(LoraMixer, RoutersAreAveraged) {
 
 TEST(LoraMixer, OneRouterForWhatReadsOneInput) {
   std::vector<std::string> routers;
-  for (const auto& t : make_causal(model_with({mixer({{"router_scope", "block"}, {"layers", 0}})}))->stored())
+  for (const auto& t :
+       make_causal(model_with(json::array({mixer({{"router_scope", "block"}, {"layers", 0}})})))->stored())
     if (t.name.find(".router.") != std::string::npos) routers.push_back(t.name);
   EXPECT_EQ(routers, (std::vector<std::string>{"model.layers.0.adapters.o_proj.router.weight",
                                                "model.layers.0.adapters.q_proj+k_proj+v_proj.router.weight"}));
@@ -267,7 +268,7 @@ TEST(LoraMixer, PreservesExpertsThatAreNamed) {
 
 TEST(LoraMixer, FrozenExpertsStayAndTheRouterLearns) {
   torch::manual_seed(11);
-  const auto model = make_causal(model_with({mixer({{"freeze_experts", true}})}), {.trainable = true});
+  const auto model = make_causal(model_with(json::array({mixer({{"freeze_experts", true}})})), {.trainable = true});
   stir(*model);
   Pass pass;
   train_pass(*model, torch::arange(12, torch::kInt64).view({2, 6}), pass).backward();
@@ -283,7 +284,7 @@ TEST(LoraMixer, FrozenExpertsStayAndTheRouterLearns) {
 TEST(LoraMixer, BadInputIsAnError) {
   const auto says = [](const json& part, const Tensor& of) {
     return message_of([&] {
-      const auto model = make_causal(model_with({part}), {.trainable = true});
+      const auto model = make_causal(model_with(json::array({part})), {.trainable = true});
       Pass pass;
       pass.labels = of;
       train_pass(*model, torch::arange(12, torch::kInt64).view({2, 6}), pass);
@@ -359,8 +360,8 @@ TEST_F(Brought, ThatDoNotFitAreErrors) {
 TEST_F(Brought, BecomeExpertsOfAModel) {
   torch::manual_seed(13);
   const json list = {adapter("one", 2, 8.0), adapter("two", 1, 3.0)};
-  const auto model =
-      make_causal(model_with({mixer({{"adapters", list}, {"target", "q_proj"}, {"freeze_experts", true}})}));
+  const auto model = make_causal(
+      model_with(json::array({mixer({{"adapters", list}, {"target", "q_proj"}, {"freeze_experts", true}})})));
   std::map<std::string, Tensor> stored;
   for (const auto& t : model->stored()) stored[t.name] = t.value();
   const auto want = read_peft_experts(list.get<std::vector<std::string>>(), kQ, 16, 16, 2);

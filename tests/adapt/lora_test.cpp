@@ -146,7 +146,7 @@ const json kQwen2 = {{"model_type", "qwen2"}};
 
 TEST(LoraInModel, AllBiasesLearnBesideAFrozenModel) {
   torch::manual_seed(15);
-  const auto config = model_with({lora({{"bias", "all"}, {"target", "q_proj"}})}, kQwen2);
+  const auto config = model_with(json::array({lora({{"bias", "all"}, {"target", "q_proj"}})}), kQwen2);
   const TemporaryFolder folder("moiety-test");
   const auto plain = make_causal(without_parts(config), {.trainable = true});
   std::filesystem::create_directories(folder / "base");
@@ -173,8 +173,8 @@ TEST(LoraInModel, AllBiasesLearnBesideAFrozenModel) {
       }
   }
   // Without the setting nothing of the base learns.
-  const auto still =
-      load_causal(*base, model_with({lora({{"target", "q_proj"}})}, kQwen2), {.trainable = true, .frozen_base = true});
+  const auto still = load_causal(*base, model_with(json::array({lora({{"target", "q_proj"}})}), kQwen2),
+                                 {.trainable = true, .frozen_base = true});
   for (const auto& p : still->named_parameters())
     EXPECT_EQ(p.value().requires_grad(), p.key().find(".adapter") != std::string::npos) << p.key();
 }
@@ -184,7 +184,8 @@ TEST(LoraInModel, ATrainedBiasIsForOneLoraAlone) {
     auto other = lora({{"name", "b"}, {"target", "q_proj"}});
     other.update(second);
     return message_of([&] {
-      make_causal(model_with({lora({{"name", "a"}, {"target", "q_proj"}, {"bias", "lora_only"}}), other}, kQwen2));
+      make_causal(
+          model_with(json::array({lora({{"name", "a"}, {"target", "q_proj"}, {"bias", "lora_only"}}), other}), kQwen2));
     });
   };
   EXPECT_NE(says({{"bias", "lora_only"}}).find("another trained bias cannot join it"), std::string::npos);
@@ -213,7 +214,7 @@ TEST(LoraInModel, SeveralWithNamesAddUp) {
   EXPECT_EQ(names.count("model.layers.0.adapters.code.v_proj.lora_A"), 1u);
   const auto code = logits_of(*both, ids());
   EXPECT_GT(distance(with, code), 1e-4);
-  const auto alone = make_causal(model_with({lora({{"name", "code"}, {"target", {"q_proj", "v_proj"}}})}));
+  const auto alone = make_causal(model_with(json::array({lora({{"name", "code"}, {"target", {"q_proj", "v_proj"}}})})));
   copy_stored(*both, *alone);
   EXPECT_TRUE(torch::equal(logits_of(*alone, ids()), code));
 }
@@ -224,7 +225,7 @@ TEST(LoraInModel, TracesKeepWhatEachOfThemGave) {
   const auto part = [](const char* name) {
     return json{{"slug", "mola"}, {"name", name}, {"target", "q_proj"}, {"experts", 2}, {"rank", 2}, {"layers", 0}};
   };
-  const auto model = make_causal(model_with({part("one"), part("two")}));
+  const auto model = make_causal(model_with(json::array({part("one"), part("two")})));
   stir(*model);
   model->eval();
   Trace trace;
@@ -244,7 +245,9 @@ std::vector<std::string> places(const CausalModel& model) {
 }
 
 TEST(LoraInModel, TargetsByRegularExpression) {
-  const auto at = [](const json& target) { return places(*make_causal(model_with({lora({{"target", target}})}))); };
+  const auto at = [](const json& target) {
+    return places(*make_causal(model_with(json::array({lora({{"target", target}})}))));
+  };
   EXPECT_EQ(at(".*layers\\.1\\.self_attn\\.[qv]_proj"),
             (std::vector<std::string>{"1.adapters.q_proj", "1.adapters.v_proj"}));
   EXPECT_EQ(at({"down_proj", "model.layers.(0).self_attn.o_proj"}),
@@ -265,7 +268,8 @@ TEST(LoraInModel, OnePlaceOnePart) {
 // ---- Beside experts ----
 
 json mixture(const json& part) {
-  return model_with({part}, {{"model_type", "mixtral"}, {"num_local_experts", 4}, {"num_experts_per_tok", 2}});
+  return model_with(json::array({part}),
+                    {{"model_type", "mixtral"}, {"num_local_experts", 4}, {"num_experts_per_tok", 2}});
 }
 
 TEST(LoraOfExperts, GradientsEqualCentralDifferences) {
@@ -323,7 +327,7 @@ TEST(LoraOfExpertsErrors, SayWhatIsNotDefined) {
       says({{"slug", "mola"}, {"target", "experts.down_proj"}}).find("cannot stand beside the matrices of experts"),
       std::string::npos);
   EXPECT_NE(message_of([] {
-              make_causal(model_with({lora({{"target", "experts.down_proj"}})}));
+              make_causal(model_with(json::array({lora({{"target", "experts.down_proj"}})})));
             }).find("it has q_proj"),
             std::string::npos);
 }

@@ -151,7 +151,8 @@ TEST(LoraMoe, PaddingDoesNotCount) {
 TEST(LoraMoe, MatricesAreAddedUp) {
   torch::manual_seed(8);
   const auto model = make_causal(
-      model_with({loramoe({{"coef", 0.5}, {"target", {"gate_proj", "up_proj", "down_proj"}}})}), {.trainable = true});
+      model_with(json::array({loramoe({{"coef", 0.5}, {"target", {"gate_proj", "up_proj", "down_proj"}}})})),
+      {.trainable = true});
   Pass pass;
   pass.labels = types();
   train_pass(*model, torch::arange(12, torch::kInt64).view({2, 6}), pass);
@@ -161,7 +162,7 @@ TEST(LoraMoe, MatricesAreAddedUp) {
 TEST(LoraMoe, BadInputIsAnError) {
   const auto says = [](const json& part, const Tensor& labels) {
     return message_of([&] {
-      const auto model = make_causal(model_with({part}), {.trainable = true});
+      const auto model = make_causal(model_with(json::array({part})), {.trainable = true});
       Pass pass;
       pass.labels = labels;
       train_pass(*model, torch::arange(12, torch::kInt64).view({2, 6}), pass);

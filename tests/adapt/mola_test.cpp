@@ -59,7 +59,7 @@ TEST(Mola, GradientsEqualThoseOfTheFormula) {
 
 TEST(Mola, AtTheStartOnlyBHasAGradient) {
   torch::manual_seed(3);
-  const auto model = make_causal(model_with({mola()}), {.trainable = true});
+  const auto model = make_causal(model_with(json::array({mola()})), {.trainable = true});
   Pass pass;
   train_pass(*model, torch::arange(12, torch::kInt64).view({2, 6}), pass).backward();
   for (const auto& p : model->named_parameters()) {
@@ -143,8 +143,8 @@ TEST(Mola, PaddingDoesNotCount) {
 
 TEST(Mola, LayersAreAddedUpAndTheirMatricesPooled) {
   torch::manual_seed(9);
-  const auto model =
-      make_causal(model_with({mola({{"coef", 0.5}, {"experts", {2, 3}}, {"top_k", 1}})}), {.trainable = true});
+  const auto model = make_causal(model_with(json::array({mola({{"coef", 0.5}, {"experts", {2, 3}}, {"top_k", 1}})})),
+                                 {.trainable = true});
   Trace trace;
   Pass pass;
   pass.trace = &trace;
@@ -166,8 +166,8 @@ TEST(Mola, LayersAreAddedUpAndTheirMatricesPooled) {
 TEST(Mola, MatricesOfOneLayerMayHaveDifferentNumbersOfExperts) {
   torch::manual_seed(10);
   const auto model =
-      make_causal(model_with({mola({{"coef", 0.5}, {"target", "q_proj"}}),
-                              mola({{"coef", 0.5}, {"target", "v_proj"}, {"experts", 4}, {"top_k", 1}})}),
+      make_causal(model_with(json::array({mola({{"coef", 0.5}, {"target", "q_proj"}}),
+                                          mola({{"coef", 0.5}, {"target", "v_proj"}, {"experts", 4}, {"top_k", 1}})})),
                   {.trainable = true});
   Pass pass;
   train_pass(*model, torch::arange(12, torch::kInt64).view({2, 6}), pass).backward();
@@ -190,13 +190,13 @@ TEST(Mola, PatternsBecomeNumbersOfLayers) {
   auto part = mola({{"pattern", {2, 5}}});
   part.erase("experts");
   std::vector<int64_t> rows;
-  for (const auto& t : make_causal(model_with({part}))->stored())
+  for (const auto& t : make_causal(model_with(json::array({part})))->stored())
     if (t.name.find("q_proj.router.weight") != std::string::npos) rows.push_back(t.value().size(0));
   EXPECT_EQ(rows, (std::vector<int64_t>{2, 5}));
 }
 
 TEST(Mola, BadSettingsAreErrors) {
-  const auto says = [](const json& part) { return message_of([&] { make_causal(model_with({part})); }); };
+  const auto says = [](const json& part) { return message_of([&] { make_causal(model_with(json::array({part}))); }); };
   EXPECT_NE(says(mola({{"experts", {2, 2, 2}}})).find("`experts` has 3 entries, and the model has 2 layers"),
             std::string::npos);
   EXPECT_NE(says(mola({{"top_k", 4}})).find("`top_k` is 4, and the layer has 3 experts"), std::string::npos);

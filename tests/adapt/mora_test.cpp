@@ -179,7 +179,9 @@ TEST(Mora, MetricsOfAStream) {
 }
 
 TEST(Mora, BadInputIsAnError) {
-  const auto says = [](const json& more) { return message_of([&] { make_causal(model_with({mora(more)})); }); };
+  const auto says = [](const json& more) {
+    return message_of([&] { make_causal(model_with(json::array({mora(more)}))); });
+  };
   EXPECT_NE(says({{"temperature", 0.0}}).find("temperature"), std::string::npos);
   EXPECT_NE(says({{"threshold", -0.1}}).find("threshold"), std::string::npos);
   EXPECT_NE(says({{"rank", 0}}).find("rank"), std::string::npos);
@@ -197,7 +199,7 @@ TEST(Mora, BadInputIsAnError) {
 TEST(MoraInModel, AFreshAdapterOrAThresholdLeavesTheModelAlone) {
   torch::manual_seed(9);
   const auto ids = torch::arange(18, torch::kInt64).view({2, 9});
-  const auto model = make_causal(model_with({mora({{"threshold", 1.5}})}));
+  const auto model = make_causal(model_with(json::array({mora({{"threshold", 1.5}})})));
   const auto before = logits_of(*model, ids);
   stir(*model);
   EXPECT_TRUE(torch::equal(logits_of(*model, ids), before));

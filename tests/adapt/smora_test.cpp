@@ -194,7 +194,9 @@ TEST(Smora, PaddingDoesNotCount) {
 }
 
 TEST(Smora, BadSettingsAreErrors) {
-  const auto says = [](const json& more) { return message_of([&] { make_causal(model_with({smora(more)})); }); };
+  const auto says = [](const json& more) {
+    return message_of([&] { make_causal(model_with(json::array({smora(more)}))); });
+  };
   EXPECT_NE(says({{"active", 7}}).find("active is 7, and there are 6 ranks"), std::string::npos);
   EXPECT_NE(says({{"active", 0}}).find("active"), std::string::npos);
   EXPECT_NE(says({{"block", 4}}).find("no multiple of a block of 4"), std::string::npos);

@@ -265,8 +265,8 @@ TEST_F(Peft, BecomesAPartOfTheModel) {
   EXPECT_EQ(parts[0]["rank"], 2);
   EXPECT_EQ(parts[0]["alpha"], 8.0);
   EXPECT_EQ(parts[0]["strength"], 0.5);
-  EXPECT_EQ(parts[0]["target"], json({"q_proj"}));
-  EXPECT_EQ(parts[0]["layers"], json({0}));
+  EXPECT_EQ(parts[0]["target"], json::array({"q_proj"}));
+  EXPECT_EQ(parts[0]["layers"], json::array({0}));
   EXPECT_EQ(parts[0].count("name"), 0u);
   EXPECT_EQ(model->get("model.layers.0.adapters.q_proj.lora_A").shape, (Shape{2, 8}));
   EXPECT_EQ(model->tensors().size(), 3u);

@@ -55,7 +55,7 @@ class Parts : public testing::TestWithParam<const char*> {};
 
 TEST_P(Parts, EveryParameterLearnsAndCountsOnce) {
   torch::manual_seed(1);
-  auto model = make_causal(model_with({part_of(GetParam())}), {.trainable = true});
+  auto model = make_causal(model_with(json::array({part_of(GetParam())})), {.trainable = true});
   model->train();
   std::set<void*> seen;
   for (const auto& p : model->parameters()) EXPECT_TRUE(seen.insert(p.unsafeGetTensorImpl()).second);
@@ -75,7 +75,7 @@ TEST_P(Parts, EveryParameterLearnsAndCountsOnce) {
 TEST_P(Parts, StepsWithTheCacheEqualOnePass) {
   torch::manual_seed(2);
   torch::NoGradGuard frozen;
-  auto model = make_causal(model_with({part_of(GetParam())}));
+  auto model = make_causal(model_with(json::array({part_of(GetParam())})));
   model->eval();
   const auto ids = torch::randint(0, 40, {2, 9}, torch::kInt64);
   Pass whole;
@@ -92,7 +92,7 @@ TEST_P(Parts, StepsWithTheCacheEqualOnePass) {
 TEST_P(Parts, PackedSequencesDoNotSeeEachOther) {
   torch::manual_seed(3);
   torch::NoGradGuard frozen;
-  auto model = make_causal(model_with({part_of(GetParam())}));
+  auto model = make_causal(model_with(json::array({part_of(GetParam())})));
   model->eval();
   const auto ids = torch::randint(0, 40, {1, 9}, torch::kInt64);
   Pass packed;
@@ -123,7 +123,7 @@ TEST(LinearParts, StandBesideTheMatricesThatTheyName) {
   auto part = part_of("adamoe-linear");
   part["target"] = {"q_proj", "down_proj"};
   part["layers"] = "0,2";
-  const auto model = make_causal(model_with({part}));
+  const auto model = make_causal(model_with(json::array({part})));
   model->eval();
   Trace trace;
   Pass pass;
@@ -152,7 +152,7 @@ TEST(LinearParts, MayGiveEveryLayerItsOwnNumbers) {
   auto part = part_of("adamoe-linear");
   part["target"] = "v_proj";
   part["null_experts"] = {0, 1, 4};
-  const auto model = make_causal(model_with({part}));
+  const auto model = make_causal(model_with(json::array({part})));
   std::vector<int64_t> nulls;
   for (const auto& t : model->stored())
     if (t.name.find("gate2") != std::string::npos) nulls.push_back(t.value().size(0));
@@ -224,38 +224,39 @@ std::string message_of(const json& config) {
 
 TEST(PartErrors, SayWhatIsWrong) {
   EXPECT_NE(message_of(model_with({{{"slug", "deepsekmoe"}}})).find("deepseekmoe"), std::string::npos);
-  EXPECT_NE(message_of(model_with({part_of("rmoe"), part_of("adamoe")})).find("taken by another part"),
+  EXPECT_NE(message_of(model_with(json::array({part_of("rmoe"), part_of("adamoe")}))).find("taken by another part"),
             std::string::npos);
   auto beyond = part_of("rmoe");
   beyond["layers"] = "1-3";
-  EXPECT_NE(message_of(model_with({beyond})).find("0 to 2"), std::string::npos);
+  EXPECT_NE(message_of(model_with(json::array({beyond}))).find("0 to 2"), std::string::npos);
   beyond["layers"] = "one";
-  EXPECT_NE(message_of(model_with({beyond})).find("0-3,5"), std::string::npos);
+  EXPECT_NE(message_of(model_with(json::array({beyond}))).find("0-3,5"), std::string::npos);
   auto key = part_of("rmoe");
   key["widht"] = 3;
-  EXPECT_NE(message_of(model_with({key})).find("width"), std::string::npos);
+  EXPECT_NE(message_of(model_with(json::array({key}))).find("width"), std::string::npos);
   auto site = part_of("rmoe");
   site["site"] = "attention";
-  EXPECT_NE(message_of(model_with({site})).find("cannot stand"), std::string::npos);
+  EXPECT_NE(message_of(model_with(json::array({site}))).find("cannot stand"), std::string::npos);
   auto linear = part_of("adamoe-linear");
   linear["target"] = "qproj";
-  EXPECT_NE(message_of(model_with({linear})).find("it has q_proj, k_proj"), std::string::npos);
+  EXPECT_NE(message_of(model_with(json::array({linear}))).find("it has q_proj, k_proj"), std::string::npos);
   linear["target"] = json::array({"q_proj", "v_proj"});
-  EXPECT_NE(message_of(model_with({linear, linear})).find("`q_proj` of layer 0 is taken"), std::string::npos);
+  EXPECT_NE(message_of(model_with(json::array({linear, linear}))).find("`q_proj` of layer 0 is taken"),
+            std::string::npos);
   auto all = part_of("adamoe-linear");
-  EXPECT_NE(message_of(model_with({linear, all})).find("something stands beside"), std::string::npos);
+  EXPECT_NE(message_of(model_with(json::array({linear, all}))).find("something stands beside"), std::string::npos);
   linear["top_k"] = json::array({2, 2});
-  EXPECT_NE(message_of(model_with({linear})).find("`top_k` has 2 entries, and the model has 3 layers"),
+  EXPECT_NE(message_of(model_with(json::array({linear}))).find("`top_k` has 2 entries, and the model has 3 layers"),
             std::string::npos);
   linear["top_k"] = 6;
-  EXPECT_NE(message_of(model_with({linear})).find("3 true and 2 null experts"), std::string::npos);
+  EXPECT_NE(message_of(model_with(json::array({linear}))).find("3 true and 2 null experts"), std::string::npos);
   linear["top_k"] = 2;
   linear["null_experts"] = -1;
-  EXPECT_NE(message_of(model_with({linear})).find("null_experts"), std::string::npos);
+  EXPECT_NE(message_of(model_with(json::array({linear}))).find("null_experts"), std::string::npos);
   auto cut = part_of("smoe-dropout");
   cut["experts"] = 5;
   cut["k_max"] = 5;
-  EXPECT_NE(message_of(model_with({cut})).find("24 hidden units"), std::string::npos);
+  EXPECT_NE(message_of(model_with(json::array({cut}))).find("24 hidden units"), std::string::npos);
 }
 
 TEST(ActiveExperts, AreChosenAtRunTimeInEveryMixture) {
@@ -263,7 +264,7 @@ TEST(ActiveExperts, AreChosenAtRunTimeInEveryMixture) {
   const auto ids = torch::arange(24, torch::kInt64).view({2, 12});
   for (const char* slug : {"deepseekmoe", "dynamic-routing", "adamoe", "smoe-dropout", "rmoe", "chain-of-experts",
                            "moduleformer", "moduleformer-attention", "widenet"}) {
-    const auto model = make_causal(model_with({part_of(slug)}));
+    const auto model = make_causal(model_with(json::array({part_of(slug)})));
     for (const int64_t k : {1, 3, 4}) {
       set_active_experts(*model, k);
       Trace trace;
@@ -287,7 +288,7 @@ TEST(ActiveExperts, AreChosenAtRunTimeInEveryMixture) {
 TEST(PartLayers, AreChosenAndOthersStayDense) {
   auto part = part_of("deepseekmoe");
   part["layers"] = "0,2";
-  const auto model = make_causal(model_with({part}));
+  const auto model = make_causal(model_with(json::array({part})));
   EXPECT_EQ(model->experts(0), 5);
   EXPECT_EQ(model->experts(1), 0);
   EXPECT_EQ(model->experts(2), 5);
@@ -298,7 +299,7 @@ TEST(PartRmoe, LayersMayHaveCellsOfTheirOwn) {
     auto part = part_of("rmoe");
     part["shared_cell"] = shared;
     std::vector<std::string> names;
-    for (const auto& t : make_causal(model_with({part}))->stored())
+    for (const auto& t : make_causal(model_with(json::array({part})))->stored())
       if (t.name.find("rnn_router.weight_hn") != std::string::npos) names.push_back(t.name);
     return names;
   };
@@ -315,7 +316,7 @@ TEST(PartRmoe, WeighsTheRoutedSumAndTheSharedExpert) {
     auto part = part_of("rmoe");
     part["moe_weight"] = weight;
     part["share_weight"] = weight;
-    const auto model = make_causal(model_with({part}));
+    const auto model = make_causal(model_with(json::array({part})));
     model->eval();
     Pass first;
     halved.push_back(model->forward(ids, first));

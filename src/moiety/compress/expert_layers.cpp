@@ -281,6 +281,21 @@ std::vector<std::string> ExpertLayers::names(size_t layer, int64_t e) const {
   return out;
 }
 
+std::vector<std::string> ExpertLayers::matrices(size_t layer, int64_t e) const {
+  const Places& p = *places_.at(layer);
+  std::vector<std::string> out;
+  for (const Holds holds : {Holds::gate, Holds::up, Holds::down})
+    for (const auto& leaf : p.leaves)
+      if (meaning(leaf) == holds) out.push_back(fmt::format("{}{}.{}", p.experts, e, leaf));
+  const bool stacked = p.leaves.empty() && !p.experts.empty() && !p.alternating;
+  if (stacked)
+    for (const char* name : {"gate_proj", "up_proj", "down_proj"})
+      out.push_back(fmt::format("{}{}.{}.weight", p.experts, e, name));
+  check(out.size() == 3, "layer {}: its experts cannot have tensors of their own for gate, up and down",
+        layers_[layer].block);
+  return out;
+}
+
 int64_t ExpertLayers::expert_bytes(size_t layer) const {
   const Places& p = *places_.at(layer);
   int64_t bytes = 0;

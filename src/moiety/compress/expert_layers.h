@@ -36,8 +36,11 @@ class ExpertLayers {
   torch::Tensor router(size_t layer) const;                       ///< [rows, hidden] f32
   ExpertWeights expert(size_t layer, int64_t expert) const;       ///< Error: biases or clamped experts (gpt-oss)
   std::vector<std::string> names(size_t layer, int64_t e) const;  ///< tensors that hold an expert, for messages
-  int64_t expert_bytes(size_t layer) const;                       ///< of one expert, as stored
-  int64_t expert_parameters(size_t layer) const;                  ///< of one expert
+  /// What the tensors of an expert's gate, up and down, in this order, are or would be called if it had its own.
+  /// Error: a family that has no such names.
+  std::vector<std::string> matrices(size_t layer, int64_t e) const;
+  int64_t expert_bytes(size_t layer) const;       ///< of one expert, as stored
+  int64_t expert_parameters(size_t layer) const;  ///< of one expert
 
   struct Places;  ///< where the tensors of a layer lie
 

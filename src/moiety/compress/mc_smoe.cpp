@@ -204,13 +204,19 @@ double remaining_share(const RowPruningConfig& c, int64_t t) {
   return c.final_threshold + (c.initial_threshold - c.final_threshold) * std::pow(left, 3.0);
 }
 
-RowPruning::RowPruning(std::vector<Tensor> matrices, RowPruningConfig config)
-    : matrices_(std::move(matrices)), config_(parse<RowPruningConfig>(dump(config), "row pruning")) {
+RowPruning::RowPruning(std::vector<Tensor> matrices, RowPruningConfig config, int64_t step,
+                       const std::vector<Tensor>& held)
+    : matrices_(std::move(matrices)), config_(parse<RowPruningConfig>(dump(config), "row pruning")), step_(step) {
   check(!matrices_.empty(), "there are no matrices to prune rows of");
-  for (const auto& m : matrices_) {
+  check(held.empty() || held.size() == 2 * matrices_.size(), "{} tensors are not the state of {} matrices", held.size(),
+        matrices_.size());
+  for (size_t i = 0; i < matrices_.size(); ++i) {
+    const Tensor& m = matrices_[i];
     check(m.dim() == 2 && m.numel() > 0, "rows are pruned in matrices, not in {} dimensions", m.dim());
-    average_.push_back(torch::zeros_like(m.detach(), torch::kFloat32));
-    latest_.push_back(torch::zeros_like(average_.back()));
+    average_.push_back(held.empty() ? torch::zeros_like(m.detach(), torch::kFloat32) : held[2 * i]);
+    latest_.push_back(held.empty() ? torch::zeros_like(average_.back()) : held[2 * i + 1]);
+    check(average_[i].sizes() == m.sizes() && latest_[i].sizes() == m.sizes(),
+          "the state of matrix {} has another shape", i);
   }
 }
 
@@ -289,23 +295,29 @@ void RowPruning::restore(int64_t step, const std::vector<Tensor>& state) {
   step_ = step;
 }
 
-Tensor recovery_loss(const Tensor& student, const Tensor& teacher, const Tensor& labels, const RecoveryConfig& config) {
+Tensor teacher_divergence(const Tensor& student, const Tensor& teacher, const Tensor& labels, double temperature) {
   check(student.dim() == 3 && teacher.dim() == 3 && student.size(2) == teacher.size(2),
         "the teacher has a vocabulary of {}, the student of {}", teacher.size(-1), student.size(-1));
   check(student.sizes() == teacher.sizes() && labels.sizes() == student.sizes().slice(0, 2),
         "teacher, student and labels are of different positions");
-  check(config.temperature > 0.0, "a temperature of {}: it has to be above 0", config.temperature);
+  check(temperature > 0.0, "a temperature of {}: it has to be above 0", temperature);
   const auto there = labels.reshape({-1}).ne(kNoLabel).nonzero().squeeze(1);
   check(there.numel() > 0, "no position has a label");
-  const auto pick = [&](const Tensor& logits) {
+  const auto picked = [&](const Tensor& logits) {
     const auto rows = logits.reshape({-1, logits.size(2)}).index_select(0, there);
-    return rows.scalar_type() == torch::kFloat64 ? rows : rows.to(torch::kFloat32);
+    return torch::log_softmax((rows.scalar_type() == torch::kFloat64 ? rows : rows.to(torch::kFloat32)) / temperature,
+                              -1);
   };
-  const auto s = pick(student);
-  const auto task = torch::nn::functional::cross_entropy(s, labels.reshape({-1}).index_select(0, there));
-  const auto target = torch::log_softmax(pick(teacher.detach()) / config.temperature, -1);
-  const auto divergence = (target.exp() * (target - torch::log_softmax(s / config.temperature, -1))).sum();
-  return config.task * task + config.distillation * divergence / static_cast<double>(student.size(0));
+  const auto target = picked(teacher.detach());
+  return (target.exp() * (target - picked(student))).sum() / static_cast<double>(student.size(0));
+}
+
+Tensor recovery_loss(const Tensor& student, const Tensor& teacher, const Tensor& labels, const RecoveryConfig& config) {
+  const auto divergence = teacher_divergence(student, teacher, labels, config.temperature);
+  const auto flat = student.reshape({-1, student.size(2)});
+  const auto task = at::cross_entropy_loss(flat.scalar_type() == torch::kFloat64 ? flat : flat.to(torch::kFloat32),
+                                           labels.reshape({-1}), {}, at::Reduction::Mean, kNoLabel);
+  return config.task * task + config.distillation * divergence;
 }
 
 namespace {

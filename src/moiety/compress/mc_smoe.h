@@ -84,13 +84,17 @@ torch::Tensor dense_rows(const RowSparse& compact);  ///< [out, in]
 torch::Tensor multiply(const RowSparse& compact, const torch::Tensor& x);
 
 struct RowPruningConfig {
-  int64_t total_steps = 0;
+  int64_t total_steps = 0;  ///< of a part: the run's
   double beta1 = 0.85, beta2 = 1.0;
   int64_t delta_t = 1;
   double initial_threshold = 1.0, final_threshold = 0.1;
   int64_t warmup_steps = 50, initial_warmup = 1, final_warmup = 4;
   void fields(Fields& f) {
     f("total_steps", total_steps, "optimizer steps in all").min(1).required();
+    rule(f);
+  }
+  /// All but the number of steps.
+  void rule(Fields& f) {
     f("beta1", beta1, "how slowly the importance of an entry forgets").min(0.0).max(1.0);
     f("beta2", beta2, "1: no term for uncertainty; nothing else is known");
     f("delta_t", delta_t, "rows are masked every so many steps while the share falls").min(1);
@@ -109,8 +113,10 @@ double remaining_share(const RowPruningConfig& config, int64_t t);
 /// Importance is a moving average of |entry * gradient| that lags by one step; a row has the mean of its entries'.
 class RowPruning {
  public:
-  /// The matrices [out, in] are changed in place. Error: settings that do not fit together, no matrices.
-  RowPruning(std::vector<torch::Tensor> matrices, RowPruningConfig config);
+  /// The matrices [out, in] are changed in place. `held`: where state() is kept, two tensors a matrix as they are then;
+  /// empty: own ones of zeros. Error: settings that do not fit together, no matrices.
+  RowPruning(std::vector<torch::Tensor> matrices, RowPruningConfig config, int64_t step = 0,
+             const std::vector<torch::Tensor>& held = {});
 
   struct Step {
     double remaining = 1.0;        ///< the share of entries that may stay
@@ -143,9 +149,12 @@ struct RecoveryConfig {
     f("distillation", distillation, "weight of the divergence from the teacher").min(0.0);
   }
 };
-/// task * CE + distillation * KL(teacher || student): logits [B, T, V], labels [B, T] int64 for the same positions,
-/// -100 where there is none (left out of both). CE is the mean over labels, KL the sum over positions divided by B.
-/// Error: another vocabulary.
+/// KL(softmax(teacher / temperature) || softmax(student / temperature)), the sum over the positions with a label
+/// divided by B: logits [B, T, V], labels [B, T] int64 for the same positions, -100 where there is none. The teacher
+/// gets no gradient. Error: another vocabulary, no label.
+torch::Tensor teacher_divergence(const torch::Tensor& student, const torch::Tensor& teacher,
+                                 const torch::Tensor& labels, double temperature);
+/// task * CE + distillation * teacher_divergence(...): CE is the mean over labels. Error: another vocabulary.
 torch::Tensor recovery_loss(const torch::Tensor& student, const torch::Tensor& teacher, const torch::Tensor& labels,
                             const RecoveryConfig& config = {});
 

@@ -24,6 +24,7 @@
 #include "moiety/base/text.h"
 #include "moiety/io/edge_experts.h"
 #include "moiety/io/gguf_names.h"
+#include "moiety/io/low_rank_sparse.h"
 #include "moiety/io/moduleformer_names.h"
 #include "moiety/io/peft.h"
 #include "moiety/io/sha256.h"
@@ -225,9 +226,11 @@ std::shared_ptr<const Checkpoint> Checkpoint::open(const std::string& location) 
   const fs::path path = resolve_model(location);
   try {
     if (fs::is_directory(path)) {
-      if (fs::exists(path / "config.json"))
-        return with_common_names(std::make_shared<HfCheckpoint>(path, weight_files(path),
-                                                                read_json(path / "config.json"), generation_of(path)));
+      if (fs::exists(path / "config.json")) {
+        json config = read_json(path / "config.json");
+        return with_whole_matrices(with_common_names(
+            std::make_shared<HfCheckpoint>(path, weight_files(path), std::move(config), generation_of(path))));
+      }
       if (is_adapter(path)) return open_adapter(path);
       const auto models = gguf_models(path);
       check(models.size() <= 1, "{}: {} GGUF files in it; name one: {}", path.string(), models.size(), [&] {
@@ -243,8 +246,8 @@ std::shared_ptr<const Checkpoint> Checkpoint::open(const std::string& location) 
     if (extension == ".safetensors") {
       const fs::path folder = path.has_parent_path() ? path.parent_path() : fs::path(".");
       json config = fs::exists(folder / "config.json") ? read_json(folder / "config.json") : json::object();
-      return with_common_names(
-          std::make_shared<HfCheckpoint>(path, std::vector<fs::path>{path}, std::move(config), generation_of(folder)));
+      return with_whole_matrices(with_common_names(
+          std::make_shared<HfCheckpoint>(path, std::vector<fs::path>{path}, std::move(config), generation_of(folder))));
     }
     char magic[4] = {};
     if (std::ifstream(path, std::ios::binary).read(magic, 4) && std::string_view(magic, 4) == "GGUF")

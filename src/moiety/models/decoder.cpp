@@ -647,7 +647,8 @@ void attach_parts(WeightsSource& w, const string& layer, int64_t index, ModelPar
                        .experts = s.stacks[0]->count(),
                        .in = s.stacks[0]->in(),
                        .stacks = s.stacks,
-                       .own = own};
+                       .own = own,
+                       .shared = parts.shared};
         const auto made = maker.make_stack(site, entry.settings);
         for (size_t i = 0; i < made.size(); ++i) s.stacks[i]->attach(made[i]);
       });

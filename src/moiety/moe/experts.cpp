@@ -36,6 +36,7 @@ torch::Tensor by_matrices(LinearStack& stack, const torch::Tensor& x, const std:
 }  // namespace
 
 torch::Tensor apply_stack(LinearStack& stack, const torch::Tensor& x, const std::vector<int64_t>& counts) {
+  if (stack->beside() && stack->beside()->replaces()) return stack->beside()->apply(x, counts, {});
   auto y = by_matrices(stack, x, counts);
   return stack->beside() ? stack->beside()->apply(x, counts, std::move(y)) : y;
 }

@@ -45,6 +45,8 @@ class BesideStack : public torch::nn::Module {
   virtual torch::Tensor apply(const torch::Tensor& x, const std::vector<int64_t>& counts, torch::Tensor y) = 0;
   /// What merging adds to the matrix of one expert: [out, in] f32.
   virtual torch::Tensor delta(int64_t expert) const = 0;
+  /// It stands in place of the matrices: apply() gets no `y`, which nobody computes.
+  virtual bool replaces() const { return false; }
 };
 
 /// As multiply_all, with what stands beside the matrices. Error when one call has some matrices only of those that

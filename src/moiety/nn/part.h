@@ -104,7 +104,8 @@ struct StackSite {
   std::string path;  ///< "model.layers.3.mlp.experts.gate_up_proj"
   int64_t experts = 0, in = 0;
   std::vector<LinearStackImpl*> stacks;
-  PartWeights& own;  ///< names relative to the target
+  PartWeights& own;                         ///< names relative to the target
+  std::map<std::string, std::any>& shared;  ///< as in PartSite
 };
 class BesideStack;
 /// What parts at that site register: the module that goes beside the targets.

@@ -24,6 +24,9 @@ void expand(json& run) {
     if (run.contains(key) && run[key].is_string()) run[key] = json{{inner, run[key]}};
   };
   section("task", "slug");
+  if (run.contains("task") && run["task"].is_object() && run["task"].contains("teacher") &&
+      run["task"]["teacher"].is_string())
+    run["task"]["teacher"] = json{{"model", run["task"]["teacher"]}};
   section("model", "checkpoint");
   section("output", "folder");
   if (!run.contains("data")) return;

@@ -16,9 +16,26 @@ namespace {
 using nlohmann::json;
 using torch::Tensor;
 
+struct TeacherSettings {
+  std::string model;
+  RecoveryConfig loss;
+  void fields(Fields& f) {
+    f("model", model,
+      "a model of the same tokens, whose probabilities are learned besides: a folder, a file, pip:PACKAGE");
+    loss.fields(f);
+  }
+};
+
 struct LanguageSettings {
   std::string slug;
-  void fields(Fields& f) { f("slug", slug, "the task's name"); }
+  TeacherSettings teacher;
+  void fields(Fields& f) {
+    f("slug", slug, "the task's name");
+    f("teacher", teacher,
+      "learn after a model that is not changed: the loss is task * cross-entropy + distillation * KL(teacher || "
+      "model), "
+      "summed over positions and divided by rows");
+  }
 };
 
 Encoder encoder_of(const TrainConfig& config, const OpenRun& run) {
@@ -79,7 +96,18 @@ EvaluationResult evaluate(CausalModel& model, const HeldOut& data, torch::Device
 
 LanguageTask::LanguageTask(const TrainConfig& config, const TaskContext& context)
     : config_(config), run_(open_run(config, context.device, context.scratch, context.weights)) {
-  parse<LanguageSettings>(config.task, "task");
+  const auto settings = parse<LanguageSettings>(config.task, "task");
+  if (settings.teacher.model.empty() || !context.weights) return;
+  recovery_ = settings.teacher.loss;
+  LoadOptions options;
+  options.dtype = config.train.dtype;
+  options.device = context.device;
+  const auto checkpoint = Checkpoint::open(settings.teacher.model);
+  teacher_ = load_causal(*checkpoint, options);
+  check(teacher_->vocab_size() == run_.model->vocab_size(),
+        "task.teacher: {} has a vocabulary of {}, the model that learns one of {}", settings.teacher.model,
+        teacher_->vocab_size(), run_.model->vocab_size());
+  teacher_->eval();
 }
 
 void LanguageTask::open_data() {
@@ -101,7 +129,19 @@ void LanguageTask::open_data() {
 
 Tensor LanguageTask::loss(const MicroBatch& m, Pass& pass) {
   set_rows(pass, m);
-  return language_loss(*run_.model, m, pass);
+  if (!teacher_) return language_loss(*run_.model, m, pass);
+  Tensor target;
+  {
+    const torch::NoGradGuard frozen;
+    Pass own;
+    set_rows(own, m);
+    target = teacher_->forward(m.ids, own);
+  }
+  const auto logits = run_.model->forward(m.ids, pass);
+  if (m.learned > 0 && recovery_.distillation > 0.0)
+    pass.add_loss("distillation",
+                  recovery_.distillation * teacher_divergence(logits, target, m.targets, recovery_.temperature));
+  return recovery_.task * token_loss(logits, m.targets);
 }
 
 EvaluationResult LanguageTask::evaluate(torch::Device device, Ranks* ranks) {

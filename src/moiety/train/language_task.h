@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "moiety/compress/mc_smoe.h"
 #include "moiety/train/open_run.h"
 #include "moiety/train/task.h"
 
@@ -28,6 +29,8 @@ class LanguageTask : public TrainTask {
  private:
   TrainConfig config_;
   OpenRun run_;
+  std::shared_ptr<CausalModel> teacher_;  // null: none
+  RecoveryConfig recovery_;
   TrainingData data_;
   std::vector<std::pair<std::string, HeldOut>> held_out_;  // by source
 };

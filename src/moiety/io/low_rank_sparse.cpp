@@ -1,0 +1,108 @@
+#include "moiety/io/low_rank_sparse.h"
+
+#include <cstring>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "moiety/base/error.h"
+#include "moiety/base/text.h"
+#include "moiety/io/overlay.h"
+
+namespace moiety {
+namespace {
+
+using nlohmann::json;
+
+constexpr int64_t kMostTimes = 8192;
+
+std::vector<int64_t> index_of(const TensorView& view, int64_t rows, int64_t out) {
+  check(view.format == Format::I64 && view.shape == std::vector<int64_t>{rows},
+        "tensor '{}' has to hold {} 64-bit integers", shown(view.name), rows);
+  std::vector<int64_t> index(static_cast<size_t>(rows));
+  if (rows > 0) std::memcpy(index.data(), view.data.data(), index.size() * sizeof(int64_t));
+  int64_t before = -1;
+  for (const int64_t i : index) {
+    check(i > before && i < out, "tensor '{}': {} is no row of {} in ascending order", shown(view.name), i, out);
+    before = i;
+  }
+  return index;
+}
+
+TensorView whole(const Checkpoint& checkpoint, const std::string& stem, const TensorInfo& info) {
+  const int64_t out = info.shape[0], in = info.shape[1];
+  const TensorView left_view = checkpoint.get(stem + ".left"), rows_view = checkpoint.get(stem + ".rows");
+  const int64_t rank = left_view.shape[1];
+  const auto left = left_view.to_float(), right = checkpoint.get(stem + ".right").to_float(),
+             rows = rows_view.to_float();
+  const auto index = index_of(checkpoint.get(stem + ".index"), rows_view.shape[0], out);
+  const int64_t bytes = row_bytes(info.format, in);
+  const auto data = std::make_shared<std::vector<std::byte>>(static_cast<size_t>(out * bytes));
+  std::vector<float> row(static_cast<size_t>(in));
+  size_t next = 0;
+  for (int64_t i = 0; i < out; ++i) {
+    std::fill(row.begin(), row.end(), 0.f);
+    for (int64_t k = 0; k < rank; ++k) {
+      const float factor = left[static_cast<size_t>(i * rank + k)];
+      const float* from = right.data() + k * in;
+      for (int64_t j = 0; j < in; ++j) row[static_cast<size_t>(j)] += factor * from[j];
+    }
+    if (next < index.size() && index[next] == i) {
+      const float* from = rows.data() + static_cast<int64_t>(next++) * in;
+      for (int64_t j = 0; j < in; ++j) row[static_cast<size_t>(j)] += from[j];
+    }
+    quantize_row(info.format, row.data(), data->data() + i * bytes, in);
+  }
+  TensorView view;
+  static_cast<TensorInfo&>(view) = info;
+  view.data = std::span<const std::byte>(*data);
+  view.owner = data;
+  return view;
+}
+
+}  // namespace
+
+std::shared_ptr<const Checkpoint> with_whole_matrices(std::shared_ptr<const Checkpoint> checkpoint) {
+  json config = checkpoint->config();
+  const auto section = config.is_object() ? config.find("moiety") : config.end();
+  if (section == config.end() || !section->is_object() || !section->contains(kLowRankSparse)) return checkpoint;
+  section->erase(kLowRankSparse);
+  if (section->empty()) config.erase("moiety");
+  std::map<std::string, TensorInfo> infos;
+  for (const TensorInfo& t : checkpoint->tensors()) infos[t.name] = t;
+  std::vector<OverlayTensor> tensors;
+  std::set<std::string> removed;
+  for (const auto& [name, left] : infos) {
+    constexpr std::string_view suffix = ".left";
+    if (name.size() <= suffix.size() || name.compare(name.size() - suffix.size(), suffix.size(), suffix) != 0) continue;
+    const std::string stem = name.substr(0, name.size() - suffix.size());
+    const auto part = [&](const char* what) -> const TensorInfo& {
+      const auto it = infos.find(stem + what);
+      check(it != infos.end(), "{}: '{}' lacks '{}{}'", checkpoint->path().string(), shown(name), shown(stem), what);
+      removed.insert(it->first);
+      return it->second;
+    };
+    const TensorInfo &right = part(".right"), &rows = part(".rows"), &index = part(".index");
+    removed.insert(name);
+    const bool plain = left.format == Format::F32 || left.format == Format::F16 || left.format == Format::BF16;
+    check(plain && left.shape.size() == 2 && left.shape[1] > 0 && right.shape.size() == 2 && rows.shape.size() == 2 &&
+              index.shape.size() == 1 && left.shape[1] == right.shape[0] && right.shape[1] == rows.shape[1] &&
+              rows.shape[0] == index.shape[0] && rows.shape[0] <= left.shape[0],
+          "{}: the tensors of '{}' do not make one matrix", checkpoint->path().string(), shown(stem));
+    // A small file must not ask for a matrix without end: real ones hold a few hundred times what is stored.
+    check(left.shape[0] / kMostTimes < (left.elements() + right.elements()) / std::max<int64_t>(1, right.shape[1]) + 1,
+          "{}: '{}' would be a matrix {} x {} of rank {}", checkpoint->path().string(), shown(stem), left.shape[0],
+          right.shape[1], left.shape[1]);
+    OverlayTensor t;
+    t.info.name = stem + ".weight";
+    t.info.format = left.format;
+    t.info.shape = {left.shape[0], right.shape[1]};
+    check(infos.count(t.info.name) == 0, "{}: '{}' is there whole and in parts", checkpoint->path().string(),
+          shown(t.info.name));
+    t.get = [checkpoint, stem, info = t.info] { return whole(*checkpoint, stem, info); };
+    tensors.push_back(std::move(t));
+  }
+  return overlay(std::move(checkpoint), std::move(config), std::move(tensors), removed);
+}
+
+}  // namespace moiety
