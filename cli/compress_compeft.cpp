@@ -7,8 +7,13 @@
 
 #include "compress.h"
 #include "moiety/base/error.h"
+#include "moiety/base/files.h"
+#include "moiety/base/progress.h"
 #include "moiety/compress/compeft_model.h"
 #include "moiety/io/peft.h"
+#include "moiety/io/tokenizer.h"
+#include "moiety/models/model.h"
+#include "moiety/tasks/perplexity.h"
 
 namespace moiety::cli {
 namespace {
@@ -18,6 +23,7 @@ namespace fs = std::filesystem;
 struct Options {
   CompeftOptions compeft;
   std::string base;
+  std::string tune;  // a text
 };
 
 CompeftReport compressed(const CompressArguments& a, const Options& o, CompeftOptions options) {
@@ -31,25 +37,86 @@ CompeftReport compressed(const CompressArguments& a, const Options& o, CompeftOp
   return compress_expert(*Checkpoint::open(a.model), *Checkpoint::open(o.base), o.base, options, a.out);
 }
 
-int run(const CompressArguments& a, const Options& o) {
+// Mean loss of a token of the text, by density and alpha; the best one first. What is compressed with alpha 1 is merged
+// with alpha as its weight.
+std::vector<CompeftTrial> tuned(const CompressArguments& a, const Options& o) {
+  const auto path = resolve_model(a.model);
+  const bool adapter = is_adapter(path);
+  const auto base = Checkpoint::open(adapter ? adapter_base(path) : o.base);
+  const auto tokenizer = Tokenizer::load(*base);
+  const std::string text = read_text(o.tune);
+  PerplexityOptions scoring;
+  scoring.context = a.context;
+  scoring.batch_size = a.batch_size;
+  scoring.limit_tokens = a.limit_tokens;
+  const TemporaryFolder folder("moiety-compeft");
+  const bool scaled = o.compeft.config.quantizer == "sign";  // the others have no alpha
+  const auto alphas = scaled ? kCompeftAlphas : std::vector<double>{o.compeft.config.alpha};
+  Progress progress("tune", static_cast<int64_t>(kCompeftDensities.size() * alphas.size()), "model");
+  int64_t done = 0;
+  return tune_compeft(kCompeftDensities, alphas, [&](double density) -> std::function<double(double)> {
+    CompeftOptions options = o.compeft;
+    options.config.density = density;
+    options.config.alpha = 1.0;
+    CompressArguments to = a;
+    to.dry_run = false;
+    to.out = (folder / "vector.tv").string();
+    fs::remove(to.out);
+    compressed(to, o, options);
+    const auto file = TaskVectorFile::open(to.out);
+    return [&, file, scaled](double alpha) {
+      std::shared_ptr<const Checkpoint> model;
+      if (adapter) {
+        const fs::path merged = folder / "adapter";
+        fs::remove_all(merged);
+        merge_adapters({file}, {}, scaled ? alpha : 1.0, base->path().string(), merged);
+        model = open_adapter(merged, base);
+      } else {
+        model = merged_experts(base, {compressed_delta(file, *base)}, {}, scaled ? alpha : 1.0);
+      }
+      const auto loaded = load_causal(*model);
+      const auto r = perplexity(*loaded, tokenizer, text, scoring);
+      progress.set(++done);
+      return r.nll / static_cast<double>(r.tokens);
+    };
+  });
+}
+
+int run(const CompressArguments& a, const Options& given) {
+  Options o = given;
   const std::string problem = o.compeft.config.problem();
   check(problem.empty(), "{}", problem);
   check(a.overwrite || a.dry_run || !fs::exists(a.out), "{} exists already: --overwrite replaces it", a.out);
+  nlohmann::json trials;
+  if (!o.tune.empty()) {
+    const auto all = tuned(a, o);
+    o.compeft.config.density = all[0].density;
+    o.compeft.config.alpha = all[0].alpha;
+    trials = nlohmann::json::array();
+    for (const CompeftTrial& t : all) trials.push_back({{"density", t.density}, {"alpha", t.alpha}, {"loss", t.loss}});
+    if (!a.json)
+      fmt::print("of {} settings density {} with alpha {} is best: a loss of {:.4f} a token\n", all.size(),
+                 all[0].density, all[0].alpha, all[0].loss);
+  }
   const CompeftReport r = compressed(a, o, o.compeft);
   const double times = r.bytes > 0 ? static_cast<double>(r.bytes_before) / static_cast<double>(r.bytes) : 0.0;
   if (a.json) {
-    std::cout << nlohmann::json{{"output", a.out},
-                                {"written", !a.dry_run},
-                                {"kind", r.kind},
-                                {"form", r.form},
-                                {"entries", r.d},
-                                {"kept", r.kept},
-                                {"scale", r.scale},
-                                {"entropy_bytes", r.entropy_bits / 8.0},
-                                {"bytes_before", r.bytes_before},
-                                {"bytes", r.bytes}}
-                     .dump(2)
-              << "\n";
+    nlohmann::json out{{"output", a.out},
+                       {"written", !a.dry_run},
+                       {"kind", r.kind},
+                       {"form", r.form},
+                       {"entries", r.d},
+                       {"kept", r.kept},
+                       {"scale", r.scale},
+                       {"entropy_bytes", r.entropy_bits / 8.0},
+                       {"bytes_before", r.bytes_before},
+                       {"bytes", r.bytes}};
+    if (!trials.is_null()) {
+      out["trials"] = trials;
+      out["density"] = o.compeft.config.density;
+      out["alpha"] = o.compeft.config.alpha;
+    }
+    std::cout << out.dump(2) << "\n";
     return 0;
   }
   fmt::print("{} {}: {} of {} entries ({}, {}), scale {:.4g}", a.dry_run ? "would write" : "wrote", a.out, r.kept, r.d,
@@ -78,6 +145,9 @@ CompressWay setup(CLI::App& app, std::shared_ptr<const CompressArguments> a) {
   app.add_option("--exclude", o->compeft.exclude,
                  "Regular expressions from the start of a name: tensors that are stored as they are (compeft)")
       ->capture_default_str();
+  app.add_option("--tune", o->tune,
+                 "A text file: density and alpha are those of the paper's grids that give the smallest loss on it "
+                 "(compeft; --context, --limit-tokens)");
   return {"--method compeft", [a] { return a->method == "compeft"; }, [a, o] { return run(*a, *o); }};
 }
 

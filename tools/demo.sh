@@ -49,7 +49,7 @@ run moiety train examples/adapt-smollm2.yaml --set train.steps=12 --set output.f
 run moiety eval "$learned/run/last" --text "$chapter" --limit-tokens 1500 --context 512
 
 heading 'A mixture of experts of our own, and half of them again: which ones are needed shows on a text of the same kind'
-run moiety train examples/train-mixture.yaml --set train.steps=150 --set evaluation.every=0 --set output.folder="$learned/mixture"
+run moiety train examples/train-mixture.yaml --set train.steps=200 --set evaluation.every=0 --set output.folder="$learned/mixture"
 run moiety compress "$learned/mixture/last" --method reap --keep 0.5 --calibration "${chapter%/*}/perlsub.pod" --limit-tokens 16000 \
   --context 128 -o "$learned/half"
 run moiety eval "$learned/mixture/last" --text "$chapter" --limit-tokens 16000 --context 128

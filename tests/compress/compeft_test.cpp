@@ -291,5 +291,25 @@ TEST(CompeftFile, HoldsWhatWasCompressed) {
   EXPECT_TRUE(torch::equal(load_task_vector(*TaskVectorFile::open(folder / "x.tv")).expand(), tau));
 }
 
+TEST(TuneCompeft, TakesTheSmallestLossAndOfEqualsTheSmallerVector) {
+  int compressed = 0;
+  const auto with = [&](const std::function<double(double, double)>& loss) {
+    return tune_compeft({0.1, 0.2}, {1.0, 2.0, 3.0}, [&](double density) {
+      ++compressed;
+      return [=](double alpha) { return loss(density, alpha); };
+    });
+  };
+  auto trials = with([](double d, double a) { return std::abs(d - 0.2) + std::abs(a - 2.0); });
+  ASSERT_EQ(trials.size(), 6u);
+  EXPECT_EQ(compressed, 2);
+  EXPECT_EQ(trials[0].density, 0.2);
+  EXPECT_EQ(trials[0].alpha, 2.0);
+  EXPECT_EQ(trials[1].density, 0.1);
+  trials = with([](double, double a) { return a == 1.0 ? NAN : 0.0; });
+  EXPECT_EQ(trials[0].density, 0.1);
+  EXPECT_EQ(trials[0].alpha, 2.0);
+  EXPECT_NE(message_of([&] { with([](double, double) { return NAN; }); }).find("no density"), std::string::npos);
+}
+
 }  // namespace
 }  // namespace moiety

@@ -19,6 +19,7 @@ need '134[.,]5|134515008'        # parameters of SmolLM2-135M
 need 'scatter'
 need 'solid.*liquid|liquid.*gas'
 need '^perplexity +[0-9]+\.[0-9]+'
+need 'wrote .*: 16 of 32 experts'
 need 'Someone has a meal'
 need '^demo: done in [0-9]+ s$'
 

@@ -7,6 +7,8 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <limits>
+#include <tuple>
 
 #include "moiety/base/error.h"
 #include "moiety/base/registry.h"
@@ -155,6 +157,25 @@ void TaskMergeConfig::fields(Fields& f) {
   f("method", method, "how task vectors become one").choices({"task-arithmetic", "ties"});
   f("merge_func", merge_func, "ties: what becomes of the entries that agree")
       .choices({"dis-mean", "dis-sum", "dis-max"});
+}
+
+std::vector<CompeftTrial> tune_compeft(
+    const std::vector<double>& densities, const std::vector<double>& alphas,
+    const std::function<std::function<double(double alpha)>(double density)>& compress) {
+  check(!densities.empty() && !alphas.empty(), "there is nothing to try: densities and alphas are needed");
+  std::vector<CompeftTrial> trials;
+  for (const double density : densities) {
+    const auto loss = compress(density);
+    for (const double alpha : alphas) trials.push_back({density, alpha, loss(alpha)});
+  }
+  const auto key = [](const CompeftTrial& t) {
+    return std::tuple(std::isnan(t.loss) ? std::numeric_limits<double>::infinity() : t.loss, t.density, t.alpha);
+  };
+  const auto best =
+      std::min_element(trials.begin(), trials.end(), [&](const auto& a, const auto& b) { return key(a) < key(b); });
+  check(std::isfinite(best->loss), "no density and alpha gives a loss that is a number");
+  std::rotate(trials.begin(), best, best + 1);
+  return trials;
 }
 
 int64_t compeft_kept(int64_t d, double density) {

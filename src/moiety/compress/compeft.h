@@ -22,6 +22,20 @@ struct CompeftConfig {
   std::string problem() const;
 };
 
+/// One density and alpha, and the loss that they give on a text.
+struct CompeftTrial {
+  double density = 0, alpha = 0, loss = 0;
+};
+/// The paper's grids: percent 5, 10, 20, 30, 50 and alpha 0.5, 1, 2, 3, 4, 5, 6, 8, 10.
+inline const std::vector<double> kCompeftDensities = {0.05, 0.1, 0.2, 0.3, 0.5};
+inline const std::vector<double> kCompeftAlphas = {0.5, 1, 2, 3, 4, 5, 6, 8, 10};
+/// Every alpha at every density: `compress` is called once a density and gives the loss of an alpha. The best first (of
+/// equal losses the smaller density, then the smaller alpha), the others in order. A loss that is no number loses.
+/// Error: a grid without entries, no loss that is a number.
+std::vector<CompeftTrial> tune_compeft(
+    const std::vector<double>& densities, const std::vector<double>& alphas,
+    const std::function<std::function<double(double alpha)>(double density)>& compress);
+
 /// floor(d k / 100) + 1 of d entries (ties at the threshold all stay and come on top), in integers, k = 100 density
 /// rounded to 6 decimals; d at density 1.
 int64_t compeft_kept(int64_t d, double density);
