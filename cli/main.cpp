@@ -13,6 +13,7 @@
 #include "moiety/base/error.h"
 #include "moiety/base/text.h"
 #include "moiety/base/version.h"
+#include "moiety/io/mapped_file.h"
 #include "verb.h"
 
 namespace {
@@ -169,6 +170,7 @@ int run(int argc, char** argv) {
 int main(int argc, char** argv) {
   // `moiety ... | head` ends quietly, whatever the parent process did with the signal.
   std::signal(SIGPIPE, SIG_DFL);
+  MappedFile::explain_lost_pages("moiety");
   int code = run(argc, argv);
   std::cout.flush();
   if (code == 0 && (!std::cout || std::fflush(stdout) != 0)) {

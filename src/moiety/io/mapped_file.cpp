@@ -1,6 +1,7 @@
 #include "moiety/io/mapped_file.h"
 
 #include <fcntl.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -25,7 +26,50 @@ Mappings& mappings() {
   return *kept;
 }
 
+const char* blamed = "moiety";
+
+// Only what a signal handler may call.
+void say(const char* text) {
+  [[maybe_unused]] const auto written = ::write(STDERR_FILENO, text, std::strlen(text));
+}
+
+void on_bus_error(int signal, siginfo_t* info, void*) {
+  Mappings& m = mappings();
+  const auto* at = static_cast<const std::byte*>(info->si_addr);
+  // Held by the thread that was interrupted: nothing is known then.
+  if (m.lock.try_lock()) {
+    auto next = m.all.upper_bound(at);
+    if (next != m.all.begin()) {
+      const MappedFile& file = *std::prev(next)->second;
+      if (at < file.bytes().data() + (file.bytes().size() + 4095) / 4096 * 4096) {
+        struct stat status {};
+        const bool there = ::stat(file.path().c_str(), &status) == 0;
+        say(blamed);
+        say(": ");
+        say(file.path().c_str());
+        say(there && static_cast<size_t>(status.st_size) < file.bytes().size()
+                ? " was cut short while it was in use: what was mapped is not there any more\n"
+                : " cannot be read any more: the disk gave an error\n");
+        ::_exit(1);
+      }
+    }
+    m.lock.unlock();
+  }
+  // Not ours: as without a handler, when the instruction runs again.
+  ::signal(signal, SIG_DFL);
+}
+
 }  // namespace
+
+void MappedFile::explain_lost_pages(const char* who) {
+  blamed = who;
+  mappings();
+  struct sigaction action {};
+  action.sa_sigaction = on_bus_error;
+  action.sa_flags = SA_SIGINFO;
+  sigemptyset(&action.sa_mask);
+  ::sigaction(SIGBUS, &action, nullptr);
+}
 
 std::optional<MappedFile::Location> MappedFile::locate(const std::byte* byte) {
   Mappings& m = mappings();

@@ -27,6 +27,12 @@ class MappedFile {
   };
   static std::optional<Location> locate(const std::byte* byte);
 
+  /// From now on a page of a mapped file that cannot be read any more, because somebody cut the file short or the disk
+  /// fails, ends the process with exit code 1 and a sentence on stderr that begins with `who` and names the file,
+  /// instead of a bare SIGBUS. Other causes of that signal stay what they are. Linux gives no other way out: the
+  /// instruction that read the page cannot go on.
+  static void explain_lost_pages(const char* who);
+
  private:
   MappedFile() = default;
   std::filesystem::path path_;
