@@ -29,8 +29,17 @@ void OffloadArguments::add(CLI::App& app) {
                  "experts that do not fit stay on disk");
   app.add_option("--offload", policy,
                  "Which experts are in memory and which on disk: none, or " + list_of(offload_policies()) +
-                     " (with --memory alone: lru)");
-  app.add_option("--io", io, "Reads beside the computation, or each where it is asked for: runs then repeat exactly")
+                     " (with --memory or --capacity-high alone: lru)");
+  auto* high = app.add_option("--capacity-high", capacity_high,
+                              "Experts in memory in full precision, instead of what --memory leaves room for")
+                   ->check(CLI::PositiveNumber);
+  app.add_option("--capacity-low", capacity_low, "With it: experts in memory in low precision")
+      ->check(CLI::NonNegativeNumber)
+      ->needs(high);
+  app.add_option(
+         "--io", io,
+         "Reads beside the computation, or each where it is asked for: runs with the same numbers of experts in "
+         "memory then repeat exactly")
       ->check(CLI::IsMember({"async", "sync"}))
       ->capture_default_str();
   app.add_option("--read-rate", read_rate, "Read experts no faster than this, such as 200MB/s");
@@ -58,7 +67,7 @@ void OffloadArguments::add(CLI::App& app) {
 }
 
 bool OffloadArguments::on() const {
-  return policy.empty() ? !memory.empty() : policy != "none";
+  return policy.empty() ? !memory.empty() || capacity_high > 0 : policy != "none";
 }
 
 OffloadOptions OffloadArguments::options() const {
@@ -75,6 +84,8 @@ OffloadOptions OffloadArguments::options() const {
     out.settings[name] = value_of(*field, text);
   }
   if (!memory.empty()) out.memory = parse_memory(memory);
+  out.capacity_high = capacity_high;
+  out.capacity_low = capacity_low;
   out.sync = io == "sync";
   out.read.direct = !no_direct;
   out.read.uring = !no_uring;

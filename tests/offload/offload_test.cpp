@@ -275,6 +275,23 @@ TEST(Offload, ABudgetThatIsTooSmallNamesTheSmallestThatWorks) {
   EXPECT_GE(l.offload->plan().capacity_high, 2);
 }
 
+TEST(Offload, NumbersOfExpertsThatWereAskedForStayUnderTheBudget) {
+  const auto file = files().with_low("q8_0", Format::Q4_0);
+  OffloadOptions options;
+  options.policy = "hobbit";
+  options.capacity_high = 6;
+  options.capacity_low = 5;
+  options.memory = 1000000;
+  const auto refused = message_of([&] { on_disk(file, options); });
+  EXPECT_NE(refused.find("too small for 6 experts in full and 5 in low precision"), std::string::npos) << refused;
+  const auto at = refused.find("the smallest that works is ");
+  ASSERT_NE(at, std::string::npos) << refused;
+  options.memory = std::atoll(refused.c_str() + at + 27) + (int64_t{64} << 20);  // the process grows while tests run
+  const auto l = on_disk(file, options);
+  EXPECT_EQ(l.offload->plan().capacity_high, 6);
+  EXPECT_EQ(l.offload->plan().capacity_low, 5);
+}
+
 TEST(Offload, RefusesWhatCannotBe) {
   const auto attach = [](const std::string& file, OffloadOptions o) {
     return message_of([&] { on_disk(file, std::move(o)); });

@@ -57,8 +57,15 @@ def main():
         mixed = generate(low, "--memory", least + 40 * MIB, "--offload", "hobbit", "--io", "sync")
         assert not mixed["offload"]["lossless"] and mixed["offload"]["miss_low"] > 0
         assert mixed["offload"]["memory"]["peak_resident"] <= least + 40 * MIB
-        again = generate(low, "--memory", least + 40 * MIB, "--offload", "hobbit", "--io", "sync")
+        # What a run does depends on how many experts fit, and that on what else is resident: it repeats with these numbers.
+        sizes = [mixed["offload"]["memory"][f"capacity_{which}"] for which in ("high", "low")]
+        again = generate(low, "--capacity-high", sizes[0], "--capacity-low", sizes[1], "--offload", "hobbit", "--io", "sync")
+        for what in ("hit_high", "hit_low", "miss_high", "miss_low", "skip", "bytes_read"):
+            assert again["offload"][what] == mixed["offload"][what], what
         assert again["completions"] == mixed["completions"]
+        refused("too small for 30 experts in full and 5 in low precision", "generate", low, "-p", "x", "-n", 1, "--offload", "hobbit",
+                "--memory", least, "--capacity-high", 30, "--capacity-low", 5)
+        refused("--capacity-high", "generate", low, "-p", "x", "-n", 1, "--offload", "hobbit", "--capacity-low", 5)
 
         refused("--add-low-experts", "generate", m, "-p", "x", "--offload", "hobbit")
         refused("t1 is 0.9 and t2 0.5", "generate", low, "-p", "x", "--offload", "hobbit", "--t1", 0.9, "--t2", 0.5)

@@ -547,6 +547,12 @@ void Offload::start(const OffloadWork& work) {
     check(asked == 0 || asked >= least, "the high-precision cache holds {} experts, a token needs {}", asked, least);
     plan.capacity_high = asked > 0 ? asked : all;
     plan.capacity_low = low ? (asked > 0 ? options_.capacity_low : all) : 0;
+    plan.least = other + plan.experts();
+    check(
+        options_.memory == 0 || plan.least <= options_.memory,
+        "a memory of {} bytes is too small for {} experts in full and {} in low precision: the smallest that works is "
+        "{} bytes ({})",
+        options_.memory, plan.capacity_high, plan.capacity_low, plan.least, mib(plan.least));
   } else {
     const int64_t left = options_.memory - other;
     plan.capacity_high = left <= 0 ? 0 : static_cast<int64_t>(share * static_cast<double>(left)) / plan.slot_high;

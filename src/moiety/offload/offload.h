@@ -23,7 +23,8 @@ struct OffloadOptions {
   nlohmann::json settings = nlohmann::json::object();  ///< of the policy
   /// Bytes that the process may have resident, everything counted; 0: no budget.
   int64_t memory = 0;
-  /// Experts in the pools, instead of what a budget gives; without a budget 0 means all.
+  /// Experts in the pools, instead of what a budget gives; without a budget 0 means all. What a budget gives differs a
+  /// little from run to run, for it depends on what the program happens to have resident when it starts.
   int64_t capacity_high = 0, capacity_low = 0;
   bool sync = false;
   ReadOptions read;

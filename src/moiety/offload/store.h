@@ -20,7 +20,7 @@ namespace moiety {
 
 struct StoreOptions {
   int64_t capacity_high = 0, capacity_low = 0;  ///< experts
-  bool sync = false;                            ///< every read is done where it is asked for: runs repeat exactly
+  bool sync = false;                            ///< every read is done where it is asked for: equal capacities repeat
   ReadOptions read;
 };
 
