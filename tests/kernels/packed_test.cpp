@@ -2,9 +2,11 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <random>
 #include <vector>
 
 #include "kernels/each_isa.h"
@@ -29,130 +31,169 @@ Packed pack(Format format, const std::vector<std::byte>& rows, int64_t count, in
   return p;
 }
 
-class PackedTest : public testing::Test {
+class PackedTest : public EachIsa {
  protected:
   void SetUp() override {
-    if (!can_pack(Format::Q8_0)) GTEST_SKIP() << "no products for packed rows on this machine";
+    for_each_isa([&] { any_ = any_ || can_pack(Format::Q8_0); });
+    if (!any_) GTEST_SKIP() << "no products for packed rows on this machine";
   }
+  // Every instruction set of this machine that has such products.
+  template <class F>
+  static void for_each_packing(const F& f) {
+    for_each_isa([&] {
+      if (can_pack(Format::Q8_0)) f();
+    });
+  }
+
+ private:
+  bool any_ = false;
 };
 
-// Against the decoded weights times the activations as they were rounded, in f64.
-TEST_F(PackedTest, EveryFormatAndNumberOfRows) {
-  for (const Format format : kPackable) {
-    const int block = info(format).block;
-    for (const int64_t blocks : {1, 2, 5}) {
-      for (const int64_t rows : {1, 15, 16, 17, 40}) {
-        const int64_t cols = blocks * block;
-        const auto b = random_rows(format, rows, cols, static_cast<unsigned>(rows + blocks));
-        const Packed packed = pack(format, b, rows, cols);
-        for (const int64_t n : {1, 2, 3, 4, 5, 6, 7, 8, 9, 19}) {
-          const auto x = gaussian(static_cast<size_t>(n * cols), static_cast<unsigned>(n));
-          QuantizedTiles tiles;
-          tiles.resize(activation_kind(format), n, cols);
-          for (int64_t t = 0; t < tiles.tiles(); ++t) tiles.fill(t, x.data(), cols);
-          const int64_t stride = rows + 3;
-          std::vector<float> y(static_cast<size_t>(n * stride), 7.f);
-          packed_products(format, packed.get(), rows, cols, 0, packed_groups(rows), tiles, y.data(), stride);
-          double worst = 0;
-          std::vector<float> w(static_cast<size_t>(cols));
-          for (int64_t t = 0; t < n; ++t) {
-            QuantizedRow q;
-            quantize_activations(format, x.data() + t * cols, cols, q);
-            for (int64_t r = 0; r < rows; ++r) {
-              dequantize_row(format, b.data() + r * row_bytes(format, cols), w.data(), cols);
-              double sum = 0, size = 0;
-              for (int64_t i = 0; i < cols; ++i) {
-                const double term = static_cast<double>(w[static_cast<size_t>(i)]) * q.scale()[i / block] * q.q()[i];
-                sum += term;
-                size += std::fabs(term);
-              }
-              worst = std::max(worst, std::fabs(y[static_cast<size_t>(t * stride + r)] - sum) / (size + 1e-30));
-            }
-            for (int64_t r = rows; r < stride; ++r) ASSERT_EQ(y[static_cast<size_t>(t * stride + r)], 7.f);
-          }
-          EXPECT_LT(worst, 2e-6) << info(format).name << " " << rows << " x " << cols << ", " << n << " rows";
-        }
+QuantizedTiles tiles_of(Format format, const std::vector<float>& x, int64_t n, int64_t cols) {
+  QuantizedTiles tiles;
+  tiles.resize(activation_kind(format), n, cols);
+  for (int64_t t = 0; t < tiles.tiles(); ++t) tiles.fill(t, x.data(), cols);
+  return tiles;
+}
+
+// The largest error of products [n, rows], each relative to the sum of the magnitudes it is made of: against the
+// decoded weights times the activations as they were rounded, in f64. What lies beside the products is left alone.
+double worst_error(Format format, const std::vector<std::byte>& b, int64_t rows, int64_t cols,
+                   const std::vector<float>& x, int64_t n) {
+  const Packed packed = pack(format, b, rows, cols);
+  const auto tiles = tiles_of(format, x, n, cols);
+  const int64_t stride = rows + 3, block = info(format).block;
+  std::vector<float> y(static_cast<size_t>(n * stride), 7.f);
+  packed_products(format, packed.get(), rows, cols, 0, packed_groups(rows), tiles, y.data(), stride);
+  double worst = 0;
+  std::vector<float> w(static_cast<size_t>(cols));
+  for (int64_t t = 0; t < n; ++t) {
+    QuantizedRow q;
+    quantize_activations(format, x.data() + t * cols, cols, q);
+    for (int64_t r = 0; r < rows; ++r) {
+      dequantize_row(format, b.data() + r * row_bytes(format, cols), w.data(), cols);
+      double sum = 0, size = 0;
+      for (int64_t i = 0; i < cols; ++i) {
+        const double term = static_cast<double>(w[static_cast<size_t>(i)]) * q.scale()[i / block] * q.q()[i];
+        sum += term;
+        size += std::fabs(term);
       }
+      worst = std::max(worst, std::fabs(y[static_cast<size_t>(t * stride + r)] - sum) / (size + 1e-30));
+    }
+    for (int64_t r = rows; r < stride; ++r) EXPECT_EQ(y[static_cast<size_t>(t * stride + r)], 7.f);
+  }
+  return worst;
+}
+
+TEST_F(PackedTest, EveryFormatAndNumberOfRows) {
+  for_each_packing([] {
+    for (const Format format : kPackable)
+      for (const int64_t blocks : {1, 2, 5})
+        for (const int64_t rows : {1, 15, 16, 17, 40}) {
+          const int64_t cols = blocks * info(format).block;
+          const auto b = random_rows(format, rows, cols, static_cast<unsigned>(rows + blocks));
+          for (const int64_t n : {1, 2, 3, 4, 5, 6, 7, 8, 9, 19})
+            EXPECT_LT(worst_error(format, b, rows, cols,
+                                  gaussian(static_cast<size_t>(n * cols), static_cast<unsigned>(n)), n),
+                      2e-6)
+                << info(format).name << " " << rows << " x " << cols << ", " << n << " rows";
+        }
+  });
+}
+
+TEST_F(PackedTest, EveryInstructionSetGivesTheSameBits) {
+  for (const Format format : kPackable) {
+    const int64_t cols = 1280, rows = 48;
+    const auto b = random_rows(format, rows, cols, 8);
+    const Packed packed = pack(format, b, rows, cols);
+    for (const int64_t n : {1, 3, 8}) {
+      const auto tiles = tiles_of(format, gaussian(static_cast<size_t>(n * cols), 9), n, cols);
+      std::vector<float> first;
+      for_each_packing([&] {
+        std::vector<float> y(static_cast<size_t>(n * rows));
+        packed_products(format, packed.get(), rows, cols, 0, packed_groups(rows), tiles, y.data(), rows);
+        if (first.empty()) first = y;
+        EXPECT_EQ(std::memcmp(y.data(), first.data(), y.size() * 4), 0) << info(format).name << ", " << n << " rows";
+      });
     }
   }
 }
 
 TEST_F(PackedTest, RowsOfATileDoNotMeet) {
   // A row gives the same bits alone and beside others.
-  for (const Format format : kPackable) {
-    const int64_t cols = 512, rows = 16, n = 8;
-    const auto b = random_rows(format, rows, cols, 3);
-    const Packed packed = pack(format, b, rows, cols);
-    const auto x = gaussian(static_cast<size_t>(n * cols), 4);
-    QuantizedTiles all, one;
-    std::vector<float> y(static_cast<size_t>(n * rows)), alone(static_cast<size_t>(rows));
-    all.resize(activation_kind(format), n, cols);
-    all.fill(0, x.data(), cols);
-    packed_products(format, packed.get(), rows, cols, 0, 1, all, y.data(), rows);
-    for (int64_t t = 0; t < n; ++t) {
-      one.resize(activation_kind(format), 1, cols);
-      one.fill(0, x.data(), cols, &t);
-      packed_products(format, packed.get(), rows, cols, 0, 1, one, alone.data(), rows);
-      EXPECT_EQ(std::memcmp(alone.data(), y.data() + t * rows, static_cast<size_t>(rows) * 4), 0) << info(format).name;
+  for_each_packing([] {
+    for (const Format format : kPackable) {
+      const int64_t cols = 512, rows = 16, n = 8;
+      const auto b = random_rows(format, rows, cols, 3);
+      const Packed packed = pack(format, b, rows, cols);
+      const auto x = gaussian(static_cast<size_t>(n * cols), 4);
+      const auto all = tiles_of(format, x, n, cols);
+      QuantizedTiles one;
+      std::vector<float> y(static_cast<size_t>(n * rows)), alone(static_cast<size_t>(rows));
+      packed_products(format, packed.get(), rows, cols, 0, 1, all, y.data(), rows);
+      for (int64_t t = 0; t < n; ++t) {
+        one.resize(activation_kind(format), 1, cols);
+        one.fill(0, x.data(), cols, &t);
+        packed_products(format, packed.get(), rows, cols, 0, 1, one, alone.data(), rows);
+        EXPECT_EQ(std::memcmp(alone.data(), y.data() + t * rows, static_cast<size_t>(rows) * 4), 0)
+            << info(format).name;
+      }
     }
+  });
+}
+
+// Bits of quants and integer scales all alike, or one of four bytes by chance; the halves stay finite.
+std::vector<std::byte> extreme_rows(Format format, int64_t rows, int64_t cols, int byte, unsigned seed) {
+  const auto scales = random_rows(format, rows, cols, seed);
+  auto b = scales;
+  std::mt19937 random(seed);
+  constexpr int kBytes[] = {0x00, 0xff, 0x7f, 0x80};
+  for (auto& v : b) v = static_cast<std::byte>(byte < 0 ? kBytes[random() % 4] : byte);
+  const bool minimum =
+      format == Format::Q4_1 || format == Format::Q5_1 || format == Format::Q4_K || format == Format::Q5_K;
+  for (size_t at = 0; at < b.size(); at += static_cast<size_t>(info(format).bytes)) {
+    const size_t halves = at + (format == Format::Q6_K ? 208 : 0);
+    std::copy_n(scales.data() + halves, minimum ? 4 : 2, b.data() + halves);
   }
+  return b;
 }
 
 TEST_F(PackedTest, ExtremeQuantsDoNotSaturate) {
-  for (const Format format : kPackable) {
-    for (const int byte : {0x00, 0xff, 0x7f, 0x80}) {
-      const int64_t cols = info(format).block;
-      auto b = random_rows(format, 16, cols, 5);
-      const auto scales = b;
-      // All bits of quants and integer scales alike; the halves stay finite.
-      for (auto& v : b) v = static_cast<std::byte>(byte);
-      const int64_t bytes = info(format).bytes;
-      for (int64_t r = 0; r < 16; ++r) {
-        const auto keep = [&](int64_t at) {
-          for (int64_t i = 0; i < 2; ++i)
-            b[static_cast<size_t>(r * bytes + at + i)] = scales[static_cast<size_t>(r * bytes + at + i)];
-        };
-        keep(format == Format::Q6_K ? 208 : 0);
-        if (format != Format::Q6_K && format != Format::Q8_0 && format != Format::Q4_0 && format != Format::Q5_0)
-          keep(2);
-      }
-      const Packed packed = pack(format, b, 16, cols);
-      for (const float sign : {1.f, -1.f}) {
-        const std::vector<float> x(static_cast<size_t>(cols), sign);
-        QuantizedTiles tiles;
-        tiles.resize(activation_kind(format), 1, cols);
-        tiles.fill(0, x.data(), cols);
-        float y[16];
-        packed_products(format, packed.get(), 16, cols, 0, 1, tiles, y, 16);
-        std::vector<float> w(static_cast<size_t>(cols));
-        for (int64_t r = 0; r < 16; ++r) {
-          dequantize_row(format, b.data() + r * bytes, w.data(), cols);
-          double sum = 0, size = 0;
-          for (const float v : w) sum += static_cast<double>(v) * sign, size += std::fabs(v);
-          EXPECT_NEAR(y[r], sum, 2e-3 * size + 1e-6) << info(format).name << " " << byte;
+  for_each_packing([] {
+    for (const Format format : kPackable)
+      for (const int byte : {0x00, 0xff, 0x7f, 0x80, -1, -1}) {
+        const int64_t cols = 2 * info(format).block;
+        for (const int64_t n : {1, 5}) {
+          // Activations of 127 and -127 alone: all of one sign, where sums are largest, and mixed.
+          for (const unsigned signs : {0u, 1u, 2u}) {
+            std::mt19937 random(signs);
+            std::vector<float> x(static_cast<size_t>(n * cols));
+            for (float& v : x) v = signs == 2 ? (random() % 2 == 0 ? 1.f : -1.f) : signs == 1 ? -1.f : 1.f;
+            EXPECT_LT(worst_error(format, extreme_rows(format, 16, cols, byte, 5 + signs), 16, cols, x, n), 2e-6)
+                << info(format).name << " " << byte << ", signs " << signs << ", " << n << " rows";
+          }
         }
       }
-    }
-  }
+  });
 }
 
 TEST_F(PackedTest, NotANumberSpreadsToItsRowAlone) {
-  for (const Format format : kPackable) {
-    const int64_t cols = 512;
-    const auto b = random_rows(format, 16, cols, 6);
-    const Packed packed = pack(format, b, 16, cols);
-    auto x = gaussian(static_cast<size_t>(2 * cols), 7);
-    x[static_cast<size_t>(cols + 5)] = std::numeric_limits<float>::infinity();
-    QuantizedTiles tiles;
-    tiles.resize(activation_kind(format), 2, cols);
-    tiles.fill(0, x.data(), cols);
-    float y[32];
-    packed_products(format, packed.get(), 16, cols, 0, 1, tiles, y, 16);
-    for (int r = 0; r < 16; ++r) {
-      EXPECT_TRUE(std::isfinite(y[r])) << info(format).name;
-      EXPECT_TRUE(std::isnan(y[16 + r])) << info(format).name;
+  for_each_packing([] {
+    for (const Format format : kPackable) {
+      const int64_t cols = 512;
+      const auto b = random_rows(format, 16, cols, 6);
+      const Packed packed = pack(format, b, 16, cols);
+      auto x = gaussian(static_cast<size_t>(2 * cols), 7);
+      x[static_cast<size_t>(cols + 5)] = std::numeric_limits<float>::infinity();
+      const auto tiles = tiles_of(format, x, 2, cols);
+      float y[32];
+      packed_products(format, packed.get(), 16, cols, 0, 1, tiles, y, 16);
+      for (int r = 0; r < 16; ++r) {
+        EXPECT_TRUE(std::isfinite(y[r])) << info(format).name;
+        EXPECT_TRUE(std::isnan(y[16 + r])) << info(format).name;
+      }
     }
-  }
+  });
 }
 
 TEST_F(PackedTest, RefusesWhatDoesNotFit) {

@@ -108,16 +108,16 @@ void spread_scales(Format format, const uint8_t* p, int row, uint8_t* scales) {
 
 const PackedProduct* products(const Packable& p) {
 #if defined(__x86_64__)
-  return packed_kernels_avx512().*p.products;
-#else
-  fail("this machine has no products for packed rows of {}", info(p.format).name);
+  if (isa() == Isa::Avx512) return packed_kernels_avx512().*p.products;
+  if (isa() == Isa::Avx2) return packed_kernels_avx2().*p.products;
 #endif
+  fail("this machine has no products for packed rows of {}", info(p.format).name);
 }
 
 }  // namespace
 
 bool can_pack(Format format) {
-  return isa() == Isa::Avx512 && find(format) != nullptr;
+  return isa() >= Isa::Avx2 && find(format) != nullptr;
 }
 
 int64_t packed_groups(int64_t rows) {

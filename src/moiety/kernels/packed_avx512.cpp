@@ -115,15 +115,6 @@ struct FiveBits51 : FiveBits {
   static constexpr PackedLayout kLayout = kPackedQ5_1;
 };
 
-// Asks the second cache for what comes this many bytes later: the hardware looks ahead to the end of a page of memory
-// only.
-constexpr int64_t kAhead = 8192;
-template <int64_t bytes>
-[[gnu::always_inline]] inline void ask_ahead(const uint8_t* p) {
-#pragma GCC unroll 8
-  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + kAhead + i), _MM_HINT_T1);
-}
-
 template <class F, int T>
 void blocks32(const uint8_t* group, int64_t blocks, const View& x, float* out) {
   constexpr PackedLayout l = F::kLayout;
@@ -132,7 +123,7 @@ void blocks32(const uint8_t* group, int64_t blocks, const View& x, float* out) {
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
   for (int64_t b = 0; b < blocks; ++b) {
-    ask_ahead<l.quants>(q + b * l.quants);
+    ask_ahead<l.block_bytes(), 1>(q, b);
     __m512i sums[T];
     F::template sums<T>(q + b * l.quants, high + b * l.high, x.q + b * 32 * T, sums);
     const __m512 scale = halves(scales + b * (l.min ? 64 : 32));
@@ -162,7 +153,7 @@ template <bool five, int T>
 void blocks_k(const uint8_t* group, int64_t blocks, const View& x, float* out) {
   constexpr PackedLayout l = five ? kPackedQ5_K : kPackedQ4_K;
   const __m512i mask = _mm512_set1_epi8(15), fifth = _mm512_set1_epi8(16);
-  const uint8_t *q = group + l.quants_at(blocks), *high = group + l.high_at(blocks),
+  const uint8_t *begin = group + l.quants_at(blocks), *q = begin, *high = group + l.high_at(blocks),
                 *scales = group + l.scales_at(blocks), *ends = group;
   __m512 total[T];
 #pragma GCC unroll 8
@@ -176,7 +167,7 @@ void blocks_k(const uint8_t* group, int64_t blocks, const View& x, float* out) {
       __m512i low[T], top[T];
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) low[t] = top[t] = _mm512_setzero_si512();
-      ask_ahead<512>(q + 512 * c);
+      ask_ahead<l.block_bytes(), 4>(begin, 4 * b + c);
 #pragma GCC unroll 8
       for (int z = 0; z < 8; ++z) {
         const __m512i both = quad(q + 64 * (8 * c + z));
@@ -231,7 +222,7 @@ template <int T>
 void blocks_q6_k(const uint8_t* group, int64_t blocks, const View& x, float* out) {
   constexpr PackedLayout l = kPackedQ6_K;
   const __m512i mask = _mm512_set1_epi8(15), two = _mm512_set1_epi8(0x30);
-  const uint8_t *q = group + l.quants_at(blocks), *high = group + l.high_at(blocks),
+  const uint8_t *begin = group + l.quants_at(blocks), *q = begin, *high = group + l.high_at(blocks),
                 *scales = group + l.scales_at(blocks), *ends = group;
   __m512 total[T];
 #pragma GCC unroll 8
@@ -251,7 +242,7 @@ void blocks_q6_k(const uint8_t* group, int64_t blocks, const View& x, float* out
         low[t] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(four(sums16 + 16 * t + s), 5));
         top[t] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(four(sums16 + 16 * t + 8 + s), 5));
       }
-      ask_ahead<256>(q + 256 * s);
+      ask_ahead<l.block_bytes(), 8>(begin, 8 * b + s);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const int z = 4 * s + i;

@@ -12,6 +12,7 @@ struct PackedKernels {
   PackedProduct q8_0[8], q4_0[8], q4_1[8], q5_0[8], q5_1[8], q4_k[8], q5_k[8], q6_k[8];
 };
 
+const PackedKernels& packed_kernels_avx2();
 const PackedKernels& packed_kernels_avx512();
 
 }  // namespace moiety

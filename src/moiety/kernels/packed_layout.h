@@ -13,7 +13,8 @@ struct PackedLayout {
   int high = 0;      ///< bytes a block of the bits above the fourth
   int scales = 0;    ///< bytes a block of integer scales (Q4_K, Q5_K: 8 [16], then 4 pairs of minimums [16][2]; Q6_K)
   bool min = false;  ///< halves of minimums follow the halves of scales
-  // Small planes first: what a kernel asks for ahead of the quants then covers the small planes of the next group.
+  constexpr int64_t block_bytes() const { return quants + high + scales + (min ? 64 : 32); }  ///< in all planes
+  // Small planes first: what a kernel asks for behind the quants are then the small planes of the next group.
   constexpr int64_t scales_at(int64_t blocks) const { return (blocks * (min ? 64 : 32) + 63) / 64 * 64; }
   constexpr int64_t high_at(int64_t blocks) const { return scales_at(blocks) + blocks * scales; }
   constexpr int64_t quants_at(int64_t blocks) const { return high_at(blocks) + blocks * high; }
@@ -34,5 +35,17 @@ constexpr PackedLayout kPackedQ5_K{.block = 256, .offset = 0, .quants = 2048, .h
 // Quad z: elements 4z in the low halves, 128 + 4z in the high ones. Bits above: quad z, bits 2p of byte i are those of
 // element 64p + 4z + i.
 constexpr PackedLayout kPackedQ6_K{.block = 256, .offset = 32, .quants = 2048, .high = 1024, .scales = 256};
+
+// Asks the second cache for a share of what comes kAhead bytes later: the hardware looks ahead to the end of a page of
+// memory only. Shares 0, 1, ... of a group, `parts` of them a block, are together as many bytes as the group has, so
+// that none is left out, planes of the next group included.
+constexpr int64_t kAhead = 8192;
+template <int64_t block_bytes, int64_t parts>
+[[gnu::always_inline]] inline void ask_ahead(const uint8_t* quants, int64_t share) {
+  constexpr int64_t kShare = block_bytes / parts;
+  const uint8_t* p = quants + kAhead + share * kShare;
+#pragma GCC unroll 9
+  for (int64_t i = 0; i < kShare; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
 
 }  // namespace moiety
