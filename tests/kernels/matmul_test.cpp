@@ -32,13 +32,17 @@ void Matmul::check_products(double rounding) {
   struct Shape {
     int64_t m, n, k;
   };
-  // Tiles are 14 x 32, blocks 196 rows, depths 512 units: below, at and above each of them.
+  // Tiles are 14 x 32 or 6 x 16, blocks 196 or 192 rows, depths 512 or 256 units: below, at and above each of them.
   for (const auto [m, n, k] : {Shape{1, 1, 1},
+                               {6, 16, 8},
+                               {7, 17, 9},
+                               {5, 15, 257},
                                {14, 32, 16},
                                {13, 31, 17},
                                {15, 33, 1},
                                {28, 16, 33},
                                {3, 70, 512},
+                               {193, 9, 256},
                                {197, 5, 3},
                                {210, 40, 30},
                                {5, 18, 1025},

@@ -49,6 +49,7 @@ constexpr MatmulKernels kPlain = {plain<float>, plain<uint16_t>};
 const MatmulKernels& kernels() {
 #if defined(__x86_64__)
   if (isa() == Isa::Avx512) return matmul_kernels_avx512();
+  if (isa() == Isa::Avx2) return matmul_kernels_avx2();
 #endif
   return kPlain;
 }
@@ -66,7 +67,7 @@ void matmul(int64_t m, int64_t n, int64_t k, const MatrixView<uint16_t>& a, cons
 }
 
 bool matmul_is_fast() {
-  return isa() == Isa::Avx512;
+  return isa() >= Isa::Avx2;
 }
 
 }  // namespace moiety

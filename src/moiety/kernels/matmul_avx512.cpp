@@ -1,264 +1,208 @@
-// Tiles of 14 x 32 sums in 28 registers. Both operands are packed: the left one as runs of 14 rows, the right one as
-// panels of 32 columns, which stay in the first caches while all rows of a block go over them. bf16 is packed as pairs
-// of neighbours along k, the 32-bit unit of its dot product, so that both types share the packing.
+// Tiles of 14 x 32 sums in 28 registers. bf16 is packed as pairs of neighbours along k, the 32-bit unit of its dot
+// product, so that both types share the packing.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 
 #include "moiety/kernels/half.h"
-#include "moiety/kernels/matmul_kernels.h"
+#include "moiety/kernels/matmul_loops.h"
 
 namespace moiety {
 namespace {
 
-constexpr int64_t kRows = 14, kColumns = 32;
-constexpr int64_t kBlock = 14 * kRows;  // rows of the left operand that are packed at a time
-constexpr int64_t kDepth = 512;         // 32-bit units along k
+struct Avx512 {
+  static constexpr int64_t kRows = 14, kColumns = 32;
+  static constexpr int64_t kBlock = 14 * kRows;
+  static constexpr int64_t kDepth = 512;
 
-// One element of f32, or two of bf16.
-template <class T>
-constexpr int64_t kUnit = 4 / sizeof(T);
+  // One element of f32, or two of bf16.
+  template <class T>
+  static constexpr int64_t kUnit = 4 / sizeof(T);
 
-// Grows, never shrinks; one for each thread.
-class Scratch {
- public:
-  uint32_t* get(int64_t words) {
-    if (words > size_) {
-      data_.reset(static_cast<uint32_t*>(std::aligned_alloc(64, static_cast<size_t>((words + 15) / 16 * 64))));
-      size_ = words;
+  // Rows r[0..15] of 16 units -> their transposition.
+  static void transpose16(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
     }
-    return data_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(uint32_t* p) const { std::free(p); }
-  };
-  std::unique_ptr<uint32_t, Free> data_;
-  int64_t size_ = 0;
-};
-
-// Rows r[0..15] of 16 units -> their transposition.
-inline void transpose16(__m512i r[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
-
-inline __mmask16 first(int64_t n) {
-  return n >= 16 ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1u << std::max<int64_t>(n, 0)) - 1u);
-}
-
-// Lines of elements that lie one behind another along k: to[p * width + line], units p. Lines that are missing give
-// zeros; `width` lines of the panel, at most 16 of them here. Reads `count` elements of a line.
-template <class T>
-void pack_lines(const T* const* lines, int64_t have, int64_t count, uint32_t* to, int64_t width, int64_t keep) {
-  const int64_t units = (count + kUnit<T> - 1) / kUnit<T>;
-  const __mmask16 kept = first(keep);
-  for (int64_t p = 0; p < units; p += 16) {
-    __m512i r[16];
-    const int64_t left = count - p * kUnit<T>;  // elements
-    for (int i = 0; i < 16; ++i) {
-      if (i >= have)
-        r[i] = _mm512_setzero_si512();
-      else if (left >= 16 * kUnit<T>)
-        r[i] = _mm512_loadu_si512(lines[i] + p * kUnit<T>);
-      else if constexpr (sizeof(T) == 4)
-        r[i] = _mm512_maskz_loadu_epi32(first(left), lines[i] + p);
-      else
-        r[i] = _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << left) - 1u), lines[i] + p * 2);
+    for (int i = 0; i < 16; i += 4) {
+      r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+      r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
     }
-    transpose16(r);
-    const int64_t rows = std::min<int64_t>(16, units - p);
-    for (int64_t i = 0; i < rows; ++i) _mm512_mask_storeu_epi32(to + (p + i) * width, kept, r[i]);
+    for (int i = 0; i < 4; ++i) {
+      t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+      t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+      t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+      t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; ++i) {
+      r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+      r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+      r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+      r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
   }
-}
 
-// Elements that lie one behind another across the panel: line(p) is where those of depth p begin; `have` of `width`.
-template <class T, class Line>
-void pack_across(Line line, int64_t have, int64_t count, uint32_t* to, int64_t width) {
-  for (int64_t at = 0; at < width; at += 16) {
-    const __mmask16 keep = first(width - at), real = first(have - at);
-    if constexpr (sizeof(T) == 4) {
-      for (int64_t p = 0; p < count; ++p)
-        _mm512_mask_storeu_epi32(to + p * width + at, keep, _mm512_maskz_loadu_epi32(real, line(p) + at));
-    } else {
-      const auto wide = [&](int64_t p) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(real, line(p) + at)); };
-      for (int64_t p = 0; p < count; p += 2) {
-        const __m512i low = wide(p), high = p + 1 < count ? wide(p + 1) : _mm512_setzero_si512();
-        _mm512_mask_storeu_epi32(to + p / 2 * width + at, keep, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  static __mmask16 first(int64_t n) {
+    return n >= 16 ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1u << std::max<int64_t>(n, 0)) - 1u);
+  }
+
+  // Lines of elements that lie one behind another along k: to[p * width + line], units p. Lines that are missing give
+  // zeros; `width` lines of the panel, at most 16 of them here. Reads `count` elements of a line.
+  template <class T>
+  static void pack_lines(const T* const* lines, int64_t have, int64_t count, uint32_t* to, int64_t width,
+                         int64_t keep) {
+    const int64_t units = (count + kUnit<T> - 1) / kUnit<T>;
+    const __mmask16 kept = first(keep);
+    for (int64_t p = 0; p < units; p += 16) {
+      __m512i r[16];
+      const int64_t left = count - p * kUnit<T>;  // elements
+      for (int i = 0; i < 16; ++i) {
+        if (i >= have)
+          r[i] = _mm512_setzero_si512();
+        else if (left >= 16 * kUnit<T>)
+          r[i] = _mm512_loadu_si512(lines[i] + p * kUnit<T>);
+        else if constexpr (sizeof(T) == 4)
+          r[i] = _mm512_maskz_loadu_epi32(first(left), lines[i] + p);
+        else
+          r[i] = _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << left) - 1u), lines[i] + p * 2);
       }
+      transpose16(r);
+      const int64_t rows = std::min<int64_t>(16, units - p);
+      for (int64_t i = 0; i < rows; ++i) _mm512_mask_storeu_epi32(to + (p + i) * width, kept, r[i]);
     }
   }
-}
 
-// Rows begin ... begin + have of the left operand, depth from ... from + count.
-template <class T>
-void pack_left(const MatrixView<T>& a, int64_t begin, int64_t have, int64_t from, int64_t count, uint32_t* to) {
-  if (!a.transposed) {
-    const T* lines[kRows];
-    for (int64_t i = 0; i < have; ++i) lines[i] = a.line(begin + i) + from;
-    pack_lines(lines, have, count, to, kRows, kRows);
-  } else {
-    pack_across<T>([&](int64_t p) { return a.line(from + p) + begin; }, have, count, to, kRows);
-  }
-}
-
-template <class T>
-void pack_right(const MatrixView<T>& b, int64_t begin, int64_t have, int64_t from, int64_t count, uint32_t* to) {
-  if (b.transposed) {
-    for (int64_t half = 0; half < kColumns; half += 16) {
-      const T* lines[16];
-      const int64_t n = std::clamp<int64_t>(have - half, 0, 16);
-      for (int64_t j = 0; j < n; ++j) lines[j] = b.line(begin + half + j) + from;
-      pack_lines(lines, n, count, to + half, kColumns, 16);
-    }
-  } else {
-    pack_across<T>([&](int64_t p) { return b.line(from + p) + begin; }, have, count, to, kColumns);
-  }
-}
-
-template <class T>
-[[gnu::always_inline]] inline __m512 fused(__m512 left, __m512 right, __m512 sum) {
-  if constexpr (sizeof(T) == 4)
-    return _mm512_fmadd_ps(left, right, sum);
-  else
-    return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
-}
-
-// tile [rows, 32] = the first `rows` of a packed run times a packed panel.
-template <class T, int rows>
-void tile(int64_t units, const uint32_t* a, const uint32_t* b, float* out) {
-  __m512 sums[rows][2];
-#pragma GCC unroll 14
-  for (int i = 0; i < rows; ++i) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
-  for (int64_t p = 0; p < units; ++p) {
-    const __m512 b0 = _mm512_load_ps(b), b1 = _mm512_load_ps(b + 16);
-#pragma GCC unroll 14
-    for (int i = 0; i < rows; ++i) {
-      float unit;
-      std::memcpy(&unit, a + i, 4);
-      const __m512 left = _mm512_set1_ps(unit);
-      sums[i][0] = fused<T>(left, b0, sums[i][0]);
-      sums[i][1] = fused<T>(left, b1, sums[i][1]);
-    }
-    a += kRows;
-    b += kColumns;
-  }
-#pragma GCC unroll 14
-  for (int i = 0; i < rows; ++i) {
-    _mm512_store_ps(out + i * kColumns, sums[i][0]);
-    _mm512_store_ps(out + i * kColumns + 16, sums[i][1]);
-  }
-}
-
-using Tile = void (*)(int64_t, const uint32_t*, const uint32_t*, float*);
-template <class T>
-constexpr Tile kTiles[] = {nullptr,     tile<T, 1>,  tile<T, 2>,  tile<T, 3>,  tile<T, 4>,
-                           tile<T, 5>,  tile<T, 6>,  tile<T, 7>,  tile<T, 8>,  tile<T, 9>,
-                           tile<T, 10>, tile<T, 11>, tile<T, 12>, tile<T, 13>, tile<T, 14>};
-
-// to [rows, columns] = tile (+ to).
-void put(const float* from, int64_t rows, int64_t columns, float* to, int64_t stride, bool add) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t half = 0; half < columns; half += 16) {
-      const __mmask16 mask = first(columns - half);
-      __m512 x = _mm512_load_ps(from + i * kColumns + half);
-      float* at = to + i * stride + half;
-      if (add) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, at));
-      _mm512_mask_storeu_ps(at, mask, x);
-    }
-}
-
-// The same for bf16; `before` [rows, columns], where given, is what other depths summed up.
-void put(const float* from, const float* before, int64_t width, int64_t rows, int64_t columns, uint16_t* to,
-         int64_t stride, bool add) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t half = 0; half < columns; half += 16) {
-      const __mmask16 mask = first(columns - half);
-      __m512 x = _mm512_load_ps(from + i * kColumns + half);
-      if (before != nullptr) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, before + i * width + half));
-      uint16_t* at = to + i * stride + half;
-      if (add) {
-        const __m512i old = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at)), 16);
-        x = _mm512_add_ps(x, _mm512_castsi512_ps(old));
-      }
-      // By integers: the instruction that rounds to bf16 flushes subnormal values.
-      const __m512i bits = _mm512_castps_si512(x);
-      const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-      const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-      const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-      const __m512i out = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-      _mm256_mask_storeu_epi16(at, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(out, 16)));
-    }
-}
-
-template <class T>
-void product(int64_t m, int64_t n, int64_t k, const MatrixView<T>& a, const MatrixView<T>& b, T* out, int64_t stride,
-             bool add) {
-  constexpr bool bf16 = sizeof(T) == 2;
-  static thread_local Scratch left_memory, right_memory, sums_memory;
-  const int64_t depths = std::max<int64_t>(1, (k + kDepth * kUnit<T> - 1) / (kDepth * kUnit<T>));
-  const int64_t blocks = (m + kBlock - 1) / kBlock;
-  if (m <= 0 || n <= 0) return;
-  const int64_t block = ((m + blocks - 1) / blocks + kRows - 1) / kRows * kRows;
-  const int64_t depth = ((k + depths - 1) / depths + 1) / 2 * 2;  // elements
-  const int64_t units = (depth + kUnit<T> - 1) / kUnit<T>;
-  uint32_t* left = left_memory.get(block * units + 16);
-  uint32_t* right = right_memory.get(kColumns * units);
-  const int64_t width = (n + kColumns - 1) / kColumns * kColumns;
-  float* sums = bf16 && depths > 1 ? reinterpret_cast<float*>(sums_memory.get(block * width)) : nullptr;
-  alignas(64) float result[kRows * kColumns];
-  for (int64_t top = 0; top < m; top += block) {
-    const int64_t rows = std::min(block, m - top);
-    for (int64_t d = 0; d < depths; ++d) {
-      const int64_t from = d * depth, count = std::clamp<int64_t>(k - from, 0, depth);
-      const int64_t used = (count + kUnit<T> - 1) / kUnit<T>;
-      for (int64_t i = 0; i < rows; i += kRows)
-        pack_left(a, top + i, std::min(kRows, rows - i), from, count, left + i * used);
-      for (int64_t j = 0; j < n; j += kColumns) {
-        const int64_t columns = std::min(kColumns, n - j);
-        pack_right(b, j, columns, from, count, right);
-        for (int64_t i = 0; i < rows; i += kRows) {
-          const int64_t now = std::min(kRows, rows - i);
-          kTiles<T>[now](used, left + i * used, right, result);
-          T* to = out + (top + i) * stride + j;
-          if constexpr (!bf16)
-            put(result, now, columns, to, stride, add || d > 0);
-          else if (d + 1 < depths)
-            put(result, now, columns, sums + i * width + j, width, d > 0);
-          else
-            put(result, d > 0 ? sums + i * width + j : nullptr, width, now, columns, to, stride, add);
+  // Elements that lie one behind another across the panel: line(p) is where those of depth p begin; `have` of `width`.
+  template <class T, class Line>
+  static void pack_across(Line line, int64_t have, int64_t count, uint32_t* to, int64_t width) {
+    for (int64_t at = 0; at < width; at += 16) {
+      const __mmask16 keep = first(width - at), real = first(have - at);
+      if constexpr (sizeof(T) == 4) {
+        for (int64_t p = 0; p < count; ++p)
+          _mm512_mask_storeu_epi32(to + p * width + at, keep, _mm512_maskz_loadu_epi32(real, line(p) + at));
+      } else {
+        const auto wide = [&](int64_t p) {
+          return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(real, line(p) + at));
+        };
+        for (int64_t p = 0; p < count; p += 2) {
+          const __m512i low = wide(p), high = p + 1 < count ? wide(p + 1) : _mm512_setzero_si512();
+          _mm512_mask_storeu_epi32(to + p / 2 * width + at, keep, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
         }
       }
     }
   }
-}
 
-constexpr MatmulKernels kKernels = {product<float>, product<uint16_t>};
+  // Rows begin ... begin + have of the left operand, depth from ... from + count.
+  template <class T>
+  static void pack_left(const MatrixView<T>& a, int64_t begin, int64_t have, int64_t from, int64_t count,
+                        uint32_t* to) {
+    if (!a.transposed) {
+      const T* lines[kRows];
+      for (int64_t i = 0; i < have; ++i) lines[i] = a.line(begin + i) + from;
+      pack_lines(lines, have, count, to, kRows, kRows);
+    } else {
+      pack_across<T>([&](int64_t p) { return a.line(from + p) + begin; }, have, count, to, kRows);
+    }
+  }
+
+  template <class T>
+  static void pack_right(const MatrixView<T>& b, int64_t begin, int64_t have, int64_t from, int64_t count,
+                         uint32_t* to) {
+    if (b.transposed) {
+      for (int64_t half = 0; half < kColumns; half += 16) {
+        const T* lines[16];
+        const int64_t n = std::clamp<int64_t>(have - half, 0, 16);
+        for (int64_t j = 0; j < n; ++j) lines[j] = b.line(begin + half + j) + from;
+        pack_lines(lines, n, count, to + half, kColumns, 16);
+      }
+    } else {
+      pack_across<T>([&](int64_t p) { return b.line(from + p) + begin; }, have, count, to, kColumns);
+    }
+  }
+
+  template <class T>
+  [[gnu::always_inline]] static __m512 fused(__m512 left, __m512 right, __m512 sum) {
+    if constexpr (sizeof(T) == 4)
+      return _mm512_fmadd_ps(left, right, sum);
+    else
+      return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
+  }
+
+  // tile [rows, 32] = the first `rows` of a packed run times a packed panel.
+  template <class T, int rows>
+  static void tile(int64_t units, const uint32_t* a, const uint32_t* b, float* out) {
+    __m512 sums[rows][2];
+#pragma GCC unroll 14
+    for (int i = 0; i < rows; ++i) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
+    for (int64_t p = 0; p < units; ++p) {
+      const __m512 b0 = _mm512_load_ps(b), b1 = _mm512_load_ps(b + 16);
+#pragma GCC unroll 14
+      for (int i = 0; i < rows; ++i) {
+        float unit;
+        std::memcpy(&unit, a + i, 4);
+        const __m512 left = _mm512_set1_ps(unit);
+        sums[i][0] = fused<T>(left, b0, sums[i][0]);
+        sums[i][1] = fused<T>(left, b1, sums[i][1]);
+      }
+      a += kRows;
+      b += kColumns;
+    }
+#pragma GCC unroll 14
+    for (int i = 0; i < rows; ++i) {
+      _mm512_store_ps(out + i * kColumns, sums[i][0]);
+      _mm512_store_ps(out + i * kColumns + 16, sums[i][1]);
+    }
+  }
+
+  using Tile = void (*)(int64_t, const uint32_t*, const uint32_t*, float*);
+  template <class T>
+  static constexpr Tile kTiles[] = {nullptr,     tile<T, 1>,  tile<T, 2>,  tile<T, 3>,  tile<T, 4>,
+                                    tile<T, 5>,  tile<T, 6>,  tile<T, 7>,  tile<T, 8>,  tile<T, 9>,
+                                    tile<T, 10>, tile<T, 11>, tile<T, 12>, tile<T, 13>, tile<T, 14>};
+
+  // to [rows, columns] = tile (+ to).
+  static void put(const float* from, int64_t rows, int64_t columns, float* to, int64_t stride, bool add) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t half = 0; half < columns; half += 16) {
+        const __mmask16 mask = first(columns - half);
+        __m512 x = _mm512_load_ps(from + i * kColumns + half);
+        float* at = to + i * stride + half;
+        if (add) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, at));
+        _mm512_mask_storeu_ps(at, mask, x);
+      }
+  }
+
+  // The same for bf16; `before` [rows, columns], where given, is what other depths summed up.
+  static void put(const float* from, const float* before, int64_t width, int64_t rows, int64_t columns, uint16_t* to,
+                  int64_t stride, bool add) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t half = 0; half < columns; half += 16) {
+        const __mmask16 mask = first(columns - half);
+        __m512 x = _mm512_load_ps(from + i * kColumns + half);
+        if (before != nullptr) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, before + i * width + half));
+        uint16_t* at = to + i * stride + half;
+        if (add) {
+          const __m512i old = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at)), 16);
+          x = _mm512_add_ps(x, _mm512_castsi512_ps(old));
+        }
+        // By integers: the instruction that rounds to bf16 flushes subnormal values.
+        const __m512i bits = _mm512_castps_si512(x);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+        const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        const __m512i out = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+        _mm256_mask_storeu_epi16(at, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(out, 16)));
+      }
+  }
+};
+
+constexpr MatmulKernels kKernels = {product<Avx512, float>, product<Avx512, uint16_t>};
 
 }  // namespace
 

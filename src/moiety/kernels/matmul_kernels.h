@@ -11,6 +11,7 @@ struct MatmulKernels {
                uint16_t* out, int64_t stride, bool add);
 };
 
+const MatmulKernels& matmul_kernels_avx2();
 const MatmulKernels& matmul_kernels_avx512();
 
 }  // namespace moiety
