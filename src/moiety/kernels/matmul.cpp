@@ -30,6 +30,7 @@ T element(const MatrixView<T>& v, int64_t i, int64_t j) {
 template <class T>
 void plain(int64_t m, int64_t n, int64_t k, const MatrixView<T>& a, const MatrixView<T>& b, T* out, int64_t stride,
            bool add) {
+  if (m <= 0 || n <= 0) return;
   std::vector<float> right(static_cast<size_t>(k * n)), sums(static_cast<size_t>(n));
   for (int64_t p = 0; p < k; ++p)
     for (int64_t j = 0; j < n; ++j) right[static_cast<size_t>(p * n + j)] = load(element(b, p, j));
