@@ -30,6 +30,10 @@ constexpr int64_t kHeldOutTokens = 8192, kDocumentTokens = 2560;
 constexpr double kRates[] = {1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1};
 constexpr int64_t kFirst = 3, kLast = 5;  // of those that are tried in any case
 
+// Of experts: whole models learn with a rate that leaves them near their base.
+constexpr double kExpertRate = 1e-3, kLoraRate = 1e-2;
+constexpr int64_t kExpertSteps = 200, kShortExpertSteps = 60, kExpertRank = 8;
+
 StudySource source_of(const std::string& name) {
   for (const auto& s : study_text().sources)
     if (s.name == name) return s;
@@ -73,20 +77,67 @@ std::string adapter_setup() {
       r.layers, r.hidden, kBaseSteps, kShortBaseSteps, r.length);
 }
 
-fs::path adapter_base(const StudyCell& cell, int64_t seed) {
-  const auto recipe = adapter_recipe();
-  const int64_t steps = cell.budget.full() ? kBaseSteps : kShortBaseSteps;
-  const std::string print = recipe.settings().dump();
+namespace {
+
+// Kept for all studies under the settings that it depends on.
+fs::path kept_for_all(const StudyCell& cell, const char* what, const json& settings, const std::string& name,
+                      const std::function<void(const fs::path&)>& make) {
+  const std::string print = settings.dump();
   Sha256 hash;
   hash.update(std::as_bytes(std::span(print)));
   StudyCell common = cell;
-  common.shared = cell.common / "adapter-base";
+  common.shared = cell.common / what;
+  return common.once(fmt::format("{}-{}", hash.hex().substr(0, 12), name), make);
+}
+
+}  // namespace
+
+fs::path adapter_base(const StudyCell& cell, int64_t seed) {
+  const auto recipe = adapter_recipe();
+  const int64_t steps = cell.budget.full() ? kBaseSteps : kShortBaseSteps;
   const auto folder =
-      common.once(fmt::format("{}-{}-{}", hash.hex().substr(0, 12), steps, seed), [&](const fs::path& to) {
+      kept_for_all(cell, "adapter-base", recipe.settings(), fmt::format("{}-{}", steps, seed), [&](const fs::path& to) {
         StudyCell own = cell;
         own.folder = to;
         own.seed = seed;
         train_language(own, {.recipe = recipe, .steps = steps});
+      });
+  return folder / "run" / "last";
+}
+
+json adapter_expert_settings() {
+  json out = adapter_settings();
+  out["experts"] = {kExpertRate, kLoraRate, kExpertSteps, kShortExpertSteps, kExpertRank};
+  return out;
+}
+
+std::string adapter_expert_setup() {
+  const auto r = adapter_recipe();
+  return fmt::format(
+      "A byte-level decoder of {} blocks, hidden size {}, has learned English prose and a manual for {} steps ({} in a "
+      "short run). Experts: it goes on to one other kind of text for {} steps ({}), 8 rows of {} bytes each, AdamW "
+      "without decay, with all its parameters (rate {}) or as a LoRA of rank {} beside all matrices (rate {})",
+      r.layers, r.hidden, kBaseSteps, kShortBaseSteps, kExpertSteps, kShortExpertSteps, r.length, kExpertRate,
+      kExpertRank, kLoraRate);
+}
+
+fs::path adapter_expert(const StudyCell& cell, const std::string& kind, bool lora) {
+  const int64_t steps = cell.budget.full() ? kExpertSteps : kShortExpertSteps;
+  const auto folder = kept_for_all(
+      cell, "adapter-expert", adapter_expert_settings(),
+      fmt::format("{}-{}-{}-{}", kind, lora ? "lora" : "whole", steps, cell.seed), [&](const fs::path& to) {
+        StudyCell own = cell;
+        own.folder = to;
+        Adaptation run;
+        run.model = adapter_base(cell, cell.seed);
+        if (lora)
+          run.parts =
+              json::array({{{"slug", "lora"}, {"target", "all"}, {"rank", kExpertRank}, {"alpha", kExpertRank}}});
+        run.kinds = {kind};
+        run.rate = lora ? kLoraRate : kExpertRate;
+        run.steps = steps;
+        run.seed = cell.seed;
+        adapt(own, run);
       });
   return folder / "run" / "last";
 }

@@ -28,6 +28,13 @@ std::string adapter_setup();
 /// The folder of the base model of a seed; trained by the first cell of any study that asks, then kept for all.
 std::filesystem::path adapter_base(const StudyCell& cell, int64_t seed);
 
+/// The folder of what that base becomes on one kind of text: a whole model, or the folder of a LoRA adapter (rank 8,
+/// beside all matrices). Trained by the first cell of any study that asks, then kept for all.
+std::filesystem::path adapter_expert(const StudyCell& cell, const std::string& kind, bool lora);
+/// How these are trained, for Study::settings, and in a sentence.
+nlohmann::json adapter_expert_settings();
+std::string adapter_expert_setup();
+
 struct Adaptation {
   std::filesystem::path model;      ///< a base, or what another run has left in it
   nlohmann::json parts;             ///< null: every parameter of the model learns
