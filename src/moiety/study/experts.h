@@ -58,6 +58,8 @@ struct MixtureText {
   std::vector<ChoiceQuestion> questions;  ///< which of four continuations, all of one kind of text, is the true one
 };
 MixtureText mixture_text(const std::vector<std::string>& sources = {});
+/// Percent of questions whose true answer is the most likely one, byte for byte.
+double questions_right(CausalModel& model, const Tokenizer& tokenizer, const std::vector<ChoiceQuestion>& questions);
 /// measure_language's, and {"choice": percent of questions right}.
 nlohmann::json measure_mixture(CausalModel& model, const MixtureText& text);
 nlohmann::json measure_mixture(const std::filesystem::path& model, const MixtureText& text);
