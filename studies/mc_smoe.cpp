@@ -3,11 +3,13 @@
 #include <torch/torch.h>
 
 #include <algorithm>
+#include <functional>
 
 #include "moiety/base/error.h"
 #include "moiety/base/random.h"
 #include "moiety/compress/expert_plans.h"
 #include "moiety/compress/mc_smoe.h"
+#include "moiety/nn/parameters.h"
 #include "moiety/study/experts.h"
 #include "moiety/train/language_task.h"
 
@@ -92,22 +94,25 @@ struct SplitMatrix {
 class Recovery {
  public:
   Recovery(CausalModel& student, CausalModel& teacher) : student_(student), teacher_(teacher) {
+    int64_t routers = 0;
     for (auto& item : student.named_parameters()) {
-      if (item.key().find("mlp.gate.") != std::string::npos)
-        item.value().set_requires_grad(false);
-      else if (item.key().find(".experts.") != std::string::npos && item.value().dim() == 3)
+      const std::string name = parameter_name(item.key());
+      if (name.find(".mlp.gate.") != std::string::npos)
+        item.value().set_requires_grad(false), ++routers;
+      else if (name.find(".mlp.experts.") != std::string::npos && item.value().dim() == 3)
         experts_.push_back(item.value());
       else
         others_.push_back(item.value());
     }
-    check(!experts_.empty(), "the model has no experts under the names that are expected");
+    check(routers == student.blocks() && static_cast<int64_t>(experts_.size()) == 3 * routers,
+          "routers and experts are not under the names that are expected");
   }
 
   void whole(const std::vector<MicroBatch>& rows, int64_t steps) {
     auto all = others_;
     all.insert(all.end(), experts_.begin(), experts_.end());
     run(
-        rows, steps, all, [](int64_t) {}, [] {});
+        rows, steps, all, [] {}, [] {});
   }
 
   // Percent of the entries of `of` experts' matrices that are stored afterwards.
@@ -130,7 +135,7 @@ class Recovery {
     RowPruning pruning(sparse, c);
     run(
         rows, steps, learned,
-        [&](int64_t) {
+        [&] {
           size_t i = 0;
           for (const Tensor& stack : experts_)
             for (int64_t e = 0; e < stack.size(0); ++e, ++i) {
@@ -165,7 +170,7 @@ class Recovery {
  private:
   // `gradients` before the optimizer's step, `after` behind it.
   void run(const std::vector<MicroBatch>& rows, int64_t steps, const std::vector<Tensor>& learned,
-           const std::function<void(int64_t)>& gradients, const std::function<void()>& after) {
+           const std::function<void()>& gradients, const std::function<void()>& after) {
     torch::optim::AdamW adam(learned,
                              torch::optim::AdamWOptions(kRate).betas({0.9, 0.98}).eps(1e-6).weight_decay(kDecay));
     const auto warm = static_cast<double>(std::max<int64_t>(1, steps / 20));
@@ -183,7 +188,7 @@ class Recovery {
       for (const Tensor& p : others_) Tensor(p).mutable_grad() = Tensor();
       for (const Tensor& p : experts_) Tensor(p).mutable_grad() = Tensor();
       recovery_loss(logits_of(student_, m), taught, m.targets).backward();
-      gradients(step);
+      gradients();
       adam.step();
       after();
     }
