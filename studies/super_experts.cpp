@@ -177,13 +177,24 @@ std::vector<std::vector<ExpertAt>> taken(const StudyCell& cell, const Found& fou
   return out;
 }
 
+// Tokens of more than a byte may reach from the context to the end of a choice.
+bool can_be_asked(const Tokenizer& tokenizer, const ChoiceQuestion& question) {
+  try {
+    for (const auto& choice : question.choices) encode_choice(tokenizer, question.context, choice, -1);
+    return true;
+  } catch (const Error&) {
+    return false;
+  }
+}
+
 json measure(const StudyCell& cell) {
   json out, details = json::array();
-  auto questions = mixture_text(kText).questions;  // kind by kind
-  for (size_t i = 0; i < questions.size() / kEvery; ++i) questions[i] = questions[i * kEvery];
-  questions.resize(questions.size() / kEvery);
+  const auto all = mixture_text(kText).questions;  // kind by kind
   for (const bool small : {false, true}) {
     const Mixtures m = open(cell, small);
+    std::vector<ChoiceQuestion> questions;
+    for (size_t i = 0; i < all.size(); i += kEvery)
+      if (can_be_asked(*m.tokenizer, all[i])) questions.push_back(all[i]);
     const Found found = find(cell, m);
     double bits = 0;
     std::vector<double> each;
@@ -279,7 +290,8 @@ Study study() {
       "a "
       "tenth of the largest, the first three quarters of the layers. Measured: perplexity of as many windows of "
       "held-out "
-      "documents, and {} questions, which of four continuations follows (of several draws, the first). Where the rule "
+      "documents, and at most {} questions, which of four continuations follows (of several draws, the first). Where "
+      "the rule "
       "names no expert, the one with the largest value is taken out.",
       kParts, kWindows, kLength, kSmallLength, kQuantile, 210 / kEvery);
   s.arms = {{"whole", "all experts"},

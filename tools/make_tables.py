@@ -108,8 +108,9 @@ def study(slug):
         cells = [number(a["values"][m["name"]], m["digits"]) if m["name"] in a["values"] else "" for m in metrics]
         lines.append(f"| `{a['name']}` | {a['text']} | " + " | ".join(cells) + " |")
     seeds = r["budget"]["seeds"]
+    steps = f"{r['budget']['steps']} steps, " if r["budget"]["steps"] else ""  # none where nothing but shared bases is trained
     lines += ["", f"**Verdict: {r['verdict']}.** {r['reason']}", "",
-              f"{seeds} seed{'' if seeds == 1 else 's'} (mean ± standard deviation), {r['budget']['name']} budget, {r['budget']['steps']} steps, "
+              f"{seeds} seed{'' if seeds == 1 else 's'} (mean ± standard deviation), {r['budget']['name']} budget, {steps}"
               f"cells of one thread took {r['cell_seconds'] / 60:.0f} minutes in all, beside other work; torch {r['versions']['torch']}; {where(r)}."]
     return lines
 
