@@ -73,12 +73,16 @@ Mixtures open(const StudyCell& cell, bool small) {
     out.tokenizer = Tokenizer::load(*out.checkpoint);
   } else {
     out.name = "cut";
-    const auto dense =
-        cell.once("dense", [&](const fs::path& to) { write_hf(*Checkpoint::open(kModel), to / "model"); });
-    const auto whole = Checkpoint::open((dense / "model").string());
-    out.tokenizer = Tokenizer::load(*whole);
-    // One copy in 8 parts, all of them chosen with equal rows of the router: the same function.
-    out.checkpoint = upcycled(whole, {.experts = 1, .top_k = 1, .granularity = kParts});
+    const auto folder = cell.once("cut", [&](const fs::path& to) {
+      write_hf(*Checkpoint::open(kModel), to / "dense");
+      // One copy in 8 parts, all of them chosen with equal rows of the router: the same function. Written, since every
+      // arm opens it several times.
+      write_hf(*upcycled(Checkpoint::open((to / "dense").string()), {.experts = 1, .top_k = 1, .granularity = kParts}),
+               to / "model");
+      fs::remove_all(to / "dense");
+    });
+    out.checkpoint = Checkpoint::open((folder / "model").string());
+    out.tokenizer = Tokenizer::load(*out.checkpoint);
   }
   const int64_t length = small ? kSmallLength : kLength;
   out.learned = windows_of(*out.tokenizer, false, kWindows, length, seed);
