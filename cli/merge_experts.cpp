@@ -1,6 +1,7 @@
-// moiety merge --method task-arithmetic|ties|average: compressed experts or whole models added to their base.
+// moiety merge --method task-arithmetic|ties|dare|average: compressed experts or whole models added to their base.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <iostream>
 #include <nlohmann/json.hpp>
@@ -17,6 +18,8 @@ namespace fs = std::filesystem;
 struct Options {
   TaskMergeConfig merge;
   double lambda = 1.0, density = 0.0;  // 0: as the method has it
+  double drop = 0.9;                   // of dare
+  uint64_t seed = 0;
 };
 
 // The files of an expert list that are compressed; empty entries are models.
@@ -53,6 +56,9 @@ int run(const MergeArguments& a, const Options& o) {
   merge.method = a.method == "ties" ? "ties" : "task-arithmetic";
   const double lambda = a.method == "average" ? o.lambda / static_cast<double>(a.experts.size()) : o.lambda;
   const auto files = compressed(a);
+  const bool dare = a.method == "dare";
+  check(!dare || std::none_of(files.begin(), files.end(), [](const auto& f) { return f != nullptr; }),
+        "dare drops entries of whole models at random; what is compressed has dropped its own");
   if (files[0] && files[0]->header().kind != "full") return run_adapters(a, merge, lambda, files);
   // What TIES trims of whole models; compressed ones are sparse already.
   const double density = o.density > 0.0 ? o.density : a.method == "ties" ? 0.2 : 1.0;
@@ -61,12 +67,14 @@ int run(const MergeArguments& a, const Options& o) {
   for (size_t i = 0; i < files.size(); ++i)
     deltas.push_back(files[i] ? compressed_delta(files[i], *base)
                               : model_delta(Checkpoint::open(a.experts[i]), base, density));
+  if (dare)
+    for (size_t i = 0; i < deltas.size(); ++i) deltas[i] = dropped_delta(deltas[i], o.drop, o.seed + i);
   return write_merged(*merged_experts(base, std::move(deltas), merge, lambda), a);
 }
 
 std::function<int()> setup(CLI::App& app, std::shared_ptr<const MergeArguments> a) {
   auto o = std::make_shared<Options>();
-  app.add_option("--lambda", o->lambda, "What experts add counts so many times (task-arithmetic, ties, average)")
+  app.add_option("--lambda", o->lambda, "What experts add counts so many times (task-arithmetic, ties, dare, average)")
       ->check(CLI::Range(0.0, 1e6))
       ->capture_default_str();
   app.add_option("--merge-func", o->merge.merge_func, "What becomes of entries that agree (ties)")
@@ -75,10 +83,14 @@ std::function<int()> setup(CLI::App& app, std::shared_ptr<const MergeArguments> 
   app.add_option("--trim", o->density,
                  "Share of a whole model's differences that counts, the largest of all (default: 0.2 for ties, else 1)")
       ->check(CLI::Range(1e-6, 1.0));
+  app.add_option("--drop", o->drop, "Share of every expert's differences that is dropped at random (dare)")
+      ->check(CLI::Range(0.0, 0.9999))
+      ->capture_default_str();
+  app.add_option("--drop-seed", o->seed, "Of what is dropped (dare)")->capture_default_str();
   return [a, o] { return run(*a, *o); };
 }
 
-const RegisterMerge experts({"task-arithmetic", "ties", "average"}, setup);
+const RegisterMerge experts({"task-arithmetic", "ties", "dare", "average"}, setup);
 
 }  // namespace
 }  // namespace moiety::cli

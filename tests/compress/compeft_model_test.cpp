@@ -191,6 +191,21 @@ TEST(MergedExperts, WholeModelsAreTrimmedOverAllTensors) {
   EXPECT_EQ(changed, 12);  // floor(11.1) + 1
 }
 
+TEST(DroppedDelta, KeepsSomeEntriesLargerAndTheSameEveryTime) {
+  Set s;
+  const auto whole = model_delta(s.one, s.base), dropped = dropped_delta(whole, 0.6, 3);
+  const auto all = whole->get("model.a.weight"), some = dropped->get("model.a.weight");
+  const auto kept = some != 0;
+  const int64_t left = kept.sum().item<int64_t>();
+  EXPECT_GT(left, 2);  // of 30, 12 expected
+  EXPECT_LT(left, 24);
+  EXPECT_TRUE(torch::allclose(some.masked_select(kept), all.masked_select(kept) / 0.4, 1e-6));
+  EXPECT_TRUE(torch::equal(some, dropped->get("model.a.weight")));
+  EXPECT_FALSE(torch::equal(some, dropped_delta(whole, 0.6, 4)->get("model.a.weight")));
+  EXPECT_TRUE(torch::equal(dropped_delta(whole, 0.0, 3)->get("model.a.weight"), all));
+  EXPECT_THROW(dropped_delta(whole, 1.0, 3), Error);
+}
+
 TEST(MergedExperts, BadInputIsAnError) {
   Set s;
   EXPECT_NE(message_of([&] { merged_experts(s.base, {}, {}, 1.0); }).find("no expert"), std::string::npos);

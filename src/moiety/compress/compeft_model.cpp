@@ -8,6 +8,7 @@
 #include "moiety/base/error.h"
 #include "moiety/base/files.h"
 #include "moiety/base/log.h"
+#include "moiety/base/random.h"
 #include "moiety/base/text.h"
 #include "moiety/io/name_patterns.h"
 #include "moiety/io/overlay.h"
@@ -209,7 +210,34 @@ class ModelDelta : public ExpertDelta {
   CompressedVector kept_;
 };
 
+class DroppedDelta : public ExpertDelta {
+ public:
+  DroppedDelta(std::shared_ptr<const ExpertDelta> delta, double drop, uint64_t seed)
+      : delta_(std::move(delta)), drop_(drop), seed_(seed) {}
+  Tensor get(const std::string& name) const override {
+    const Tensor whole = delta_->get(name);
+    if (!whole.defined() || drop_ == 0.0) return whole;
+    Tensor out = whole.clone(at::MemoryFormat::Contiguous);
+    RandomStream random(seed_, "dare." + name);
+    const auto scale = static_cast<float>(1.0 / (1.0 - drop_));
+    float* const entries = out.data_ptr<float>();
+    for (int64_t i = 0; i < out.numel(); ++i) entries[i] = random.chance(drop_) ? 0.f : entries[i] * scale;
+    return out;
+  }
+  std::vector<TensorView> others() const override { return delta_->others(); }
+
+ private:
+  std::shared_ptr<const ExpertDelta> delta_;
+  double drop_;
+  uint64_t seed_;
+};
+
 }  // namespace
+
+std::shared_ptr<const ExpertDelta> dropped_delta(std::shared_ptr<const ExpertDelta> delta, double drop, uint64_t seed) {
+  check(drop >= 0.0 && drop < 1.0, "a share of {} cannot be dropped: it is at least 0 and below 1", drop);
+  return std::make_shared<DroppedDelta>(std::move(delta), drop, seed);
+}
 
 std::shared_ptr<const ExpertDelta> compressed_delta(std::shared_ptr<const TaskVectorFile> file,
                                                     const Checkpoint& base) {

@@ -52,6 +52,10 @@ std::shared_ptr<const ExpertDelta> compressed_delta(std::shared_ptr<const TaskVe
 std::shared_ptr<const ExpertDelta> model_delta(std::shared_ptr<const Checkpoint> expert,
                                                std::shared_ptr<const Checkpoint> base, double density = 1.0,
                                                const std::vector<std::string>& exclude = {});
+/// DARE (Yu et al. 2023, arXiv 2311.03099): every entry of what an expert adds is dropped with probability `drop`, the
+/// others count 1 / (1 - drop) times. The same entries whenever a tensor is asked for: they follow from seed and name.
+/// Error: drop outside [0, 1).
+std::shared_ptr<const ExpertDelta> dropped_delta(std::shared_ptr<const ExpertDelta> delta, double drop, uint64_t seed);
 /// base + lambda merge(deltas), a tensor at a time, in the base's types. Heads join where there is one expert. Throws
 /// Error: no expert, a base in blocks.
 std::shared_ptr<const Checkpoint> merged_experts(std::shared_ptr<const Checkpoint> base,

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <exception>
+#include <future>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -237,6 +238,25 @@ std::vector<std::byte> encode(const Target& t, int threads) {
                 }
               });
   return out;
+}
+
+// What is read ahead of a write, and what is worth a thread.
+constexpr int64_t kMostAhead = int64_t{1} << 30, kLeastAhead = int64_t{1} << 20;
+
+// Calls `use` with every target's bytes, in order. While it writes one the next is read and encoded, where both are not
+// too large to be in memory together: the disk gives and takes at once.
+template <class Use>
+void for_each_encoded(const std::vector<Target>& targets, const Sources& sources, int threads, Use use) {
+  std::future<std::vector<std::byte>> next;
+  for (size_t i = 0; i < targets.size(); ++i) {
+    const auto bytes = next.valid() ? next.get() : encode(targets[i], threads);
+    sources.release();  // nobody looks at any now
+    const int64_t ahead = i + 1 < targets.size() ? targets[i + 1].info.bytes() : 0;
+    if (ahead >= kLeastAhead && ahead + static_cast<int64_t>(bytes.size()) <= kMostAhead)
+      next = std::async(std::launch::async, [&targets, i, threads] { return encode(targets[i + 1], threads); });
+    use(targets[i], bytes);
+  }
+  sources.release();
 }
 
 bool is_float(Format f) {
@@ -836,13 +856,11 @@ WriteReport write_gguf_checked(const Checkpoint& ckpt, const fs::path& file, con
   if (options.keys) options.keys(writer);
   for (const Target& t : plan.targets) writer.declare(t.info);
   int64_t done = 0;
-  for (const Target& t : plan.targets) {
-    const auto bytes = encode(t, threads_of(options));
+  for_each_encoded(plan.targets, sources, threads_of(options), [&](const Target& t, std::span<const std::byte> bytes) {
     writer.write(t.info.name, bytes);
-    sources.release();
     done += static_cast<int64_t>(bytes.size());
     if (options.progress) options.progress(done, out.bytes);
-  }
+  });
   writer.finish();
   return out;
 }
@@ -1089,13 +1107,12 @@ WriteReport write_hf_checked(const Checkpoint& ckpt, const fs::path& folder, con
   int64_t done = 0;
   {
     ShardedWriter writer(folder, options.shard_bytes);
-    for (const Target& t : plan.targets) {
-      const auto bytes = encode(t, threads_of(options));
-      writer.add(t.info, bytes);
-      sources.release();
-      done += static_cast<int64_t>(bytes.size());
-      if (options.progress) options.progress(done, out.bytes);
-    }
+    for_each_encoded(plan.targets, sources, threads_of(options),
+                     [&](const Target& t, std::span<const std::byte> bytes) {
+                       writer.add(t.info, bytes);
+                       done += static_cast<int64_t>(bytes.size());
+                       if (options.progress) options.progress(done, out.bytes);
+                     });
     writer.finish();
   }
   if (ckpt.gguf()) {
