@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <regex>
 
+#include "moiety/base/error.h"
 #include "moiety/compress/eaquant_model.h"
 #include "moiety/io/overlay.h"
 #include "moiety/nn/weights.h"
@@ -68,13 +69,18 @@ OverlayTensor stored(const std::string& name, const Tensor& value) {
 // stand and gets rotations that turn nothing.
 std::shared_ptr<const Checkpoint> nearest(const std::shared_ptr<const Checkpoint>& base,
                                           const std::shared_ptr<const Checkpoint>& form, const Bits& bits) {
-  static const std::regex matrix(R"(.*(self_attn\.[qkvo]_proj|experts\.[0-9]+\.w[123])\.weight)"),
-      router(R"(.*block_sparse_moe\.gate\.weight)"), rotation(R"(.*rotation_[12])"), permutation(R"(.*\.perm)");
+  // Experts of a layer lie in one tensor, [E, out, in].
+  static const std::regex matrix(R"(.*(self_attn\.[qkvo]_proj\.weight|mlp\.experts\.(gate_up|down)_proj))"),
+      router(R"(.*mlp\.gate\.weight)"), rotation(R"(.*rotation_[12])"), permutation(R"(.*\.perm)");
+  const auto rounded = [](const Tensor& w, int64_t to) {
+    return quantize_rows(w.flatten(0, -2), to, 1.0).values.view(w.sizes());
+  };
   std::vector<OverlayTensor> tensors;
+  int64_t matrices = 0, routers = 0;
   for (const TensorInfo& t : form->tensors()) {
     Tensor value = dequantize(base->has(t.name) ? base->get(t.name) : form->get(t.name));
-    if (std::regex_match(t.name, matrix)) value = quantize_rows(value, bits.weights, 1.0).values;
-    if (std::regex_match(t.name, router)) value = quantize_rows(value, bits.router, 1.0).values;
+    if (std::regex_match(t.name, matrix)) value = rounded(value, bits.weights), ++matrices;
+    if (std::regex_match(t.name, router)) value = rounded(value, bits.router), ++routers;
     if (std::regex_match(t.name, rotation)) value = torch::eye(kBlock).expand(value.sizes());
     if (std::regex_match(t.name, permutation)) {
       // Two digits to the base 256; no matrix here reads more channels.
@@ -83,6 +89,8 @@ std::shared_ptr<const Checkpoint> nearest(const std::shared_ptr<const Checkpoint
     }
     tensors.push_back(stored(t.name, value));
   }
+  check(routers == mixture_recipe().layers && matrices == 6 * routers,
+        "{} matrices and {} routers were found to round, under other names than these", matrices, routers);
   json config = form->config();
   for (auto& part : config["moiety"]["parts"]) part["lac"] = 1.0;
   return overlay(form, std::move(config), std::move(tensors));
