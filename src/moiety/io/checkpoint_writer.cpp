@@ -190,9 +190,12 @@ void source_row(const Source& view, int64_t cols, int64_t row, float* out) {
 // Rounds to infinity.
 constexpr float kAboveF16 = 65520.f;
 
-std::vector<std::byte> encode(const Target& t, int threads) {
-  std::vector<std::byte> out(static_cast<size_t>(t.info.bytes()));
+std::span<const std::byte> encode(const Target& t, int threads, std::vector<std::byte>& memory) {
+  const auto size = static_cast<size_t>(t.info.bytes());
+  if (memory.size() < size) memory = std::vector<std::byte>(size);  // kept: new pages cost more than what fills them
+  const std::span<std::byte> out(memory.data(), size);
   if (t.raw) {
+    std::fill(out.begin(), out.end(), std::byte{0});
     t.raw(out.data());
     return out;
   }
@@ -221,14 +224,19 @@ std::vector<std::byte> encode(const Target& t, int threads) {
     });
     return out;
   }
-  in_parallel(rows, std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(t.cols, 1)), threads,
+  in_parallel(rows, std::max<int64_t>(1, (int64_t{1} << 19) / std::max<int64_t>(t.cols, 1)), threads,
               [&](int64_t begin, int64_t end) {
                 std::vector<float> values(static_cast<size_t>(t.cols));
                 for (int64_t r = begin; r < end; ++r) {
                   const auto [source, row] = t.row(r);
                   const Source& view = t.sources[source];
                   if (view.format == t.info.format && t.add == 0) {
-                    std::memcpy(out.data() + r * bytes, view.bytes().data() + row * bytes, static_cast<size_t>(bytes));
+                    // As many rows as lie behind each other.
+                    int64_t run = 1;
+                    while (r + run < end && t.row(r + run) == std::pair{source, row + run}) ++run;
+                    MappedFile::copy(view.bytes().data() + row * bytes,
+                                     out.subspan(static_cast<size_t>(r * bytes), static_cast<size_t>(run * bytes)));
+                    r += run - 1;
                     continue;
                   }
                   source_row(view, t.cols, row, values.data());
@@ -247,14 +255,19 @@ constexpr int64_t kMostAhead = int64_t{1} << 30, kLeastAhead = int64_t{1} << 20;
 // too large to be in memory together: the disk gives and takes at once.
 template <class Use>
 void for_each_encoded(const std::vector<Target>& targets, const Sources& sources, int threads, Use use) {
-  std::future<std::vector<std::byte>> next;
+  std::vector<std::byte> memory[2];
+  std::future<std::span<const std::byte>> next;
   for (size_t i = 0; i < targets.size(); ++i) {
-    const auto bytes = next.valid() ? next.get() : encode(targets[i], threads);
+    const auto bytes = next.valid() ? next.get() : encode(targets[i], threads, memory[i % 2]);
     sources.release();  // nobody looks at any now
     const int64_t ahead = i + 1 < targets.size() ? targets[i + 1].info.bytes() : 0;
-    if (ahead >= kLeastAhead && ahead + static_cast<int64_t>(bytes.size()) <= kMostAhead)
-      next = std::async(std::launch::async, [&targets, i, threads] { return encode(targets[i + 1], threads); });
+    if (ahead + static_cast<int64_t>(bytes.size()) > kMostAhead)
+      memory[(i + 1) % 2] = {};
+    else if (ahead >= kLeastAhead)
+      next = std::async(std::launch::async,
+                        [&, i, threads] { return encode(targets[i + 1], threads, memory[(i + 1) % 2]); });
     use(targets[i], bytes);
+    if (static_cast<int64_t>(bytes.size()) > kMostAhead / 2) memory[i % 2] = {};
   }
   sources.release();
 }

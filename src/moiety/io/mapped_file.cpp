@@ -10,6 +10,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <utility>
 
 #include "moiety/base/error.h"
 
@@ -81,13 +82,39 @@ std::optional<MappedFile::Location> MappedFile::locate(const std::byte* byte) {
   return Location{file.path_, static_cast<size_t>(byte - file.data_), file.bytes()};
 }
 
+void MappedFile::copy(const std::byte* from, std::span<std::byte> to) {
+  if (to.empty()) return;
+  const MappedFile* file = nullptr;  // stays: the caller holds what it reads
+  {
+    Mappings& m = mappings();
+    const std::lock_guard<std::mutex> guard(m.lock);
+    auto at = m.all.upper_bound(from);
+    if (at != m.all.begin() && from < std::prev(at)->second->data_ + std::prev(at)->second->size_)
+      file = std::prev(at)->second;
+  }
+  if (file == nullptr) {
+    std::memcpy(to.data(), from, to.size());
+    return;
+  }
+  for (size_t done = 0; done < to.size();) {
+    const auto offset = static_cast<off_t>(from - file->data_ + static_cast<ptrdiff_t>(done));
+    const ssize_t got = ::pread(file->fd_, to.data() + done, to.size() - done, offset);
+    if (got < 0 && errno == EINTR) continue;
+    check(got >= 0, "cannot read {} at {}: {}", file->path_.string(), offset, std::strerror(errno));
+    check(got > 0, "{} was cut short while it was in use: there is nothing at {}", file->path_.string(), offset);
+    done += static_cast<size_t>(got);
+  }
+}
+
 std::shared_ptr<const MappedFile> MappedFile::open(const std::filesystem::path& path) {
   // Non-blocking: opening a FIFO must not hang.
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   check(fd >= 0, "cannot open {}: {}", path.string(), std::strerror(errno));
   struct Closer {
     int fd;
-    ~Closer() { ::close(fd); }
+    ~Closer() {
+      if (fd >= 0) ::close(fd);
+    }
   } closer{fd};
   struct stat status {};
   check(::fstat(fd, &status) == 0, "cannot examine {}: {}", path.string(), std::strerror(errno));
@@ -101,6 +128,7 @@ std::shared_ptr<const MappedFile> MappedFile::open(const std::filesystem::path& 
     check(data != MAP_FAILED, "cannot map {} ({} bytes): {}", path.string(), size, std::strerror(errno));
     file->data_ = static_cast<const std::byte*>(data);
     file->size_ = size;
+    file->fd_ = std::exchange(closer.fd, -1);
     Mappings& m = mappings();
     const std::lock_guard<std::mutex> guard(m.lock);
     m.all[file->data_] = file.get();
@@ -116,6 +144,7 @@ MappedFile::~MappedFile() {
     m.all.erase(data_);
   }
   ::munmap(const_cast<std::byte*>(data_), size_);
+  ::close(fd_);
 }
 
 }  // namespace moiety

@@ -27,6 +27,10 @@ class MappedFile {
   };
   static std::optional<Location> locate(const std::byte* byte);
 
+  /// Copies to `to` what lies at `from`: of a mapped file by reading it, which costs a fraction of looking at its pages
+  /// one by one and keeps none of them in the process. Error: the file is shorter than it was, the disk fails.
+  static void copy(const std::byte* from, std::span<std::byte> to);
+
   /// From now on a page of a mapped file that cannot be read any more, because somebody cut the file short or the disk
   /// fails, ends the process with exit code 1 and a sentence on stderr that begins with `who` and names the file,
   /// instead of a bare SIGBUS. Other causes of that signal stay what they are. Linux gives no other way out: the
@@ -38,6 +42,7 @@ class MappedFile {
   std::filesystem::path path_;
   const std::byte* data_ = nullptr;
   size_t size_ = 0;
+  int fd_ = -1;  // of copy()
 };
 
 }  // namespace moiety
