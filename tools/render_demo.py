@@ -6,6 +6,7 @@
 """
 
 import html
+import re
 import subprocess
 import sys
 import textwrap
@@ -39,7 +40,9 @@ def main():
         log = subprocess.run(["bash", str(ROOT / "tools/demo.sh")], check=True, capture_output=True, text=True).stdout
     else:
         log = sys.stdin.read()
-    log = log.replace(f"{ROOT}/", "").replace(str(Path.home()), "~")
+    # Where it lay while it ran says nothing to a reader; how far it was on the way, neither.
+    log = re.sub(r"/tmp/tmp\.\w+", "/tmp/demo", log.replace(f"{ROOT}/", "").replace(str(Path.home()), "~"))
+    log = "\n".join(line for line in log.splitlines() if not re.match(r"[a-z-]+: +\d+% ", line))
     (ROOT / "docs/demo.svg").write_text(drawn(log), encoding="utf-8")
     print("docs/demo.svg written")
 
