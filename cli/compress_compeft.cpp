@@ -26,15 +26,15 @@ struct Options {
   std::string tune;  // a text
 };
 
-CompeftReport compressed(const CompressArguments& a, const Options& o, CompeftOptions options) {
-  options.dry_run = a.dry_run;
+CompeftReport compressed(const CompressArguments& a, const Options& o, const CompeftOptions& options,
+                         const fs::path& out) {
   const auto path = resolve_model(a.model);
   if (is_adapter(path)) {
     check(o.base.empty(), "{} is an adapter, which is compressed as it is: --base is for whole models", a.model);
-    return compress_adapter(path, options, a.out);
+    return compress_adapter(path, options, out);
   }
   check(!o.base.empty(), "{} is a whole model: name the one that it was made from with --base", a.model);
-  return compress_expert(*Checkpoint::open(a.model), *Checkpoint::open(o.base), o.base, options, a.out);
+  return compress_expert(*Checkpoint::open(a.model), *Checkpoint::open(o.base), o.base, options, out);
 }
 
 // Mean loss of a token of the text, by density and alpha; the best one first. What is compressed with alpha 1 is merged
@@ -58,12 +58,10 @@ std::vector<CompeftTrial> tuned(const CompressArguments& a, const Options& o) {
     CompeftOptions options = o.compeft;
     options.config.density = density;
     options.config.alpha = 1.0;
-    CompressArguments to = a;
-    to.dry_run = false;
-    to.out = (folder / "vector.tv").string();
-    fs::remove(to.out);
-    compressed(to, o, options);
-    const auto file = TaskVectorFile::open(to.out);
+    const fs::path vector = folder / "vector.tv";
+    fs::remove(vector);
+    compressed(a, o, options, vector);
+    const auto file = TaskVectorFile::open(vector);
     return [&, file, scaled](double alpha) {
       std::shared_ptr<const Checkpoint> model;
       if (adapter) {
@@ -98,7 +96,8 @@ int run(const CompressArguments& a, const Options& given) {
       fmt::print("of {} settings density {} with alpha {} is best: a loss of {:.4f} a token\n", all.size(),
                  all[0].density, all[0].alpha, all[0].loss);
   }
-  const CompeftReport r = compressed(a, o, o.compeft);
+  o.compeft.dry_run = a.dry_run;
+  const CompeftReport r = compressed(a, o, o.compeft, a.out);
   const double times = r.bytes > 0 ? static_cast<double>(r.bytes_before) / static_cast<double>(r.bytes) : 0.0;
   if (a.json) {
     nlohmann::json out{{"output", a.out},

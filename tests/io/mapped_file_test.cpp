@@ -6,6 +6,7 @@
 #include <csignal>
 #include <string>
 
+#include "message_of.h"
 #include "moiety/base/files.h"
 
 namespace moiety {
@@ -21,6 +22,23 @@ TEST(MappedFile, SaysWhereAByteLies) {
   EXPECT_EQ(at->offset, 7u);
   const std::byte elsewhere{};
   EXPECT_FALSE(MappedFile::locate(&elsewhere).has_value());
+}
+
+TEST(MappedFile, CopiesWhatIsMappedAndWhatIsNot) {
+  const TemporaryFolder folder;
+  write_file(folder / "a", "0123456789");
+  const auto file = MappedFile::open(folder / "a");
+  std::string to(4, ' ');
+  MappedFile::copy(file->bytes().data() + 3, std::as_writable_bytes(std::span(to)));
+  EXPECT_EQ(to, "3456");
+  const std::string memory = "abcd";
+  MappedFile::copy(std::as_bytes(std::span(memory)).data(), std::as_writable_bytes(std::span(to)));
+  EXPECT_EQ(to, "abcd");
+  std::filesystem::resize_file(folder / "a", 5);
+  EXPECT_NE(message_of([&] {
+              MappedFile::copy(file->bytes().data() + 3, std::as_writable_bytes(std::span(to)));
+            }).find("was cut short"),
+            std::string::npos);
 }
 
 TEST(MappedFileDeathTest, AFileThatIsCutShortEndsInASentence) {

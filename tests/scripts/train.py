@@ -33,9 +33,9 @@ output: {folder: OUT, every: 7, keep: 2}
 """
 
 
-def train(*arguments, **options):
+def train(*arguments, environment={}, **options):
     command = [MOIETY, "train", *map(str, arguments)]
-    return subprocess.run(command, text=True, capture_output=True, env=dict(os.environ, OMP_NUM_THREADS="1"), **options)
+    return subprocess.run(command, text=True, capture_output=True, env=dict(os.environ, OMP_NUM_THREADS="1", **environment), **options)
 
 
 def trace(folder):
@@ -154,6 +154,17 @@ def wrong_input(folder):
     assert not (folder / "wrong/log.jsonl").exists()
 
 
+def without_fast_bf16(folder):
+    """Where products of bf16 are slow a run of bf16 is computed in f32, says so, and stays one of bf16."""
+    for dtype in ("bf16", "f32"):
+        file = run_file(folder, dtype, 4)
+        result = train(file, "--set", f"train.dtype={dtype}", cwd=folder, environment={"MOIETY_ISA": "avx2"})
+        assert result.returncode == 0, result.stderr
+        assert ("f32 is computed in" in result.stderr) == (dtype == "bf16"), result.stderr
+    assert trace(folder / "bf16") == trace(folder / "f32")
+    assert json.loads((folder / "bf16/run.json").read_text())["train"]["dtype"] == "bf16"
+
+
 def main():
     if not MOIETY.exists():
         sys.exit(f"there is no {MOIETY}: build first, or set MOIETY_BIN")
@@ -162,6 +173,7 @@ def main():
         from pydoc_data.topics import topics
         (folder / "text.txt").write_text("\n\n".join(topics.values())[:60000])
         wrong_input(folder)
+        without_fast_bf16(folder)
         interrupt(folder)
         kill_and_resume(folder)
 

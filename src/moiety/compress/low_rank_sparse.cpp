@@ -7,6 +7,7 @@
 #include <set>
 #include <string>
 
+#include "moiety/adapt/low_rank.h"
 #include "moiety/base/error.h"
 #include "moiety/base/registry.h"
 #include "moiety/compress/expert_layers.h"
@@ -24,10 +25,6 @@ using torch::Tensor;
 
 constexpr const char* kSlug = "low-rank-sparse";
 
-Tensor like(const Tensor& t, const Tensor& x) {
-  return t.defined() && t.scalar_type() != x.scalar_type() ? t.to(x.scalar_type()) : t;
-}
-
 }  // namespace
 
 LowRankSparseStack::LowRankSparseStack(LinearStackImpl* stack, Tensor l, Tensor r, Tensor s) : stack_(stack) {
@@ -43,7 +40,8 @@ LowRankSparseStack::LowRankSparseStack(LinearStackImpl* stack, Tensor l, Tensor 
 
 Tensor LowRankSparseStack::apply(const Tensor& x, const std::vector<int64_t>& counts, Tensor) {
   const auto low = grouped_linear(grouped_linear(x, like(right, x), {}, counts), like(left, x), {}, counts);
-  return low + grouped_linear(x, like(sparse, x), like(stack_->bias, x), counts);
+  const Tensor bias = stack_->bias.defined() ? like(stack_->bias, x) : Tensor();
+  return low + grouped_linear(x, like(sparse, x), bias, counts);
 }
 
 Tensor LowRankSparseStack::delta(int64_t expert) const {
@@ -55,7 +53,6 @@ Tensor LowRankSparseStack::delta(int64_t expert) const {
 void RowPruner::before_step(int64_t step, int64_t steps) {
   if (rule_ && config_.total_steps == steps) return;
   config_.total_steps = steps;
-  check(config_.problem().empty(), "{}: {}", kSlug, config_.problem());
   std::vector<Tensor> matrices, held;
   for (const LowRankSparseStack* s : stacks_)
     for (int64_t e = 0; e < s->sparse.size(0); ++e) {

@@ -289,12 +289,13 @@ struct BlocksQ6_K {
       // Sub-blocks s and 8 + s lie in the low and high halves of four quads; `upper`: s is 4 or more.
       const auto sub = [&]<bool upper>(int s, int h) __attribute__((always_inline)) {
         const uint8_t *from = q + 256 * s + 32 * h, *above = high + 256 * (s % 4) + 32 * h;
+        constexpr int kFirst = upper ? 2 : 0, kSecond = upper ? 6 : 4;  // where their two bits lie
         __m256i w[8];
 #pragma GCC unroll 4
         for (int z = 0; z < 4; ++z) {
           const __m256i both = quad(from + 64 * z), bits = quad(above + 64 * z);
-          w[z] = _mm256_or_si256(nibbles<false>(both), bits_of_bytes(moved < upper ? 2 : 0, 4 > (bits), 0x30));
-          w[4 + z] = _mm256_or_si256(nibbles<true>(both), bits_of_bytes(moved < upper ? 6 : 4, 4 > (bits), 0x30));
+          w[z] = _mm256_or_si256(nibbles<false>(both), bits_of_bytes(moved<kFirst, 4>(bits), 0x30));
+          w[4 + z] = _mm256_or_si256(nibbles<true>(both), bits_of_bytes(moved<kSecond, 4>(bits), 0x30));
         }
         const __m256i s0 = signed_scales(scales + 16 * s + 8 * h), s1 = signed_scales(scales + 16 * (8 + s) + 8 * h);
         for (int t = 0; t < rows; ++t) {

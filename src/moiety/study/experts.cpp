@@ -28,16 +28,8 @@ constexpr int64_t kHeldOutTokens = 7 * 6144, kCalibrationBytes = 28672, kQuestio
 constexpr int64_t kDocumentBytes = 1024;  // of one learned document
 constexpr int64_t kContext = 64, kContinuation = 24, kChoices = 4;
 
-std::vector<StudySource> chosen(const std::vector<std::string>& names) {
-  std::vector<StudySource> out;
-  for (const auto& s : study_text().sources)
-    if (names.empty() || std::find(names.begin(), names.end(), s.name) != names.end()) out.push_back(s);
-  check(out.size() == names.size() || names.empty(), "one of the {} texts asked for does not exist", names.size());
-  return out;
-}
-
 int64_t share(int64_t all, const std::vector<std::string>& names) {
-  return all / static_cast<int64_t>(chosen(names).size());
+  return all / static_cast<int64_t>(study_sources(names).size());
 }
 
 // All documents of a file, in an order of their own.
@@ -149,7 +141,7 @@ fs::path mixture_base(const StudyCell& cell, const MixtureBase& base) {
 std::vector<std::vector<int64_t>> learned_documents(const std::vector<std::string>& sources, int64_t bytes,
                                                     uint64_t seed) {
   std::vector<std::vector<int64_t>> out;
-  for (const auto& s : chosen(sources)) {
+  for (const auto& s : study_sources(sources)) {
     int64_t left = share(bytes, sources);
     for (const std::string& text : documents(s.train, seed)) {
       if (left <= 0) break;
@@ -190,7 +182,7 @@ fs::path with_plan(const StudyCell& cell, const fs::path& base, const Calibratio
 
 MixtureText mixture_text(const std::vector<std::string>& sources) {
   MixtureText out{held_out_text(mixture_recipe(sources)), {}};
-  for (const auto& s : chosen(sources)) {
+  for (const auto& s : study_sources(sources)) {
     const auto texts = documents(s.held_out, 0);
     RandomStream random(0, "study.questions." + s.name);
     for (int64_t i = 0; i < share(kQuestions, sources); ++i) {

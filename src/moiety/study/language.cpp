@@ -13,23 +13,6 @@ namespace moiety {
 
 using nlohmann::json;
 
-namespace {
-
-std::vector<StudySource> chosen(const LanguageRecipe& recipe) {
-  const StudyText text = study_text();
-  if (recipe.sources.empty()) return text.sources;
-  std::vector<StudySource> out;
-  for (const auto& name : recipe.sources) {
-    const auto it =
-        std::find_if(text.sources.begin(), text.sources.end(), [&](const auto& s) { return s.name == name; });
-    check(it != text.sources.end(), "there is no text called {}", name);
-    out.push_back(*it);
-  }
-  return out;
-}
-
-}  // namespace
-
 json LanguageRecipe::settings() const {
   return {{"hidden", hidden},
           {"layers", layers},
@@ -70,7 +53,7 @@ std::unique_ptr<Trainer> train_language(const StudyCell& cell, const LanguageRun
   }
   config.parts = run.parts;
   config.routing = run.routing;
-  const auto sources = chosen(r);
+  const auto sources = study_sources(r.sources);
   for (const auto& s : sources) {
     SourceConfig source;
     source.path = s.train.string();
@@ -106,7 +89,7 @@ std::map<std::string, HeldOut> rows_of(const LanguageRecipe& recipe, int64_t len
   DataConfig config;
   config.length = length;
   std::map<std::string, HeldOut> out;
-  for (const auto& s : chosen(recipe))
+  for (const auto& s : study_sources(recipe.sources))
     out[s.name] = held_out_rows(Dataset::open((s.*documents).string()), encoder, config,
                                 std::max<int64_t>(1, 4096 / length), recipe.held_out_tokens, 1);
   return out;

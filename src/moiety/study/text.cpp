@@ -213,4 +213,17 @@ StudyText study_text(const fs::path& where) {
   });
 }
 
+std::vector<StudySource> study_sources(const std::vector<std::string>& names) {
+  const StudyText text = study_text();
+  if (names.empty()) return text.sources;
+  std::vector<StudySource> out;
+  for (const auto& name : names) {
+    const auto it =
+        std::find_if(text.sources.begin(), text.sources.end(), [&](const auto& s) { return s.name == name; });
+    check(it != text.sources.end(), "there is no text called {}", name);
+    out.push_back(*it);
+  }
+  return out;
+}
+
 }  // namespace moiety

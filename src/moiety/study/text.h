@@ -26,4 +26,7 @@ struct StudyText {
 /// out by their number, in all languages alike. Throws Error naming the packages that are missing.
 StudyText study_text(const std::filesystem::path& folder = {});
 
+/// Those of these names, in the order of the names; all where none is named. Error: a text that does not exist.
+std::vector<StudySource> study_sources(const std::vector<std::string>& names);
+
 }  // namespace moiety
