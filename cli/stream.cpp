@@ -1,12 +1,11 @@
 // moiety stream: adapts a model to one task after another, and shows what stays.
 #include <fmt/format.h>
 
-#include <atomic>
-#include <csignal>
 #include <iostream>
 #include <nlohmann/json.hpp>
 #include <optional>
 
+#include "interrupts.h"
 #include "moiety/base/error.h"
 #include "moiety/base/files.h"
 #include "moiety/base/log.h"
@@ -17,26 +16,17 @@
 namespace moiety::cli {
 namespace {
 
-std::atomic<int> interrupts{0};
-
-extern "C" void stream_interrupt(int signal) {
-  if (interrupts.fetch_add(1) == 0) return;
-  std::signal(signal, SIG_DFL);
-  std::raise(signal);
-}
-
 struct Options : Common {
   std::string file;
 };
 
 int run(const Options& o) {
   const StreamConfig config = read_stream_config(read_text(o.file), o.file);
-  std::signal(SIGINT, stream_interrupt);
-  std::signal(SIGTERM, stream_interrupt);
+  note_interrupts();
   std::optional<Progress> progress;
   std::string task;
   StreamOptions options;
-  options.stop = [] { return interrupts.load() > 0; };
+  options.stop = interrupted;
   options.on_phase = [&](const std::string& what) {
     progress.reset();
     task.clear();

@@ -1,33 +1,22 @@
 // moiety train: trains a model as a YAML file says; goes on by itself after a stop or a crash.
 #include <fmt/format.h>
 
-#include <atomic>
-#include <csignal>
 #include <iostream>
 #include <nlohmann/json.hpp>
-#include <optional>
 
+#include "interrupts.h"
 #include "moiety/base/error.h"
 #include "moiety/base/files.h"
 #include "moiety/base/log.h"
 #include "moiety/base/memory.h"
-#include "moiety/base/progress.h"
 #include "moiety/train/trainer.h"
+#include "train_progress.h"
 #include "verb.h"
 
 namespace moiety::cli {
 namespace {
 
 using nlohmann::json;
-
-std::atomic<int> interrupts{0};
-
-// The first signal asks for a checkpoint and an end after this step; the second ends at once, as signals do.
-extern "C" void train_interrupt(int signal) {
-  if (interrupts.fetch_add(1) == 0) return;
-  std::signal(signal, SIG_DFL);
-  std::raise(signal);
-}
 
 struct TrainArguments : Common {
   std::string file;
@@ -86,9 +75,7 @@ int dry_run(const TrainArguments& a, const TrainConfig& config) {
 int run_train(const TrainArguments& a) {
   const TrainConfig config = read_train_config(read_text(a.file), a.file, a.set);
   if (a.dry_run || a.list) return dry_run(a, config);
-  interrupts = 0;
-  std::signal(SIGINT, train_interrupt);
-  std::signal(SIGTERM, train_interrupt);
+  note_interrupts();
   keep_freed_memory();
   const auto ranks = Ranks::from_environment();
   const bool leader = !ranks || ranks->rank() == 0;
@@ -100,25 +87,14 @@ int run_train(const TrainArguments& a) {
   options.ranks = ranks.get();
   options.device = torch::Device(a.device);
   options.resume = a.restart ? TrainOptions::restart : a.resume ? TrainOptions::required : TrainOptions::automatic;
-  options.stop = [] { return interrupts.load() > 0; };
-  std::optional<Progress> progress;
-  const auto start = std::chrono::steady_clock::now();
-  int64_t tokens = 0;
-  std::string unit;
-  options.on_step = [&](int64_t step, int64_t, double loss, int64_t count) {
-    tokens += count;
-    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    progress->note(
-        fmt::format("loss {:.4f}, {:.0f} {}s/s", loss, static_cast<double>(tokens) / std::max(seconds, 1e-9), unit));
-    progress->set(step);
-  };
+  options.stop = interrupted;
+  TrainProgress progress;
+  progress.watch(options);
   Trainer trainer(config, options);
-  unit = trainer.unit();
   if (trainer.step() > 0) log::info("{} goes on behind step {}", config.output.folder, trainer.step());
-  progress.emplace("train", trainer.steps(), "step");
-  if (trainer.step() > 0) progress->set(trainer.step());
+  progress.begin(trainer);
   const TrainResult r = trainer.run();
-  progress.reset();
+  progress.end();
   if (ranks) ranks->barrier();  // none leaves while another still sends
   if (!leader) return 0;
   if (a.json) {

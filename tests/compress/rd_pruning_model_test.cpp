@@ -8,6 +8,7 @@
 
 #include "message_of.h"
 #include "moiety/base/files.h"
+#include "moiety/io/checkpoint_writer.h"
 #include "moiety/nn/weights.h"
 #include "moiety/train/run_folder.h"
 
@@ -121,6 +122,38 @@ TEST(StagesOfDecoder, AHeadOfItsOwnIsALayer) {
   EXPECT_EQ(staged.layers.size(), 15u);
   EXPECT_EQ(staged.layers.back().name, "lm_head.weight");
 }
+
+class EncoderFamilies : public testing::TestWithParam<const char*> {};
+
+// Stages, pruning and what is written, of fixtures that transformers made.
+TEST_P(EncoderFamilies, ArePrunedAndWritten) {
+  const auto folder = std::filesystem::path(MOIETY_SOURCE_DIR) / "tests/data/encoders" / GetParam();
+  auto model = open_prunable(folder.string());
+  ASSERT_TRUE(model.encoder);
+  const torch::NoGradGuard frozen;
+  torch::manual_seed(5);
+  const auto ids = torch::randint(6, 40, {4, 9}, torch::kInt64);
+  EXPECT_TRUE(torch::allclose(run(model.staged, ids), model.encoder->embed(ids, {}), 1e-5, 1e-6));
+  const auto all = names(model.staged);
+  const std::set<std::string> unique(all.begin(), all.end());
+  EXPECT_EQ(unique.size(), all.size());
+  for (const auto& name : all) EXPECT_TRUE(model.checkpoint->has(name)) << name;
+  EXPECT_EQ(model.zeros(), 0.0);
+  RdPruningConfig c;
+  c.sparsity = 0.5;
+  c.grid = 4;
+  prune_layers(model.staged, {ids}, "rd", c);
+  const TemporaryFolder out;
+  write_hf(*model.now(), out / "pruned");
+  const auto again = open_prunable((out / "pruned").string());
+  EXPECT_EQ(again.zeros(), model.zeros());
+  EXPECT_GE(again.zeros(), 0.5);
+  EXPECT_TRUE(torch::allclose(run(again.staged, ids), run(model.staged, ids), 1e-5, 1e-6));
+}
+INSTANTIATE_TEST_SUITE_P(Fixtures, EncoderFamilies,
+                         testing::Values("bert", "bert_bf16", "bert_mlm", "bert_old", "camembert", "distilbert",
+                                         "distilbert_mlm", "electra", "modernbert", "modernbert_mlm", "mpnet",
+                                         "nomic_bert", "roberta", "sentence", "xlm_roberta"));
 
 TEST(PruneLayers, ReachesItsTargetByEveryMethod) {
   for (const char* method : {"rd", "uniform", "uniform+", "global", "lamp", "erk"}) {

@@ -115,6 +115,12 @@ std::string RdPruningConfig::problem() const {
   return sparsity < 1.0 ? "" : fmt::format("a sparsity of {} leaves nothing; it has to be below 1", sparsity);
 }
 
+double rd_round_target(double before, double sparsity, int64_t round, int64_t rounds) {
+  if (round == rounds || before >= 1.0) return sparsity;
+  const double share = static_cast<double>(round) / static_cast<double>(rounds);
+  return 1.0 - (1.0 - before) * std::pow((1.0 - sparsity) / (1.0 - before), share);
+}
+
 int64_t rd_pruned(int64_t j, int64_t n, int64_t grid) {
   check(grid >= 1 && j >= 0 && j <= grid && n >= 0, "there is no point {} of {} on a curve of {} weights", j, grid, n);
   // j n / grid without leaving 64 bits.

@@ -23,6 +23,9 @@ struct RdPruningConfig {
   std::string problem() const;
 };
 
+/// Share of all weights that is zero after round 1 ... `rounds`, from `before` to `sparsity`: each prunes the same
+/// share of what is left.
+double rd_round_target(double before, double sparsity, int64_t round, int64_t rounds);
 /// floor(j n / grid), in integers.
 int64_t rd_pruned(int64_t j, int64_t n, int64_t grid);
 /// What survives when `pruned` weights in all are zero: bool, of weight's shape. `mask` (undefined: all ones): 0 where

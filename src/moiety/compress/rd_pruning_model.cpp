@@ -165,6 +165,20 @@ StagedModel stages_of(CausalModel& causal, int64_t entries, uint64_t seed) {
   return out;
 }
 
+StagedModel stages_of(StagedEncoder& model) {
+  StagedModel out;
+  Finder finder(dynamic_cast<const torch::nn::Module&>(model), model.stored());
+  out.stages.push_back([&model](const Tensor& ids) { return model.embedded(ids); });
+  for (int64_t i = 0; i < model.blocks(); ++i) {
+    out.stages.push_back([&model, i](const Tensor& x) { return model.run_block(i, x); });
+    for (const auto& [name, matrix] : model.matrices(i))
+      finder.add(matrix->weight, i + 1, fmt::format("blocks.{}.{}", i, name));
+  }
+  out.stages.push_back([&model](const Tensor& x) { return model.sentence(x); });
+  out.layers = finder.take();
+  return out;
+}
+
 namespace {
 
 std::vector<Tensor> weights_of(const StagedModel& model) {
@@ -258,11 +272,7 @@ PruningReport prune_layers(StagedModel& model, const std::vector<Tensor>& batche
   check(config.sparsity + 1e-9 >= sparse, "the model is already {:.1f} % sparse, more than {:.1f} %", 100.0 * sparse,
         100.0 * config.sparsity);
   for (int64_t it = 1; it <= config.iterations; ++it) {
-    // The same share of what is left each time.
-    const double share = static_cast<double>(it) / static_cast<double>(config.iterations);
-    const double target = it == config.iterations
-                              ? config.sparsity
-                              : 1.0 - (1.0 - sparse) * std::pow((1.0 - config.sparsity) / (1.0 - sparse), share);
+    const double target = rd_round_target(sparse, config.sparsity, it, config.iterations);
     std::vector<int64_t> pruned;
     if (method == "rd") {
       const auto curves = rd_curves(model, batches, config.grid, config.worst_case, [&](int64_t done, int64_t all) {
@@ -283,6 +293,41 @@ PruningReport prune_layers(StagedModel& model, const std::vector<Tensor>& batche
   report.weights = after.weights;
   report.pruned = after.zeros;
   return report;
+}
+
+PrunableModel open_prunable(const std::string& model, int64_t entries) {
+  PrunableModel out;
+  out.checkpoint = Checkpoint::open(model);
+  check_prunable(*out.checkpoint);
+  LoadOptions load;
+  load.dtype = "f32";
+  load.trainable = true;
+  if (is_vision(out.checkpoint->config())) {
+    out.vision = load_vision(*out.checkpoint, load);
+    out.vision->eval();
+    out.staged = stages_of(*out.vision);
+  } else if (is_encoder(out.checkpoint->config())) {
+    out.encoder = load_encoder(*out.checkpoint, load);
+    out.staged = stages_of(dynamic_cast<StagedEncoder&>(*out.encoder));
+  } else {
+    out.causal = load_causal(*out.checkpoint, load);
+    out.causal->eval();
+    out.staged = stages_of(*out.causal, entries);
+  }
+  return out;
+}
+
+std::shared_ptr<const Checkpoint> PrunableModel::now() const {
+  const auto* staged_encoder = dynamic_cast<const StagedEncoder*>(encoder.get());
+  return with_values(checkpoint, vision           ? vision->stored()
+                                 : staged_encoder ? staged_encoder->stored()
+                                                  : causal->stored());
+}
+
+double PrunableModel::zeros() const {
+  const Sizes s = sizes_of(staged);
+  check(s.weights > 0, "there is no layer that could be pruned");
+  return static_cast<double>(s.zeros) / static_cast<double>(s.weights);
 }
 
 nlohmann::json PruningReport::json() const {

@@ -1,6 +1,6 @@
 #pragma once
-// Layer-adaptive pruning of whole models (Xu et al., ICCV 2023, arXiv 2308.10438): vision models and decoders as
-// stages, their matrices as layers, and what is left as a checkpoint.
+// Layer-adaptive pruning of whole models (Xu et al., ICCV 2023, arXiv 2308.10438): vision models, decoders and encoders
+// as stages, their matrices as layers, and what is left as a checkpoint.
 #include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -10,6 +10,7 @@
 #include "moiety/compress/rd_pruning.h"
 #include "moiety/io/checkpoint.h"
 #include "moiety/models/model.h"
+#include "moiety/models/staged_encoder.h"
 #include "moiety/models/vision.h"
 
 namespace moiety {
@@ -22,6 +23,22 @@ StagedModel stages_of(VisionModel& model);
 /// Reads ids [B, T] int64; puts out the logits of `entries` tokens of the vocabulary, drawn by `seed` (0: all). Error:
 /// a model that is no plain decoder.
 StagedModel stages_of(CausalModel& model, int64_t entries = 0, uint64_t seed = 0);
+
+/// Reads ids [B, T] int64; puts out sentence embeddings [B, d].
+StagedModel stages_of(StagedEncoder& model);
+
+/// A checkpoint that is opened to be pruned.
+struct PrunableModel {
+  std::shared_ptr<const Checkpoint> checkpoint;
+  std::shared_ptr<VisionModel> vision;  ///< one of these
+  std::shared_ptr<EncoderModel> encoder;
+  std::shared_ptr<CausalModel> causal;
+  StagedModel staged;
+  std::shared_ptr<const Checkpoint> now() const;  ///< the checkpoint with the values that the layers have now
+  double zeros() const;                           ///< share of the layers' weights
+};
+/// `entries` as in stages_of. Error: what check_prunable refuses, a model that has no stages.
+PrunableModel open_prunable(const std::string& model, int64_t entries = 0);
 
 struct PrunedLayer {
   std::string name;

@@ -11,6 +11,7 @@
 #include "moiety/models/encoder_config.h"
 #include "moiety/models/model.h"
 #include "moiety/models/sentence.h"
+#include "moiety/models/staged_encoder.h"
 #include "moiety/models/weights_source.h"
 #include "moiety/nn/activation.h"
 #include "moiety/nn/linear.h"
@@ -93,12 +94,13 @@ struct Shared {
   std::pair<Tensor, Tensor> angles, local_angles;
 };
 
-class Encoder : public EncoderModel {
+class Encoder : public EncoderModel, public StagedEncoder {
  public:
   Encoder(const Checkpoint& checkpoint, const LoadOptions& options)
       : config_(checkpoint.config()), spec_(parse_encoder_config(config_)), activation_(activation(spec_.activation)) {
     const EncoderNames n = names(checkpoint);
-    WeightsSource weights(checkpoint, options, prefix_of(checkpoint, n.word));
+    prefix_ = prefix_of(checkpoint, n.word);
+    WeightsSource weights(checkpoint, options, prefix_);
     dtype_ = weights.dtype();
     Parts parts(weights, *this);
     word_ = parts.linear(n.word, spec_.vocabulary, spec_.embedding);
@@ -160,23 +162,34 @@ class Encoder : public EncoderModel {
       keep = mask.to(torch::kBool);
       if (keep.all().item<bool>()) keep = Tensor();
     }
-    Tensor x = word_->rows(ids, dtype_);
-    if (!type_.is_empty()) {
-      if (types.defined()) {
-        check(types.sizes() == ids.sizes(), "the token types must be [{}, {}] like the ids", batch, tokens);
-        in_range(types, spec_.types, "token type");
-      }
-      x = x + type_->rows(types.defined() ? types : torch::zeros_like(ids), dtype_);
-    } else {
-      check(!types.defined() || !types.any().item<bool>(), "{} has no token types, all must be 0", spec_.family);
-    }
-    if (!position_.is_empty()) x = x + position_->rows(positions(ids, keep), dtype_);
-    x = embedding_norm_->forward(x);
-    if (!projection_.is_empty()) x = projection_(x);
+    Tensor x = embedding(ids, keep, types);
     const Shared shared = share(batch, tokens, keep, x.device());
     for (auto& b : blocks_) x = run(b, x, shared);
-    if (final_norm_) x = final_norm_->forward(x);
-    return x.to(torch::kFloat32);
+    return finished(x);
+  }
+
+  int64_t blocks() const override { return static_cast<int64_t>(blocks_.size()); }
+  int64_t vocabulary() const override { return spec_.vocabulary; }
+  Tensor embedded(const Tensor& ids) override { return embedding(ids, {}, {}); }
+  Tensor run_block(int64_t block, const Tensor& x) override {
+    return run(blocks_.at(static_cast<size_t>(block)), x, share(x.size(0), x.size(1), {}, x.device()));
+  }
+  Tensor sentence(const Tensor& x) override { return head_->forward(finished(x), {}); }
+  std::vector<std::pair<std::string, Linear>> matrices(int64_t block) const override {
+    const Block& b = blocks_.at(static_cast<size_t>(block));
+    std::vector<std::pair<std::string, Linear>> out{
+        {"q", b.q},      {"k", b.k},   {"v", b.v},       {"qkv", b.qkv},
+        {"out", b.out},  {"up", b.up}, {"gate", b.gate}, {"gate_up", b.gate_up},
+        {"down", b.down}};
+    std::erase_if(out, [](const auto& one) { return one.second.is_empty(); });
+    return out;
+  }
+  std::vector<StoredTensor> stored() const override {
+    std::vector<StoredTensor> out;
+    // What follows the pooling has files of its own.
+    for (const auto& p : named_parameters())
+      if (!p.key().starts_with("sentence.")) out.push_back({prefix_ + p.key(), [value = p.value()] { return value; }});
+    return out;
   }
 
   Tensor embed(const Tensor& ids, const Tensor& mask) override { return head_->forward(forward(ids, mask, {}), mask); }
@@ -196,6 +209,25 @@ class Encoder : public EncoderModel {
                            return t.name.ends_with("self_attn.q_proj.weight");
                          }));
   }
+
+  Tensor embedding(const Tensor& ids, const Tensor& keep, const Tensor& types) {
+    Tensor x = word_->rows(ids, dtype_);
+    if (!type_.is_empty()) {
+      if (types.defined()) {
+        check(types.sizes() == ids.sizes(), "the token types must be [{}, {}] like the ids", ids.size(0), ids.size(1));
+        in_range(types, spec_.types, "token type");
+      }
+      x = x + type_->rows(types.defined() ? types : torch::zeros_like(ids), dtype_);
+    } else {
+      check(!types.defined() || !types.any().item<bool>(), "{} has no token types, all must be 0", spec_.family);
+    }
+    if (!position_.is_empty()) x = x + position_->rows(positions(ids, keep), dtype_);
+    x = embedding_norm_->forward(x);
+    if (!projection_.is_empty()) x = projection_(x);
+    return x;
+  }
+
+  Tensor finished(const Tensor& x) { return (final_norm_ ? final_norm_->forward(x) : x).to(torch::kFloat32); }
 
   static void in_range(const Tensor& values, int64_t end, const char* what) {
     check(values.scalar_type() == torch::kInt64, "{}s must be int64", what);
@@ -300,6 +332,7 @@ class Encoder : public EncoderModel {
   static constexpr int64_t kBuckets = 32;  // of MPNet, fixed in its code
 
   json config_;
+  std::string prefix_;
   EncoderSpec spec_;
   Activation activation_;
   torch::Dtype dtype_ = torch::kFloat32;

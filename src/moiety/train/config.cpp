@@ -107,6 +107,10 @@ std::string TrainConfig::problem() const {
   if (evaluation.every > 0 && data.held_out == 0 && data.held_out_sources.empty())
     return "evaluation.every is set, but no data is held out: set data.held_out (e.g. 0.05) or data.held_out_sources";
   if (evaluation.patience > 0 && evaluation.every == 0) return "evaluation.patience needs evaluation.every";
+  if (train.keep_zeros && model.checkpoint.empty())
+    return "train.keep_zeros holds the zeros of a checkpoint, but the model is a new one";
+  if (train.keep_zeros && !parts.is_null())
+    return "train.keep_zeros and parts exclude each other: a part's matrices may begin at zero to learn";
   return "";
 }
 

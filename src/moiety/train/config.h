@@ -61,6 +61,7 @@ struct LoopConfig {
   std::string dtype = "f32";
   bool checkpoint_activations = false;
   std::vector<std::string> train, freeze;
+  bool keep_zeros = false;
   int64_t seed = 0;
   int64_t log_every = 1;
   EmaConfig ema;
@@ -75,6 +76,8 @@ struct LoopConfig {
       "keep only the input of every block and compute it again in the backward pass: less memory, a third more work");
     f("train", train, "regular expressions: only parameters whose names they match learn");
     f("freeze", freeze, "regular expressions: parameters whose names they match do not learn");
+    f("keep_zeros", keep_zeros,
+      "weights of matrices that are exactly zero in the checkpoint stay zero: what was pruned stays pruned");
     f("seed", seed, "of initial weights, order of data, and everything drawn in between").min(0);
     f("log_every", log_every, "steps between records of the log; a record holds means since the last one").min(1);
     f("ema", ema, "moving average of weights");

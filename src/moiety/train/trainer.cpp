@@ -152,6 +152,8 @@ Trainer::Trainer(TrainConfig config, TrainOptions options)
   }
   if (config_.train.ema.decay > 0)
     for (const Slot& s : optimizer_->slots()) average_.push_back(s.parameter.detach().clone());
+  // Before a checkpoint of the run is read: zeros that came with training are free.
+  if (config_.train.keep_zeros) hold_zeros();
   // Only now that everything could be opened.
   if (options_.resume == TrainOptions::restart && leader()) folder_->clear();
   if (!saved.empty()) restore(saved.back());
@@ -179,6 +181,17 @@ void Trainer::spread_experts() {
     group_ = own_group_.get();
   }
   shares_ = split_experts(task_->model(), *group_);
+}
+
+void Trainer::hold_zeros() {
+  int64_t held = 0;
+  for (const Slot& s : optimizer_->slots()) {
+    const Tensor zero = s.parameter.dim() >= 2 ? s.parameter.detach() == 0 : Tensor();
+    const int64_t count = zero.defined() ? zero.count_nonzero().item<int64_t>() : 0;
+    zeros_.push_back(count > 0 ? zero : Tensor());
+    held += count;
+  }
+  if (held == 0 && leader()) log::warn("train.keep_zeros: no matrix that learns has a weight of zero");
 }
 
 CausalModel& Trainer::model() {
@@ -305,6 +318,15 @@ void Trainer::train_step(bool record) {
     for (auto& [name, value] : auxiliary) value = sums[at++].item<double>();
     for (Scheduled* s : scheduled_) options_.ranks->sum(s->counts());
   }
+  const auto at_zeros = [&](const auto& use) {
+    const torch::NoGradGuard frozen;
+    for (size_t i = 0; i < zeros_.size(); ++i)
+      if (zeros_[i].defined()) use(optimizer_->slots()[i].parameter, zeros_[i]);
+  };
+  // Without a gradient they neither move nor count in its norm.
+  at_zeros([](Tensor p, const Tensor& zero) {
+    if (p.grad().defined()) p.mutable_grad().masked_fill_(zero, 0.0);
+  });
   std::function<double(double)> sum;
   if (!shares_.empty())
     sum = [&](double value) {
@@ -316,6 +338,7 @@ void Trainer::train_step(bool record) {
   if (std::isfinite(grad_norm_) && std::isfinite(nll)) {
     skipped_ = 0;
     optimizer_->step(schedule_factor(config_.schedule, step_, steps_));
+    at_zeros([](Tensor p, const Tensor& zero) { p.masked_fill_(zero, 0.0); });
     if (!average_.empty()) {
       const torch::NoGradGuard frozen;
       for (size_t i = 0; i < average_.size(); ++i)

@@ -94,6 +94,7 @@ class Trainer {
   bool stop_asked();
   void restore(int64_t step);
   void train_step(bool record);
+  void hold_zeros();
   nlohmann::json log_record();
   bool evaluate_now();
   void save();
@@ -107,6 +108,8 @@ class Trainer {
   std::unique_ptr<TrainTask> task_;
   std::unique_ptr<Optimizer> optimizer_;
   std::vector<torch::Tensor> average_;  // of slots, when on
+  // Where slots stay zero, bool of the parameter's shape; undefined: nowhere. Empty: nothing is held.
+  std::vector<torch::Tensor> zeros_;
   // When experts are spread: the processes that hold all of them together, those with the same share as this one (null:
   // no others), and the parameters of which this process holds a share.
   std::unique_ptr<Ranks> own_group_, peers_;
