@@ -3,6 +3,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <filesystem>
 #include <iostream>
 #include <optional>
@@ -197,6 +198,13 @@ CompressWay setup(CLI::App& app, std::shared_ptr<const CompressArguments> a) {
     if (m.keeps) keeping.push_back(m.name);
   app.add_option("--keep", o->keep,
                  fmt::format("Experts of a layer that stay, or their share below 1 ({})", fmt::join(keeping, ", ")))
+      // A number with a point from 1 on is a share that went wrong: 1.0 would leave one expert.
+      ->check([](const std::string& text) {
+        const bool meant = text.find('.') == std::string::npos || std::strtod(text.c_str(), nullptr) < 1.0;
+        return meant ? std::string()
+                     : fmt::format("{} is neither a share below 1 nor a number of experts, such as {}", text,
+                                   static_cast<int64_t>(std::strtod(text.c_str(), nullptr)));
+      })
       ->capture_default_str();
   app.add_flag("--across", o->across,
                "Keep that share of all experts, more of them in layers where they matter more (frequency, importance, "
