@@ -3,25 +3,22 @@
 #include <torch/torch.h>
 
 #include <algorithm>
-#include <functional>
 
-#include "moiety/base/error.h"
 #include "moiety/base/random.h"
 #include "moiety/compress/expert_plans.h"
+#include "moiety/compress/low_rank_sparse.h"
 #include "moiety/compress/mc_smoe.h"
-#include "moiety/nn/parameters.h"
+#include "moiety/io/checkpoint_writer.h"
 #include "moiety/study/experts.h"
-#include "moiety/train/language_task.h"
 
 namespace moiety {
 namespace {
 
 using nlohmann::json;
-using torch::Tensor;
 namespace fs = std::filesystem;
 
-constexpr int64_t kExperts = 16, kRank = 6, kRows = 8;
-constexpr double kRate = 1e-3, kDecay = 0.01, kSparse = 0.1;
+constexpr int64_t kExperts = 16, kRank = 6;
+constexpr double kRateScale = 0.25, kSparse = 0.1;
 // Experts of a layer that are left; low rank + sparse matrices of the first number take less than the last.
 const std::vector<int64_t> kLeft{8, 4, 2};
 const std::vector<std::string> kPruned{"frequency", "reap", "random"};
@@ -43,162 +40,49 @@ MixturePlan merged(int64_t groups, bool align, bool by_chance, uint64_t seed) {
   };
 }
 
-// Learned rows of all kinds, in an order of the seed, for one pass at least.
-std::vector<MicroBatch> recovery_rows(int64_t steps, uint64_t seed) {
-  LanguageRecipe r = mixture_recipe();
-  r.held_out_tokens = std::max<int64_t>(r.held_out_tokens, steps * kRows * r.length / 7);
-  std::vector<Tensor> ids, targets;
-  for (const auto& [kind, rows] : learned_text(r))
-    for (const auto& b : rows.batches) ids.push_back(b.ids), targets.push_back(b.targets);
-  const auto all_ids = torch::cat(ids), all_targets = torch::cat(targets);
-  const auto order = RandomStream(seed, "mc-smoe.rows").permutation(all_ids.size(0));
-  std::vector<MicroBatch> out;
-  for (size_t at = 0; at + kRows <= order.size(); at += kRows) {
-    const std::vector<int64_t> which(order.begin() + static_cast<int64_t>(at),
-                                     order.begin() + static_cast<int64_t>(at) + kRows);
-    const auto rows = torch::tensor(which, torch::kInt64);
-    MicroBatch m;
-    m.ids = all_ids.index_select(0, rows);
-    m.targets = all_targets.index_select(0, rows);
-    out.push_back(std::move(m));
-  }
-  check(!out.empty(), "there is too little text to recover on");
-  return out;
+// A run of recovery: the student learns after the whole model, its routers as they are; the same rows for every arm of
+// a seed, others than those of the base.
+fs::path recovered(const StudyCell& cell, const fs::path& student, const fs::path& teacher, int64_t steps,
+                   const std::string& name, json parts = nullptr) {
+  StudyCell own = cell;
+  own.seed += 2000;
+  LanguageRun run{.recipe = mixture_recipe(),
+                  .parts = std::move(parts),
+                  .checkpoint = student,
+                  .train = {".*"},
+                  .freeze = {"mlp\\.gate\\."},
+                  .task = {{"slug", "language"}, {"teacher", {{"model", teacher.string()}}}},
+                  .lr_scale = kRateScale,
+                  .steps = steps};
+  run.routing.balance = "none";
+  train_language(own, run, name);
+  return cell.folder / name / "last";
 }
 
-Tensor logits_of(CausalModel& model, const MicroBatch& m) {
-  Pass pass;
-  set_rows(pass, m);
-  return model.forward(m.ids, pass);
+// The second half of MC-SMoE: low rank + sparse matrices whose rows go while it learns, stored compactly.
+fs::path compacted(const StudyCell& cell, const fs::path& student, const fs::path& teacher, int64_t steps) {
+  const json part = {{"slug", "low-rank-sparse"},
+                     {"target", {"experts.gate_up_proj", "experts.down_proj"}},
+                     {"rank", kRank},
+                     {"final_threshold", kSparse},
+                     {"warmup_steps", std::max<int64_t>(1, steps / 20)}};
+  const fs::path sparse = recovered(cell, student, teacher, steps, "sparse", json::array({part}));
+  write_hf(*compact_low_rank_sparse(Checkpoint::open(sparse.string())), cell.folder / "compact");
+  return cell.folder / "compact";
 }
 
-std::shared_ptr<CausalModel> open(const fs::path& folder, bool learns) {
-  LoadOptions options;
-  options.dtype = "f32";
-  options.trainable = learns;
-  auto model = load_causal(*Checkpoint::open(folder.string()), options);
-  model->eval();  // no dropout, as the paper has it
-  return model;
-}
-
-// One expert's matrix as low rank + sparse. Its place in the model holds the sum.
-struct SplitMatrix {
-  Tensor place, left, right, sparse;
-  void write() const {
-    const torch::NoGradGuard frozen;
-    Tensor(place.data()).copy_(left.matmul(right) + sparse);
-  }
-};
-
-// Recovery: the student learns from text and from the whole model, with its routers as they are.
-class Recovery {
- public:
-  Recovery(CausalModel& student, CausalModel& teacher) : student_(student), teacher_(teacher) {
-    int64_t routers = 0;
-    for (auto& item : student.named_parameters()) {
-      const std::string name = parameter_name(item.key());
-      if (name.find(".mlp.gate.") != std::string::npos)
-        item.value().set_requires_grad(false), ++routers;
-      else if (name.find(".mlp.experts.") != std::string::npos && item.value().dim() == 3)
-        experts_.push_back(item.value());
-      else
-        others_.push_back(item.value());
-    }
-    check(routers == student.blocks() && static_cast<int64_t>(experts_.size()) == 3 * routers,
-          "routers and experts are not under the names that are expected");
-  }
-
-  void whole(const std::vector<MicroBatch>& rows, int64_t steps) {
-    auto all = others_;
-    all.insert(all.end(), experts_.begin(), experts_.end());
-    run(
-        rows, steps, all, [] {}, [] {});
-  }
-
-  // Percent of the entries of `of` experts' matrices that are stored afterwards.
-  double split(const std::vector<MicroBatch>& rows, int64_t steps, int64_t of) {
-    std::vector<SplitMatrix> matrices;
-    std::vector<Tensor> sparse, learned = others_;
-    for (const Tensor& stack : experts_)
-      for (int64_t e = 0; e < stack.size(0); ++e) {
-        const auto parts = split_low_rank(stack[e].detach(), kRank);
-        SplitMatrix m{stack.detach()[e], parts.left.clone().requires_grad_(), parts.right.clone().requires_grad_(),
-                      parts.sparse.clone().requires_grad_()};
-        learned.insert(learned.end(), {m.left, m.right, m.sparse});
-        sparse.push_back(m.sparse);
-        matrices.push_back(std::move(m));
-      }
-    RowPruningConfig c;
-    c.total_steps = steps;
-    c.final_threshold = kSparse;
-    c.warmup_steps = std::max<int64_t>(1, steps / 20);
-    RowPruning pruning(sparse, c);
-    run(
-        rows, steps, learned,
-        [&] {
-          size_t i = 0;
-          for (const Tensor& stack : experts_)
-            for (int64_t e = 0; e < stack.size(0); ++e, ++i) {
-              auto& m = matrices[i];
-              const auto g = stack.grad()[e];
-              m.left.mutable_grad() = g.matmul(m.right.detach().t());
-              m.right.mutable_grad() = m.left.detach().t().matmul(g);
-              m.sparse.mutable_grad() = g.clone();
-            }
-        },
-        [&] {
-          const torch::NoGradGuard frozen;
-          pruning.after_step();
-          for (const auto& m : matrices) m.write();
-        });
-    double stored = 0, all = 0;
-    for (const auto& m : matrices) {
-      stored += static_cast<double>(m.left.numel() + m.right.numel() + compact_rows(m.sparse.detach()).rows.numel());
-      all += static_cast<double>(m.sparse.numel());
-    }
-    int64_t there = 0;
-    for (const Tensor& stack : experts_) there += stack.size(0);
-    const auto per_matrix = all / static_cast<double>(there);
-    return 100.0 * stored / (per_matrix * static_cast<double>(of));
-  }
-  int64_t matrices() const {
-    int64_t n = 0;
-    for (const Tensor& stack : experts_) n += stack.size(0);
+// Numbers that the experts of a compact model are stored as, in percent of those of the base's experts.
+double stored_size(const fs::path& model, const fs::path& base) {
+  const auto count = [](const fs::path& folder, const std::vector<std::string>& ends) {
+    double n = 0;
+    for (const TensorInfo& t : Checkpoint::open(folder.string())->tensors())
+      if (t.name.find(".experts.") != std::string::npos &&
+          std::any_of(ends.begin(), ends.end(), [&](const std::string& end) { return t.name.ends_with(end); }))
+        n += static_cast<double>(t.elements());
     return n;
-  }
-
- private:
-  // `gradients` before the optimizer's step, `after` behind it.
-  void run(const std::vector<MicroBatch>& rows, int64_t steps, const std::vector<Tensor>& learned,
-           const std::function<void()>& gradients, const std::function<void()>& after) {
-    torch::optim::AdamW adam(learned,
-                             torch::optim::AdamWOptions(kRate).betas({0.9, 0.98}).eps(1e-6).weight_decay(kDecay));
-    const auto warm = static_cast<double>(std::max<int64_t>(1, steps / 20));
-    for (int64_t step = 0; step < steps; ++step) {
-      const double rate = std::min((static_cast<double>(step) + 1.0) / warm,
-                                   static_cast<double>(steps - step) / (static_cast<double>(steps) - warm + 1.0));
-      for (auto& group : adam.param_groups())
-        static_cast<torch::optim::AdamWOptions&>(group.options()).lr(kRate * std::min(1.0, rate));
-      const MicroBatch& m = rows[static_cast<size_t>(next_++) % rows.size()];
-      Tensor taught;
-      {
-        const torch::NoGradGuard frozen;
-        taught = logits_of(teacher_, m);
-      }
-      for (const Tensor& p : others_) Tensor(p).mutable_grad() = Tensor();
-      for (const Tensor& p : experts_) Tensor(p).mutable_grad() = Tensor();
-      recovery_loss(logits_of(student_, m), taught, m.targets).backward();
-      gradients();
-      adam.step();
-      after();
-    }
-  }
-
-  CausalModel& student_;
-  CausalModel& teacher_;
-  std::vector<Tensor> experts_, others_;
-  int64_t next_ = 0;
-};
+  };
+  return 100.0 * count(model, {".left", ".right", ".rows"}) / count(base, {".weight"});
+}
 
 std::string named(const char* what, int64_t left) {
   return fmt::format("{}_{}", what, left);
@@ -209,18 +93,14 @@ json measure(const StudyCell& cell) {
   const MixtureText text = mixture_text();
   const auto seed = static_cast<uint64_t>(cell.seed);
   const int64_t steps = cell.budget.steps;
-  const auto rows = recovery_rows(2 * steps, seed);
-  const auto teacher = open(base, false);
   const auto put = [](json& out, const char* when, int64_t left, const json& got) {
     out[named(when, left)] = got["bits_per_byte"];
     out[fmt::format("choice_{}_{}", when, left)] = got["choice"];
   };
   json out;
   if (cell.arm == "whole") {
-    const auto student = open(base, true);
-    const json before = measure_mixture(base, text);
-    Recovery(*student, *teacher).whole(rows, steps);
-    const json after = measure_mixture(*student, text);
+    const json before = measure_mixture(base, text),
+               after = measure_mixture(recovered(cell, base, base, steps, "whole"), text);
     for (const int64_t left : kLeft) put(out, "before", left, before), put(out, "after", left, after);
     return out;
   }
@@ -233,11 +113,10 @@ json measure(const StudyCell& cell) {
                      fmt::format("left-{}", left));
   };
   if (cell.arm == "mc-smoe") {
-    const auto student = open(model_with(kLeft.front()), true);
-    Recovery recovery(*student, *teacher);
-    recovery.whole(rows, steps);
-    out["size"] = recovery.split(rows, steps, recovery.matrices() * kExperts / kLeft.front());
-    put(out, "after", kLeft.back(), measure_mixture(*student, text));
+    const fs::path tuned = recovered(cell, model_with(kLeft.front()), base, steps, "merged"),
+                   compact = compacted(cell, tuned, base, steps);
+    out["size"] = stored_size(compact, base);
+    put(out, "after", kLeft.back(), measure_mixture(compact, text));
     return out;
   }
   const bool recovers = cell.arm != "unaligned" && cell.arm != "random-groups";
@@ -246,10 +125,10 @@ json measure(const StudyCell& cell) {
     put(out, "before", left, measure_mixture(model, text));
     out[named("size", left)] = experts_left(model, base);
     if (!recovers) continue;
-    const auto student = open(model, true);
     // The smallest ones are measured against MC-SMoE, which learns twice.
-    Recovery(*student, *teacher).whole(rows, left == kLeft.back() ? 2 * steps : steps);
-    put(out, "after", left, measure_mixture(*student, text));
+    const auto again =
+        recovered(cell, model, base, left == kLeft.back() ? 2 * steps : steps, fmt::format("recovered-{}", left));
+    put(out, "after", left, measure_mixture(again, text));
   }
   out["size"] = out[named("size", kLeft.back())];
   return out;
@@ -306,12 +185,11 @@ Study study() {
       "% fewer FLOPs, within about 1 point of accuracy on 8 tasks, ahead of pruning, averaging, ZipIt and Git "
       "Re-Basin.";
   s.setup = fmt::format(
-      "{}. M-SMoE merges the {} experts of a layer to 8, 4 and 2 on average. Recovery: AdamW, rate {}, all but the "
-      "routers, cross-entropy and 0.2 times the divergence from the whole model at temperature 2, the same learned "
-      "rows "
-      "for every arm; with 2 experts for twice as many steps, as MC-SMoE learns: it makes the 8 merged experts rank {} "
-      "+ {:.0f} % of the rows in its second half.",
-      mixture_setup(), kExperts, kRate, kRank, 100.0 * kSparse);
+      "{}. M-SMoE merges the {} experts of a layer to 8, 4 and 2 on average. Recovery: the trainer, rate {}, all but "
+      "the routers, cross-entropy and 0.2 times the divergence from the whole model at temperature 2, the same learned "
+      "rows for every arm; with 2 experts for twice as many steps, as MC-SMoE learns: in its second half it makes the "
+      "8 merged experts rank {} + {:.0f} % of the rows.",
+      mixture_setup(), kExperts, kRateScale * mixture_recipe().lr, kRank, 100.0 * kSparse);
   s.arms = {{"whole", "all 16 experts, tuned as long"},
             {"m-smoe", "M-SMoE: aligned, grouped by router logits, averaged by use"},
             {"mc-smoe", "MC-SMoE: 8 merged experts, then low rank + sparse"},
@@ -337,7 +215,7 @@ Study study() {
   s.judge = judge;
   s.settings = [] {
     json out = mixture_settings();
-    out["recovery"] = {kRate, kDecay, kRank, kSparse, kRows};
+    out["recovery"] = {kRateScale, kRank, kSparse};
     return out;
   };
   return s;

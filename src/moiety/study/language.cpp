@@ -66,6 +66,8 @@ std::unique_ptr<Trainer> train_language(const StudyCell& cell, const LanguageRun
   config.train.seed = cell.seed;
   config.train.log_every = std::max<int64_t>(1, steps / 20);
   config.train.train = run.train;
+  config.train.freeze = run.freeze;
+  if (!run.task.is_null()) config.task = run.task;
   config.optimizer.lr = r.lr * run.lr_scale;
   config.optimizer.weight_decay = 0.1;
   config.optimizer.clip = 1.0;

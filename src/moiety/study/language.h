@@ -34,6 +34,8 @@ struct LanguageRun {
   nlohmann::json config;             ///< keys of the model's config besides the recipe's
   std::filesystem::path checkpoint;  ///< go on from this model instead of a new one
   std::vector<std::string> train;    ///< patterns: only these parameters learn
+  std::vector<std::string> freeze;   ///< patterns: these do not
+  nlohmann::json task;               ///< as `task` of a run; null: the next token
   double lr_scale = 1.0;
   int64_t steps = 0;      ///< 0: the budget's
   RoutingConfig routing;  ///< as `routing` of a run
