@@ -24,10 +24,10 @@
 #include "moiety/base/text.h"
 #include "moiety/io/edge_experts.h"
 #include "moiety/io/gguf_names.h"
-#include "moiety/io/low_rank_sparse.h"
 #include "moiety/io/moduleformer_names.h"
 #include "moiety/io/peft.h"
 #include "moiety/io/sha256.h"
+#include "moiety/io/whole_matrices.h"
 
 namespace fs = std::filesystem;
 using nlohmann::json;

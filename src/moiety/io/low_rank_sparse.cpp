@@ -1,18 +1,15 @@
 #include "moiety/io/low_rank_sparse.h"
 
+#include <algorithm>
 #include <cstring>
-#include <set>
 #include <string>
 #include <vector>
 
 #include "moiety/base/error.h"
 #include "moiety/base/text.h"
-#include "moiety/io/overlay.h"
 
 namespace moiety {
 namespace {
-
-using nlohmann::json;
 
 constexpr int64_t kMostTimes = 8192;
 
@@ -62,47 +59,29 @@ TensorView whole(const Checkpoint& checkpoint, const std::string& stem, const Te
 
 }  // namespace
 
-std::shared_ptr<const Checkpoint> with_whole_matrices(std::shared_ptr<const Checkpoint> checkpoint) {
-  json config = checkpoint->config();
-  const auto section = config.is_object() ? config.find("moiety") : config.end();
-  if (section == config.end() || !section->is_object() || !section->contains(kLowRankSparse)) return checkpoint;
-  section->erase(kLowRankSparse);
-  if (section->empty()) config.erase("moiety");
-  std::map<std::string, TensorInfo> infos;
-  for (const TensorInfo& t : checkpoint->tensors()) infos[t.name] = t;
-  std::vector<OverlayTensor> tensors;
-  std::set<std::string> removed;
-  for (const auto& [name, left] : infos) {
-    constexpr std::string_view suffix = ".left";
-    if (name.size() <= suffix.size() || name.compare(name.size() - suffix.size(), suffix.size(), suffix) != 0) continue;
-    const std::string stem = name.substr(0, name.size() - suffix.size());
-    const auto part = [&](const char* what) -> const TensorInfo& {
-      const auto it = infos.find(stem + what);
-      check(it != infos.end(), "{}: '{}' lacks '{}{}'", checkpoint->path().string(), shown(name), shown(stem), what);
-      removed.insert(it->first);
-      return it->second;
-    };
-    const TensorInfo &right = part(".right"), &rows = part(".rows"), &index = part(".index");
-    removed.insert(name);
-    const bool plain = left.format == Format::F32 || left.format == Format::F16 || left.format == Format::BF16;
-    check(plain && left.shape.size() == 2 && left.shape[1] > 0 && right.shape.size() == 2 && rows.shape.size() == 2 &&
-              index.shape.size() == 1 && left.shape[1] == right.shape[0] && right.shape[1] == rows.shape[1] &&
-              rows.shape[0] == index.shape[0] && rows.shape[0] <= left.shape[0],
-          "{}: the tensors of '{}' do not make one matrix", checkpoint->path().string(), shown(stem));
-    // A small file must not ask for a matrix without end: real ones hold a few hundred times what is stored.
-    check(left.shape[0] / kMostTimes < (left.elements() + right.elements()) / std::max<int64_t>(1, right.shape[1]) + 1,
+MatrixForm low_rank_sparse_form() {
+  const auto open = [](std::shared_ptr<const Checkpoint> checkpoint, const nlohmann::json&) -> WholeMatrix {
+    return [checkpoint](const std::string& stem, const std::vector<TensorInfo>& parts) {
+      const TensorInfo &left = parts[0], &right = parts[1], &rows = parts[2], &index = parts[3];
+      const bool plain = left.format == Format::F32 || left.format == Format::F16 || left.format == Format::BF16;
+      check(plain && left.shape.size() == 2 && left.shape[1] > 0 && right.shape.size() == 2 && rows.shape.size() == 2 &&
+                index.shape.size() == 1 && left.shape[1] == right.shape[0] && right.shape[1] == rows.shape[1] &&
+                rows.shape[0] == index.shape[0] && rows.shape[0] <= left.shape[0],
+            "{}: the tensors of '{}' do not make one matrix", checkpoint->path().string(), shown(stem));
+      // A small file must not ask for a matrix without end: real ones hold a few hundred times what is stored.
+      check(
+          left.shape[0] / kMostTimes < (left.elements() + right.elements()) / std::max<int64_t>(1, right.shape[1]) + 1,
           "{}: '{}' would be a matrix {} x {} of rank {}", checkpoint->path().string(), shown(stem), left.shape[0],
           right.shape[1], left.shape[1]);
-    OverlayTensor t;
-    t.info.name = stem + ".weight";
-    t.info.format = left.format;
-    t.info.shape = {left.shape[0], right.shape[1]};
-    check(infos.count(t.info.name) == 0, "{}: '{}' is there whole and in parts", checkpoint->path().string(),
-          shown(t.info.name));
-    t.get = [checkpoint, stem, info = t.info] { return whole(*checkpoint, stem, info); };
-    tensors.push_back(std::move(t));
-  }
-  return overlay(std::move(checkpoint), std::move(config), std::move(tensors), removed);
+      OverlayTensor t;
+      t.info.name = stem + ".weight";
+      t.info.format = left.format;
+      t.info.shape = {left.shape[0], right.shape[1]};
+      t.get = [checkpoint, stem, info = t.info] { return whole(*checkpoint, stem, info); };
+      return t;
+    };
+  };
+  return {kLowRankSparse, {".left", ".right", ".rows", ".index"}, open};
 }
 
 }  // namespace moiety
