@@ -12,6 +12,7 @@
 #include "moiety/compress/eaquant_model.h"
 #include "moiety/io/checkpoint_writer.h"
 #include "moiety/io/tokenizer.h"
+#include "moiety/io/whole_matrices.h"
 #include "read_texts.h"
 
 namespace moiety::cli {
@@ -22,7 +23,7 @@ using nlohmann::json;
 struct Options {
   EaquantConfig config;
   int64_t sequences = 128, tokens = 4096;
-  bool no_balance = false;
+  bool no_balance = false, plain = false;
 };
 
 // Whole pieces of the text, one after another.
@@ -49,17 +50,22 @@ int run(const CompressArguments& a, Options o) {
   std::shared_ptr<const Checkpoint> small;
   {
     std::optional<Progress> bar;
-    small = eaquant_checkpoint(base, o.config, samples_of(a, o, *base), &report, [&](int64_t done, int64_t all) {
+    const auto progress = [&](int64_t done, int64_t all) {
       if (!bar) bar.emplace("eaquant", all, "block");
       bar->set(done);
-    });
+    };
+    small = eaquant_checkpoint(base, o.config, samples_of(a, o, *base), &report, progress, !o.plain);
   }
+  int64_t before = 0;
+  for (const TensorInfo& t : stored_tensors(*base)) before += t.bytes();
   WriteOptions write;
   write.overwrite = a.overwrite;
   write.dry_run = a.dry_run;
   const WriteReport written = write_hf(*small, a.out, write);
   report["output"] = a.out;
   report["written"] = !a.dry_run;
+  report["packed"] = !o.plain;
+  report["bytes_before"] = before;
   report["bytes"] = written.bytes;
   if (a.json) {
     std::cout << report.dump(2) << "\n";
@@ -71,9 +77,10 @@ int run(const CompressArguments& a, Options o) {
       fmt::print("{:>5} {:>12.1f} % {:>10.2g} {:>15} {:>8}\n", l["layer"].get<int64_t>(),
                  100.0 * l["router_overlap"].get<double>(), l["router_kl"].get<double>(),
                  l["fewest_tokens"].get<int64_t>(), l["experts_without_tokens"].get<int64_t>());
-  fmt::print("\n{} {}: weights of {} bits, read in {} bits, routers of {} bits, stored as plain numbers\n",
-             a.dry_run ? "would write" : "wrote", a.out, o.config.weight_bits, o.config.activation_bits,
-             o.config.router_bits);
+  fmt::print("\n{} {}: weights of {} bits{}, read in {} bits, routers of {} bits: {:.2f} MiB, {:.2f} MiB before\n",
+             a.dry_run ? "would write" : "wrote", a.out, o.config.weight_bits, o.plain ? " as plain numbers" : "",
+             o.config.activation_bits, o.config.router_bits, static_cast<double>(written.bytes) / 1048576.0,
+             static_cast<double>(before) / 1048576.0);
   return 0;
 }
 
@@ -111,6 +118,7 @@ CompressWay setup(CLI::App& app, std::shared_ptr<const CompressArguments> a) {
   app.add_option("--rotation-steps", c.rotation_steps, "Steps of the search of a rotation (eaquant)")
       ->check(CLI::Range(0, 1 << 20))
       ->capture_default_str();
+  app.add_flag("--plain", o->plain, "Rounded weights are stored as numbers of the type that they had (eaquant)");
   app.add_flag("--no-balance", o->no_balance, "Calibrate every expert on all of its tokens (eaquant)");
   return {"--method eaquant", [a] { return a->method == "eaquant"; }, [a, o] { return run(*a, *o); }};
 }

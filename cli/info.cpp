@@ -12,6 +12,7 @@
 #include "moiety/io/edge_experts.h"
 #include "moiety/io/gguf_names.h"
 #include "moiety/io/tokenizer.h"
+#include "moiety/io/whole_matrices.h"
 #include "moiety/models/vision.h"
 #include "verb.h"
 
@@ -132,9 +133,11 @@ json facts(const Checkpoint& checkpoint, const Options& options) {
   const auto edge = edge_experts_of(checkpoint);
   for (const auto& t : checkpoint.tensors()) {
     const int64_t n = parameters(t);
-    const bool own_width = edge && of_routed_experts(t.name) && t.name.ends_with("_proj");
     total += n;
     if (of_routed_experts(t.name)) routed += n;
+  }
+  for (const auto& t : stored_tensors(checkpoint)) {
+    const bool own_width = edge && of_routed_experts(t.name) && t.name.ends_with("_proj");
     auto& f = formats[own_width ? "own widths" : std::string(info(t.format).name)];
     f[0] += 1, f[1] += t.elements();
     if (own_width) continue;
@@ -169,7 +172,7 @@ json facts(const Checkpoint& checkpoint, const Options& options) {
     if (const int64_t f = entry(c, {"shared_expert_intermediate_size", "shared_intermediate_size"}); f > 0)
       out["experts"]["shared_feed_forward_size"] = f;
   }
-  out["tensors"] = checkpoint.tensors().size();
+  out["tensors"] = stored_tensors(checkpoint).size();
   out["formats"] = json::array();
   for (const auto& [name, f] : formats)
     out["formats"].push_back({{"format", name}, {"tensors", f[0]}, {"elements", f[1]}, {"bytes", f[2]}});
@@ -179,7 +182,7 @@ json facts(const Checkpoint& checkpoint, const Options& options) {
   if (!vision) out["tokenizer"] = tokenizer_facts(checkpoint);
   if (options.tensors) {
     out["tensor_list"] = json::array();
-    for (const auto& t : checkpoint.tensors())
+    for (const auto& t : stored_tensors(checkpoint))
       out["tensor_list"].push_back(
           {{"name", t.name}, {"format", info(t.format).name}, {"shape", t.shape}, {"bytes", t.bytes()}});
   }

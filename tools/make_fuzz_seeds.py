@@ -73,6 +73,31 @@ def make_low_rank_sparse():
     put("low_rank_sparse", "no_rank", parts(left=(3, 0), right=(0, 2)))
 
 
+def make_packed_rows():
+    def packed(section, q=(2, 2), codes=b"\x21\x03\x54\x0f", scale=(2, 1), zero=(2, 1), kind="U8", ends=("q", "scale", "zero")):
+        header, data = {"__metadata__": {"section": json.dumps(section)}}, b""
+        ones = lambda shape: struct.pack("<f", 1) * int(np.prod(shape))
+        for name, dtype, shape, raw in (("q", kind, q, codes), ("scale", "F32", scale, ones(scale)), ("zero", "F32", zero, ones(zero))):
+            if name in ends:
+                header["w." + name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [len(data), len(data) + len(raw)]}
+                data += raw
+        return safetensors(header, data)
+    put("packed_rows", "four", packed({"bits": 4}))
+    put("packed_rows", "odd", packed({"bits": 4, "dtype": "BF16", "tensors": {"w": {"width": 3}}}))
+    put("packed_rows", "other_type", packed({"bits": 4, "tensors": {"w": {"dtype": "F16"}}}))
+    put("packed_rows", "three", packed({"bits": 3, "tensors": {"w": {"width": 4}}}, codes=b"\x21\x03\x54\x0f"))
+    put("packed_rows", "two", packed({"bits": 2}))
+    put("packed_rows", "sixteen", packed({"bits": 16}))
+    put("packed_rows", "stack", packed({"bits": 5}, q=(2, 1, 5), codes=bytes(range(10)), scale=(2, 1, 1), zero=(2, 1, 1)))
+    put("packed_rows", "beyond", packed({"bits": 4, "tensors": {"w": {"width": 3}}}, codes=b"\x21\x43\x54\x0f"))
+    put("packed_rows", "too_wide", packed({"bits": 4, "tensors": {"w": {"width": 1 << 40}}}))
+    put("packed_rows", "no_zero", packed({"bits": 4}, ends=("q", "scale")))
+    put("packed_rows", "wrong_rows", packed({"bits": 4}, scale=(3, 1)))
+    put("packed_rows", "one_bit", packed({"bits": 1}))
+    put("packed_rows", "no_rows", packed({"bits": 4}, q=(0, 2), codes=b"", scale=(0, 1), zero=(0, 1)))
+    put("packed_rows", "numbers", packed({"bits": 4}, q=(2, 1), codes=struct.pack("<2f", 1, 2), kind="F32"))
+
+
 # ---- compressed task vectors ----
 
 def golomb(positions, b, signs=True):
@@ -496,7 +521,7 @@ def make_dataset():
     put("dataset", "idx", bytes([6, 0, 0]) + b"\0\0\x08\x03" + struct.pack(">III", 1, 2, 2) + b"abcd")
 
 
-MAKERS = [make_chat_template, make_image, make_dataset, make_tokenizer, make_safetensors, make_low_rank_sparse, make_compeft, make_peft, make_gguf, make_format, make_yaml, make_config]
+MAKERS = [make_chat_template, make_image, make_dataset, make_tokenizer, make_safetensors, make_low_rank_sparse, make_packed_rows, make_compeft, make_peft, make_gguf, make_format, make_yaml, make_config]
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:

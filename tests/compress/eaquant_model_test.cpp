@@ -7,9 +7,11 @@
 #include "message_of.h"
 #include "moiety/base/files.h"
 #include "moiety/io/checkpoint_writer.h"
+#include "moiety/io/whole_matrices.h"
 #include "moiety/models/merged.h"
 #include "moiety/models/model.h"
 #include "moiety/train/open_run.h"
+#include "small_mixture.h"
 
 namespace moiety {
 namespace {
@@ -121,6 +123,72 @@ TEST(EaquantModel, IsWrittenAndReadAgain) {
   const auto plain = merged_checkpoint(read);
   EXPECT_FALSE(plain->config().contains("moiety"));
   EXPECT_LT(relative(logits(*plain), logits(*base.checkpoint)), relative(logits(*read), logits(*base.checkpoint)));
+}
+
+// Written packed and read again, it is what is stored plain, and as small as its bits say.
+void expect_packed_is_plain(const std::shared_ptr<const Checkpoint>& base, const EaquantConfig& config) {
+  const auto plain = eaquant_checkpoint(base, config, samples()),
+             packed = eaquant_checkpoint(base, config, samples(), nullptr, {}, true);
+  const TemporaryFolder out("moiety-test");
+  const WriteReport written = write_hf(*packed, out.path(), {});
+  WriteOptions dry;
+  dry.dry_run = true;
+  EXPECT_EQ(write_hf(*packed, out.path(), dry).bytes, written.bytes);
+  const auto read = Checkpoint::open(out.path().string());
+  EXPECT_EQ(read->config(), plain->config());
+  ASSERT_EQ(read->tensors().size(), plain->tensors().size());
+  int64_t bound = 0, matrices = 0;
+  for (const TensorInfo& t : plain->tensors()) {
+    ASSERT_TRUE(read->has(t.name)) << t.name;
+    const TensorView got = read->get(t.name), want = plain->get(t.name);
+    EXPECT_EQ(got.format, want.format) << t.name;
+    EXPECT_EQ(got.shape, want.shape) << t.name;
+    EXPECT_TRUE(std::equal(got.data.begin(), got.data.end(), want.data.begin(), want.data.end())) << t.name;
+    const bool on_grid = packed->has(t.name + ".q");
+    EXPECT_EQ(on_grid, t.name.find("_proj") != std::string::npos && t.name.find("weight") != std::string::npos &&
+                               t.name.find("shared_expert") == std::string::npos ||
+                           t.name.ends_with("experts.gate_up_proj") || t.name.ends_with("experts.down_proj") ||
+                           t.name.find(".w1.") != std::string::npos || t.name.find(".w2.") != std::string::npos ||
+                           t.name.find(".w3.") != std::string::npos)
+        << t.name;
+    matrices += on_grid ? 1 : 0;
+    bound += on_grid ? t.rows() * ((t.cols() * config.weight_bits + 7) / 8 + 2 * 4) : t.bytes();
+  }
+  EXPECT_GT(matrices, 0);
+  EXPECT_EQ(written.bytes, bound);
+  int64_t stored = 0;
+  for (const TensorInfo& t : stored_tensors(*read)) stored += t.bytes();
+  EXPECT_EQ(stored, bound);
+  const auto header = static_cast<int64_t>(stored_tensors(*read).size()) * 256 + 64;
+  EXPECT_LE(static_cast<int64_t>(std::filesystem::file_size(out.path() / "model.safetensors")), bound + header);
+  EXPECT_TRUE(torch::equal(logits(*read), logits(*plain)));
+}
+
+TEST(EaquantModel, PackedIsPlainBitByBit) {
+  const Base base;
+  for (const int64_t width : {2, 3, 4, 5, 8, 11, 16}) expect_packed_is_plain(base.checkpoint, bits(width, 8, 8));
+  auto minmax = bits(4, 8, 8);
+  minmax.weight_method = "minmax";
+  minmax.balance_ratio = 0.0;
+  expect_packed_is_plain(base.checkpoint, minmax);
+}
+
+TEST(EaquantModel, PackedIsPlainInEveryLayout) {
+  const Base base;
+  expect_packed_is_plain(small_mixture::separate(base.checkpoint), bits(4, 4, 8));
+  const TemporaryFolder folder("moiety-test");
+  WriteOptions bf16;
+  bf16.dtype = "bf16";
+  write_hf(*base.checkpoint, folder.path(), bf16);
+  expect_packed_is_plain(Checkpoint::open(folder.path().string()), bits(4, 4, 8));
+  // Rows of 21 codes do not fill their bytes.
+  auto odd = bits(3, 4, 8);
+  odd.block_size = 7;
+  const Base narrow(
+      json{{"hidden_size", 28}, {"num_attention_heads", 2}, {"num_key_value_heads", 2}, {"moe_intermediate_size", 21}});
+  expect_packed_is_plain(narrow.checkpoint, odd);
+  const Base mixtral(json{{"model_type", "mixtral"}, {"num_local_experts", 4}});
+  expect_packed_is_plain(small_mixture::separate(mixtral.checkpoint), bits(2, 4, 8));
 }
 
 TEST(EaquantModel, IsTheSameWithTheSameSeed) {

@@ -351,7 +351,9 @@ struct Extremes {
 };
 
 struct Codes {
-  Tensor values, scale, zero;
+  Tensor codes, scale, zero;
+  Tensor values() const { return (codes - zero).mul_(scale); }
+  Tensor values_in_place() { return codes.sub_(zero).mul_(scale); }
 };
 
 // `ratio` a number or [rows, 1].
@@ -362,7 +364,7 @@ Codes codes_of(const Tensor& w, const Extremes& e, int64_t bits, const Ratio& ra
   c.scale = ((e.high * ratio - e.low * ratio) / levels).clamp(kLeastScale, kLargestScale);
   c.zero = (-(e.low * ratio) / c.scale).round();
   if (clamp_zero) c.zero = c.zero.clamp(0.0, levels);
-  c.values = ((w / c.scale).round_().add_(c.zero).clamp_(0.0, levels).sub_(c.zero)).mul_(c.scale);
+  c.codes = (w / c.scale).round_().add_(c.zero).clamp_(0.0, levels);
   return c;
 }
 
@@ -372,7 +374,7 @@ QuantizedRows quantize_rows(const Tensor& w, int64_t bits, double ratio, bool cl
   const torch::NoGradGuard frozen;
   check_bits(bits);
   const auto c = codes_of(w, Extremes(w), bits, ratio, clamp_zero);
-  return {c.values, c.scale, c.zero, torch::full_like(c.scale, ratio)};
+  return {c.values(), c.scale, c.zero, torch::full_like(c.scale, ratio), c.codes};
 }
 
 namespace {
@@ -386,13 +388,13 @@ QuantizedRows best_rows(const Tensor& w, int64_t bits, const Score& score) {
   auto best = torch::full_like(extremes.low, std::numeric_limits<double>::infinity());
   auto ratio = torch::full_like(extremes.low, ratio_of(0));
   for (int j = 0; j < kRatios; ++j) {
-    const Tensor s = score(codes_of(w, extremes, bits, ratio_of(j), true).values);
+    const Tensor s = score(codes_of(w, extremes, bits, ratio_of(j), true).values_in_place());
     const auto better = s < best;
     best = torch::where(better, s, best);
     ratio = ratio.masked_fill(better, ratio_of(j));
   }
   const auto c = codes_of(w, extremes, bits, ratio, true);
-  return {c.values, c.scale, c.zero, ratio};
+  return {c.values(), c.scale, c.zero, ratio, c.codes};
 }
 
 }  // namespace
@@ -408,7 +410,10 @@ QuantizedRows quantize_weight(const Tensor& w, int64_t bits, const std::string& 
 }
 
 Tensor quantize_activations(const Tensor& x, int64_t bits, double lac) {
-  return quantize_rows(x.reshape({-1, x.size(-1)}), bits, lac).values.view(x.sizes());
+  const torch::NoGradGuard frozen;
+  check_bits(bits);
+  const auto rows = x.reshape({-1, x.size(-1)});
+  return codes_of(rows, Extremes(rows), bits, lac, false).values_in_place().view(x.sizes());
 }
 
 RouterQuantization calibrate_router(const Tensor& router, const Tensor& x, int64_t bits, int64_t top_k_count,

@@ -100,6 +100,7 @@ Rotation rotation_by(const torch::Tensor& x, const torch::Tensor& first, const t
 struct QuantizedRows {
   torch::Tensor values;              ///< [out, in], dequantized
   torch::Tensor scale, zero, ratio;  ///< [out, 1]; ratio: what both extremes were multiplied by
+  torch::Tensor codes;               ///< [out, in]: q, in the type of the values
 };
 /// Extremes times `ratio`. `clamp_zero`: Z in 0 ... 2^n - 1 too. Error: bits outside 2 to 16.
 QuantizedRows quantize_rows(const torch::Tensor& w, int64_t bits, double ratio, bool clamp_zero = false);

@@ -3,14 +3,17 @@
 #include <torch/torch.h>
 
 #include <algorithm>
+#include <limits>
 #include <map>
 #include <numeric>
 #include <optional>
+#include <set>
 
 #include "moiety/base/error.h"
 #include "moiety/base/log.h"
 #include "moiety/base/registry.h"
 #include "moiety/io/overlay.h"
+#include "moiety/io/packed_rows.h"
 #include "moiety/models/decoder.h"
 #include "moiety/models/layer_walk.h"
 #include "moiety/moe/mixture.h"
@@ -161,11 +164,18 @@ struct MixtureReads {
 // Part tensors by name.
 using Added = std::map<std::string, Tensor>;
 
+// A matrix of the model, or one of a stack, that lies on the grid.
+struct OnGrid {
+  Tensor weight;       // in the model
+  Tensor codes;        // [out, in]
+  Tensor scale, zero;  // [out, 1]
+};
+
 class EaquantCalibration {
  public:
   EaquantCalibration(Decoder& model, const EaquantConfig& config, const std::vector<std::vector<int64_t>>& samples,
-                     std::string prefix)
-      : model_(model), c_(config), walk_(model, samples), prefix_(std::move(prefix)) {
+                     std::string prefix, bool keep_codes)
+      : model_(model), c_(config), walk_(model, samples), prefix_(std::move(prefix)), keep_codes_(keep_codes) {
     part_.activation_bits = c_.activation_bits;
     part_.lac = c_.lac;
     part_.block_size = c_.block_size;
@@ -180,6 +190,7 @@ class EaquantCalibration {
     return layers;
   }
   Added added;
+  std::vector<OnGrid> on_grid;  // if they are kept
 
  private:
   json block() {
@@ -352,8 +363,11 @@ class EaquantCalibration {
                       static_cast<uint64_t>(c_.seed) * 1000003 + static_cast<uint64_t>(walk_.block()) * 64 + stream);
     return {r.first.to(torch::kFloat32), r.perm, r.second.to(torch::kFloat32)};
   }
-  Tensor rounded(const Tensor& w, const Rotation& r, bool searched = true) const {
-    return quantize_weight(r.apply(w), c_.weight_bits, searched ? c_.weight_method : "minmax", c_.swc).values;
+  void round(Tensor w, const Rotation& r, bool searched = true) {
+    const auto q = quantize_weight(r.apply(w), c_.weight_bits, searched ? c_.weight_method : "minmax", c_.swc);
+    w.copy_(q.values);
+    if (keep_codes_)
+      on_grid.push_back({w, q.codes.to(c_.weight_bits <= 8 ? torch::kUInt8 : torch::kInt32), q.scale, q.zero});
   }
   std::string place(const std::string& name) const {
     return fmt::format("{}layers.{}.adapters.{}.", prefix_, walk_.block(), name);
@@ -371,7 +385,7 @@ class EaquantCalibration {
       store(name, r);
       std::vector<LinearImpl*> all;
       for (Linear m : matrices) {
-        m->weight.copy_(rounded(m->weight, r));
+        round(m->weight, r);
         all.push_back(m.get());
       }
       const auto beside = std::make_shared<QuantizedInputs>(all, r, part_);
@@ -412,9 +426,9 @@ class EaquantCalibration {
       const auto x = count > 0 ? tokens.index_select(0, own.index[i].narrow(0, 0, count)) : tokens.narrow(0, 0, length);
       outer.push_back(known ? rotation(x, 8) : identity(c_.block_size, e.gate->in()));
       inner.push_back(known ? rotation(hidden_of(e, i, x), 10) : identity(c_.block_size, e.down->in()));
-      e.gate->weight[i].copy_(rounded(e.gate->weight[i], outer.back(), known));
-      e.up->weight[i].copy_(rounded(e.up->weight[i], outer.back(), known));
-      e.down->weight[i].copy_(rounded(e.down->weight[i], inner.back(), known));
+      round(e.gate->weight[i], outer.back(), known);
+      round(e.up->weight[i], outer.back(), known);
+      round(e.down->weight[i], inner.back(), known);
     }
     store_stack("experts.gate_up_proj", outer);
     store_stack("experts.down_proj", inner);
@@ -437,6 +451,7 @@ class EaquantCalibration {
   const EaquantConfig& c_;
   LayerWalk walk_;
   std::string prefix_;
+  bool keep_codes_;
   EaquantPartConfig part_;
   Tensor smoothing_;  // of the mixture of this block
 };
@@ -467,12 +482,48 @@ OverlayTensor overlay_tensor(std::string name, Format format, Tensor value) {
   return t;
 }
 
+std::vector<float> floats_of(const Tensor& t) {
+  const auto flat = t.to(torch::kFloat32).contiguous();
+  return {flat.const_data_ptr<float>(), flat.const_data_ptr<float>() + flat.numel()};
+}
+
+// What a checkpoint stores of matrices alone that lie on the grid. In their place the model is filled with one of their
+// properties after another, so that each lies as the layout has the weights, joined and stacked; the weights are lost.
+PackedRows packed_of(const std::vector<StoredTensor>& stored, const std::vector<OnGrid>& matrices, int64_t bits,
+                     const std::function<Format(const std::string&)>& format) {
+  const auto fill = [&](const auto& property) {
+    for (const OnGrid& m : matrices) Tensor(m.weight).copy_(property(m));
+  };
+  constexpr float kMark = std::numeric_limits<float>::quiet_NaN();
+  fill([](const OnGrid& m) { return torch::full_like(m.scale, kMark); });
+  std::vector<StoredTensor> packed;
+  for (const StoredTensor& s : stored)
+    if (torch::isnan(s.value()).all().item<bool>()) packed.push_back(s);
+  const auto by_row = [&](Tensor OnGrid::*property) {
+    fill([&](const OnGrid& m) { return m.*property; });
+    std::map<std::string, std::vector<float>> out;
+    for (const StoredTensor& s : packed) out[s.name] = floats_of(s.value().detach().narrow(-1, 0, 1));
+    return out;
+  };
+  auto scale = by_row(&OnGrid::scale), zero = by_row(&OnGrid::zero);
+  fill([](const OnGrid& m) { return m.codes; });
+  PackedRows out(bits);
+  for (const StoredTensor& s : packed) {
+    const auto codes = s.value().detach().to(torch::kInt32).contiguous();
+    out.add({s.name, format(s.name), codes.sizes().vec()},
+            {codes.const_data_ptr<int32_t>(), static_cast<size_t>(codes.numel())}, std::move(scale[s.name]),
+            std::move(zero[s.name]));
+  }
+  return out;
+}
+
 }  // namespace
 
 std::shared_ptr<const Checkpoint> eaquant_checkpoint(std::shared_ptr<const Checkpoint> base,
                                                      const EaquantConfig& config,
                                                      const std::vector<std::vector<int64_t>>& samples, json* report,
-                                                     const std::function<void(int64_t, int64_t)>& progress) {
+                                                     const std::function<void(int64_t, int64_t)>& progress,
+                                                     bool packed) {
   const torch::NoGradGuard frozen;
   check(base->gguf() == nullptr, "{}: a GGUF file holds rows in another order; convert it to a directory first",
         base->path().string());
@@ -497,18 +548,28 @@ std::shared_ptr<const Checkpoint> eaquant_checkpoint(std::shared_ptr<const Check
   std::string prefix;
   for (const TensorInfo& t : base->tensors())
     if (const auto at = t.name.find("embed_tokens.weight"); at != std::string::npos) prefix = t.name.substr(0, at);
-  EaquantCalibration calibration(*model, config, samples, prefix);
+  EaquantCalibration calibration(*model, config, samples, prefix, packed);
   json layers = calibration.run(progress);
   if (report) *report = {{"settings", dump(config)}, {"layers", std::move(layers)}};
+  const auto format = [&](const std::string& name) {
+    const Format was = base->has(name) ? base->get(name).format : Format::F32;
+    return is_block(was) ? Format::F32 : was;
+  };
   std::vector<OverlayTensor> tensors;
-  for (const StoredTensor& s : model->stored()) {
-    const Format format = base->has(s.name) ? base->get(s.name).format : Format::F32;
-    tensors.push_back(overlay_tensor(s.name, is_block(format) ? Format::F32 : format, s.value().detach().clone()));
+  std::set<std::string> removed;
+  if (packed) {
+    const PackedRows rows = packed_of(model->stored(), calibration.on_grid, config.weight_bits, format);
+    tensors = rows.tensors();
+    removed = rows.names();
+    made["moiety"][kPackedRows] = rows.section();
   }
+  for (const StoredTensor& s : model->stored())
+    if (removed.count(s.name) == 0)
+      tensors.push_back(overlay_tensor(s.name, format(s.name), s.value().detach().clone()));
   for (const auto& [name, value] : calibration.added) tensors.push_back(overlay_tensor(name, Format::F32, value));
   made["moiety"]["parts"] = json::array({part_entry(config, all, {"q_proj", "k_proj", "v_proj", "o_proj"}),
                                          part_entry(config, mixtures, {"experts.gate_up_proj", "experts.down_proj"})});
-  return overlay(std::move(base), std::move(made), std::move(tensors));
+  return overlay(std::move(base), std::move(made), std::move(tensors), removed);
 }
 
 namespace {

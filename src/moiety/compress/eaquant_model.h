@@ -51,15 +51,17 @@ class QuantizedExpertInputs : public BesideStack {
 };
 
 /// The decoder quantized, as a checkpoint: weights of attention and routed experts rotated and rounded to
-/// `weight_bits`, routers rounded to `router_bits`, all stored as plain numbers, and parts `eaquant` that rotate and
-/// quantize what matrices read. `samples`: token ids of one length each. `report` gets what was found in every layer
-/// (overlap of the router's choice, its KL, tokens of the rarest expert). Error: no mixture, another attention than
-/// that of queries, keys and values, sizes that blocks do not divide, fewer tokens than experts, parts there already,
-/// GGUF.
+/// `weight_bits`, routers rounded to `router_bits`, and parts `eaquant` that rotate and quantize what matrices read.
+/// `samples`: token ids of one length each. `report` gets what was found in every layer (overlap of the router's
+/// choice, its KL, tokens of the rarest expert). `packed`: weights are codes as a file holds them (io/packed_rows.h),
+/// which with_whole_matrices() makes the very numbers that they are otherwise, in the types that they had. Error: no
+/// mixture, another attention than that of queries, keys and values, sizes that blocks do not divide, fewer tokens than
+/// experts, parts there already, GGUF.
 std::shared_ptr<const Checkpoint> eaquant_checkpoint(std::shared_ptr<const Checkpoint> base,
                                                      const EaquantConfig& config,
                                                      const std::vector<std::vector<int64_t>>& samples,
                                                      nlohmann::json* report = nullptr,
-                                                     const std::function<void(int64_t, int64_t)>& progress = {});
+                                                     const std::function<void(int64_t, int64_t)>& progress = {},
+                                                     bool packed = false);
 
 }  // namespace moiety
