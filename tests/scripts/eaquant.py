@@ -22,7 +22,7 @@ output: {folder: base}
 MORE = """
 model: small
 data: {sources: [{path: text.txt}], length: 32}
-train: {steps: 1, batch: 2}
+train: {steps: 1, batch: 2, train: [".*"]}
 optimizer: {lr: 1.0e-3}
 output: {folder: more}
 """
@@ -86,6 +86,10 @@ def main():
         (folder / "more.yaml").write_text(MORE.replace("small", "plain").replace("more", "again"))
         moiety("train", "more.yaml")
         assert content("more/last")[1] == content("again/last")[1]
+        # Its parts hold nothing that learns.
+        for name in ("small", "plain"):
+            (folder / "more.yaml").write_text(MORE.replace("small", name).replace(', train: [".*"]', ""))
+            assert "which of them learn" in moiety("train", "more.yaml", code=1)
 
         # A folder whose section was lost does not load as if nothing were.
         config = json.loads((folder / "small/config.json").read_text())

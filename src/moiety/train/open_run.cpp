@@ -228,6 +228,11 @@ std::vector<Slot> trained_slots(torch::nn::Module& model, const TrainConfig& con
     parameters[names.back()] = item.value();
   }
   check(!names.empty(), "the model has no parameters to train");
+  // A base that is held as for inference lies in its file.
+  check(!config.train.train.empty() ||
+            std::any_of(parameters.begin(), parameters.end(), [](const auto& p) { return p.second.requires_grad(); }),
+        "the parts of the model bring nothing that learns, and beside them its weights are held as they are: "
+        "`train.train` has to say which of them learn");
   const auto train = matched(config.train.train, names, "train.train"),
              freeze = matched(config.train.freeze, names, "train.freeze");
   std::vector<std::pair<std::regex, const GroupConfig*>> groups;
