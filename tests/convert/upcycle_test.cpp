@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <map>
+
 #include "../compress/small_mixture.h"
 #include "message_of.h"
 #include "moiety/moe/mixture.h"
@@ -57,6 +59,41 @@ TEST(Upcycling, TheSameSeedGivesTheSameBits) {
   };
   EXPECT_EQ(of(1), of(1));
   EXPECT_NE(of(1), of(2));
+}
+
+// Counts how often each tensor is asked for.
+class Counted : public Checkpoint {
+ public:
+  explicit Counted(std::shared_ptr<const Checkpoint> base) : base_(std::move(base)) {}
+  const nlohmann::json& config() const override { return base_->config(); }
+  const nlohmann::json& generation_config() const override { return base_->generation_config(); }
+  const std::vector<TensorInfo>& tensors() const override { return base_->tensors(); }
+  bool has(const std::string& name) const override { return base_->has(name); }
+  TensorView get(const std::string& name) const override {
+    ++reads[name];
+    return base_->get(name);
+  }
+  std::filesystem::path path() const override { return base_->path(); }
+  int64_t bytes_on_disk() const override { return base_->bytes_on_disk(); }
+  mutable std::map<std::string, int> reads;
+
+ private:
+  std::shared_ptr<const Checkpoint> base_;
+};
+
+TEST(Upcycling, AParentIsDecodedOnceForAllItsParts) {
+  for (const double noise : {0.0, 0.1}) {
+    const auto dense = std::make_shared<Counted>(small_mixture::make("llama"));
+    const auto moe = upcycled(dense, {.experts = 4, .top_k = 2, .granularity = 4, .noise = noise});
+    // In the order in which writers ask.
+    for (const TensorInfo& t : moe->tensors()) moe->get(t.name);
+    int parents = 0;
+    for (const auto& [name, count] : dense->reads) {
+      EXPECT_EQ(count, 1) << name;
+      parents += name.find("mlp.") != std::string::npos ? 1 : 0;
+    }
+    EXPECT_EQ(parents, 3 * 3);
+  }
 }
 
 TEST(Upcycling, WhatCannotBeUpcycledIsRefusedInWords) {

@@ -2,7 +2,10 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <cmath>
+#include <map>
+#include <mutex>
 #include <set>
 #include <utility>
 
@@ -77,22 +80,58 @@ void check_options(const Checkpoint& dense, const DecoderConfig& c, const Upcycl
   check(o.router_std >= 0.0 && std::isfinite(o.router_std), "a deviation of {} is impossible", o.router_std);
 }
 
+// Matrices of the dense model, decoded once for all experts that come of them. Whoever writes the mixture asks for its
+// tensors expert by expert, so that those of one layer are wanted in turn.
+class Parents {
+ public:
+  Parents(std::shared_ptr<const Checkpoint> dense, double noise) : dense_(std::move(dense)), noise_(noise) {
+    for (const TensorInfo& t : dense_->tensors()) infos_[t.name] = t;
+  }
+  const TensorInfo& info(const std::string& name) const {
+    const auto it = infos_.find(name);
+    check(it != infos_.end(), "{}: there is no tensor '{}'", dense_->path().string(), name);
+    return it->second;
+  }
+  TensorView view(const std::string& name) const { return dense_->get(name); }
+  struct Decoded {
+    std::string name;
+    Tensor values;  // f32
+    double spread;  // of the noise on it
+  };
+  Decoded decoded(const std::string& name) {
+    const std::lock_guard lock(mutex_);
+    const auto it = std::find_if(last_.begin(), last_.end(), [&](const Decoded& d) { return d.name == name; });
+    if (it != last_.end()) return *it;
+    const auto values = dequantize(dense_->get(name));
+    if (last_.size() == kKept) last_.erase(last_.begin());
+    last_.push_back({name, values, noise_ > 0.0 ? noise_ * values.std().item<double>() : 0.0});
+    return last_.back();
+  }
+
+ private:
+  static constexpr size_t kKept = 3;  // gate, up and down of one layer
+  std::shared_ptr<const Checkpoint> dense_;
+  double noise_;
+  std::map<std::string, TensorInfo> infos_;
+  std::mutex mutex_;
+  std::vector<Decoded> last_;
+};
+
 // One matrix of expert `e`.
-OverlayTensor expert_matrix(std::shared_ptr<const Checkpoint> dense, const std::string& old, std::string name,
+OverlayTensor expert_matrix(const std::shared_ptr<Parents>& parents, const std::string& old, std::string name,
                             int64_t e, bool down, int64_t width, const UpcycleOptions& o) {
-  OverlayTensor t{dense->get(old), {}};
+  const Format was = parents->info(old).format;
+  OverlayTensor t{parents->info(old), {}};
   t.info.name = std::move(name);
-  if (is_block(t.info.format)) t.info.format = Format::BF16;
-  t.info.shape[down ? 1 : 0] = width;
-  t.get = [dense, old, down, e, width, o, name = t.info.name, format = t.info.format] {
+  if (is_block(was)) t.info.format = Format::BF16;
+  t.info.shape.at(down ? 1 : 0) = width;
+  t.get = [parents, old, was, down, e, width, o, name = t.info.name, format = t.info.format] {
     const torch::NoGradGuard frozen;
-    const TensorView view = dense->get(old);
     const int64_t g = o.granularity;
-    if (g == 1 && o.noise == 0.0 && view.format == format) return view;
-    auto w = dequantize(view);
-    const double spread = o.noise > 0.0 ? o.noise * w.std().item<double>() : 0.0;
-    w = w.narrow(down ? 1 : 0, e % g * width, width).clone();
-    if (spread > 0.0) w.add_(normal(w.sizes().vec(), spread, o.seed, name));
+    if (g == 1 && o.noise == 0.0 && was == format) return parents->view(old);
+    const auto whole = parents->decoded(old);
+    auto w = whole.values.narrow(down ? 1 : 0, e % g * width, width).clone();
+    if (whole.spread > 0.0) w.add_(normal(w.sizes().vec(), whole.spread, o.seed, name));
     if (down && g > 1) w.mul_(static_cast<double>(g));
     return view_of(w.contiguous(), format);
   };
@@ -107,6 +146,7 @@ std::shared_ptr<const Checkpoint> upcycled(std::shared_ptr<const Checkpoint> den
   const int64_t g = o.granularity, width = c.intermediate / g;
   const bool qwen = c.family == "qwen3";
   const std::string half = qwen ? "mlp." : "block_sparse_moe.";
+  const auto parents = std::make_shared<Parents>(dense, o.noise);
   std::vector<OverlayTensor> tensors;
   std::set<std::string> removed;
   for (size_t i = 0; i < c.layers.size(); ++i) {
@@ -116,7 +156,7 @@ std::shared_ptr<const Checkpoint> upcycled(std::shared_ptr<const Checkpoint> den
       const std::string old = fmt::format("{}mlp.{}.weight", layer, from);
       removed.insert(old);
       for (int64_t e = 0; e < o.experts * g; ++e)
-        tensors.push_back(expert_matrix(dense, old,
+        tensors.push_back(expert_matrix(parents, old,
                                         fmt::format("{}{}experts.{}.{}.weight", layer, half, e, qwen ? from : to), e,
                                         std::string_view(from) == "down_proj", width, o));
     }

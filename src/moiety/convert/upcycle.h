@@ -20,9 +20,9 @@ struct UpcycleOptions {
 /// Llama and Mistral become Mixtral, Qwen3 becomes Qwen3-MoE: gates are normalized over the chosen experts, so that
 /// without noise the mixture computes what the dense model did. Parts of one copy begin with equal rows of the router
 /// and are chosen together; their down matrices are scaled by the granularity to make up for the gates. Tensors are
-/// made when they are asked for, in the type of the base (bf16 for blocks). Error: another family, one that has
-/// experts, parts or biases, a GGUF file (its rows have another order: convert it first), settings out of range, a
-/// width that the granularity does not divide.
+/// made when they are asked for, in the type of the base (bf16 for blocks); the matrices of one layer stay decoded for
+/// the next of its experts. Error: another family, one that has experts, parts or biases, a GGUF file (its rows have
+/// another order: convert it first), settings out of range, a width that the granularity does not divide.
 std::shared_ptr<const Checkpoint> upcycled(std::shared_ptr<const Checkpoint> dense, const UpcycleOptions& options);
 
 }  // namespace moiety
