@@ -9,6 +9,7 @@
 #include "moiety/compress/low_rank_sparse.h"
 #include "moiety/compress/mc_smoe.h"
 #include "moiety/io/checkpoint_writer.h"
+#include "moiety/io/whole_matrices.h"
 #include "moiety/study/experts.h"
 
 namespace moiety {
@@ -73,15 +74,15 @@ fs::path compacted(const StudyCell& cell, const fs::path& student, const fs::pat
 
 // Numbers that the experts of a compact model are stored as, in percent of those of the base's experts.
 double stored_size(const fs::path& model, const fs::path& base) {
-  const auto count = [](const fs::path& folder, const std::vector<std::string>& ends) {
+  const auto count = [](const fs::path& folder) {
+    const auto checkpoint = Checkpoint::open(folder.string());
     double n = 0;
-    for (const TensorInfo& t : Checkpoint::open(folder.string())->tensors())
-      if (t.name.find(".experts.") != std::string::npos &&
-          std::any_of(ends.begin(), ends.end(), [&](const std::string& end) { return t.name.ends_with(end); }))
+    for (const TensorInfo& t : stored_tensors(*checkpoint))
+      if (t.name.find(".experts.") != std::string::npos && !t.name.ends_with(".index"))
         n += static_cast<double>(t.elements());
     return n;
   };
-  return 100.0 * count(model, {".left", ".right", ".rows"}) / count(base, {".weight"});
+  return 100.0 * count(model) / count(base);
 }
 
 std::string named(const char* what, int64_t left) {
