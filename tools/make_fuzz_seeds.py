@@ -279,6 +279,54 @@ def make_gguf():
     put("gguf", "big_endian", b"GGUF" + struct.pack(">IQQ", 3, 0, 0))
 
 
+def make_edge_experts():
+    sizes = {"gate": (3, 5), "up": (3, 5), "down": (5, 3)}  # width 3, hidden 5
+
+    def experts(bits, name="abc", skip="", blocks=(0, 2), count=2):
+        header, data = {"__metadata__": {"router_hash": name}}, b""
+
+        def add(key, kind, shape, size):
+            nonlocal data
+            if key != skip:
+                header[key] = {"dtype": kind, "shape": shape, "data_offsets": [len(data), len(data) + size]}
+                data += bytes((7 * i + 1) % 31 for i in range(size))
+
+        for i, b in enumerate(bits):
+            block, e = blocks[i // count], i % count
+            for p, (rows, columns) in sizes.items():
+                if b >= 16:
+                    add(f"blk.{block}.ffn_{p}.{e}.weight", f"F{b}", [rows, columns], rows * columns * b // 8)
+                else:
+                    add(f"blk.{block}.ffn_{p}.{e}.scale", "F16", [rows], 2 * rows)
+            for p, (rows, columns) in sizes.items():
+                if b < 16:
+                    each = (columns * b + 7) // 8
+                    add(f"blk.{block}.ffn_{p}.{e}.q", "U8", [rows, each], rows * each)
+            if len(data) % 8:
+                add(f"blk.{block}.ffn_pad.{e}", "U8", [-len(data) % 8], -len(data) % 8)
+        return safetensors(header, data)
+
+    def keys(bits, blocks=(0, 2), count=2, hidden=5, width=3, bf16=0):
+        return gguf({"general.architecture": ("str", "llama"), "edgemoe.bits": ("i32s", bits), "edgemoe.blocks": ("i32s", list(blocks)),
+                     "edgemoe.expert_count": ("u32", count), "edgemoe.hidden_size": ("u32", hidden), "edgemoe.expert_width": ("u32", width),
+                     "edgemoe.bf16": ("bool", bf16), "edgemoe.router_hash": ("str", "abc")})
+
+    def pair(name, model, file):
+        put("edge_experts", name, model + file + struct.pack("<I", len(model)))
+
+    every = [2, 4, 8, 16]
+    pair("every_width", keys(every), experts(every))
+    pair("bf16", keys([32, 8, 4, 2], bf16=1), experts([32, 8, 4, 2]))
+    pair("other_model", keys(every), experts(every, name="abd"))
+    pair("missing", keys(every), experts(every, skip="blk.2.ffn_down.0.q"))
+    pair("narrower", keys([4, 4, 8, 16]), experts(every))
+    pair("three_bits", keys([3, 4, 8, 16]), experts(every))
+    pair("huge", keys(every, hidden=1 << 30, width=1 << 30), experts(every))
+    pair("falling", keys(every, blocks=(2, 0)), experts(every))
+    pair("no_keys", gguf({}), experts(every))
+    pair("no_file", keys(every), b"")
+
+
 # ---- block formats, YAML, config.json ----
 
 def make_format():
@@ -521,7 +569,7 @@ def make_dataset():
     put("dataset", "idx", bytes([6, 0, 0]) + b"\0\0\x08\x03" + struct.pack(">III", 1, 2, 2) + b"abcd")
 
 
-MAKERS = [make_chat_template, make_image, make_dataset, make_tokenizer, make_safetensors, make_low_rank_sparse, make_packed_rows, make_compeft, make_peft, make_gguf, make_format, make_yaml, make_config]
+MAKERS = [make_chat_template, make_image, make_dataset, make_tokenizer, make_safetensors, make_low_rank_sparse, make_packed_rows, make_compeft, make_peft, make_gguf, make_edge_experts, make_format, make_yaml, make_config]
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
