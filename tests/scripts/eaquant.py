@@ -77,6 +77,9 @@ def main():
         assert small["perplexity"]["nll"] == same["perplexity"]["nll"], (small, same)
         say = lambda name: moiety("generate", name, "-p", "Every", "--max-tokens", "8", "--greedy")
         assert say("small") == say("plain")
+        offload = ["-p", "Every", "--max-tokens", "4", "--greedy", "--offload", "lru", "--capacity-high", "3"]
+        assert "write the model out first" in moiety("generate", "small", *offload, code=1)
+        moiety("generate", "plain", *offload)
         for verb in (["merge"], ["convert", "--dtype", "bf16"]):
             for name in ("small", "plain"):
                 moiety(verb[0], name, *verb[1:], "-o", f"{name}-{verb[0]}")

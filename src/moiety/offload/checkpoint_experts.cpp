@@ -48,7 +48,10 @@ CheckpointExperts::CheckpointExperts(std::vector<Layer> layers, Format compute, 
 void CheckpointExperts::add(const TensorView& view, Format compute, bool exact, int64_t& offset,
                             std::vector<Matrix>& to) {
   const auto place = MappedFile::locate(view.data.data());
-  check(place.has_value(), "tensor '{}' lies in no file, so its experts cannot be read from one", view.name);
+  check(place.has_value(),
+        "tensor '{}' lies in no file in the form that is computed with, so its experts cannot be read from one; write "
+        "the model out first (moiety convert)",
+        view.name);
   const auto file = std::find(files_.begin(), files_.end(), place->path);
   Matrix m;
   m.piece = {static_cast<size_t>(file - files_.begin()), static_cast<int64_t>(place->offset),
