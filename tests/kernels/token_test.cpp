@@ -1,6 +1,7 @@
 #include "moiety/kernels/token.h"
 
 #include <gtest/gtest.h>
+#include <rapidcheck/gtest.h>
 
 #include <cmath>
 #include <memory>
@@ -124,7 +125,7 @@ TEST_F(TokenTest, AttentionEqualsTheFormula) {
                 c.seen ? seen.get() : nullptr,
                 c.sinks ? sinks.data() : nullptr};
     for_each_isa([&] {
-      std::vector<float> scratch(static_cast<size_t>(c.heads * c.length)), y(static_cast<size_t>(c.heads * c.v_size));
+      std::vector<float> scratch(static_cast<size_t>(attend_scratch(a))), y(static_cast<size_t>(c.heads * c.v_size));
       attend_row(a, scratch.data(), y.data());
       for (int64_t h = 0; h < c.heads; ++h) {
         std::vector<double> p(static_cast<size_t>(c.length));
@@ -153,9 +154,51 @@ TEST_F(TokenTest, AttentionEqualsTheFormula) {
 TEST_F(TokenTest, WhatIsFarBelowTheLargestLogitCountsAsNothing) {
   const float q = 1.f, k[3] = {0.f, 300.f, 100.f}, v[3] = {1e30f, 2.f, 1e30f};
   for_each_isa([&] {
-    float scratch[3], y = 0.f;
-    attend_row({&q, k, v, 1, 1, 1, 3, 1.f, 0.f, nullptr, nullptr}, scratch, &y);
+    const AttendRow a{&q, k, v, 1, 1, 1, 3, 1.f, 0.f, nullptr, nullptr};
+    std::vector<float> scratch(static_cast<size_t>(attend_scratch(a)));
+    float y = 0.f;
+    attend_row(a, scratch.data(), &y);
     EXPECT_EQ(y, 2.f);
+  });
+}
+
+RC_GTEST_FIXTURE_PROP(TokenTest, AttentionOverStoredRowsEqualsThatOverTheirNumbers, ()) {
+  const auto heads = *rc::gen::inRange<int64_t>(1, 6), length = *rc::gen::inRange<int64_t>(1, 400);
+  const auto seed = *rc::gen::inRange(0u, 1u << 20);
+  const auto side = [&](int64_t& size, std::vector<std::byte>& stored, std::vector<float>& numbers) {
+    const Format format = *rc::gen::element(Format::F32, Format::BF16, Format::F16, Format::Q8_0);
+    size = format == Format::Q8_0 ? 32 * *rc::gen::inRange<int64_t>(1, 9) : *rc::gen::inRange<int64_t>(1, 270);
+    numbers = gaussian(static_cast<size_t>(length * size), seed + static_cast<unsigned>(size));
+    stored.resize(static_cast<size_t>(length * row_bytes(format, size)));
+    for (int64_t s = 0; s < length; ++s) {
+      std::byte* row = stored.data() + s * row_bytes(format, size);
+      quantize_row(format, numbers.data() + s * size, row, size);
+      dequantize_row(format, row, numbers.data() + s * size, size);
+    }
+    return format;
+  };
+  AttendRow a{};
+  std::vector<std::byte> keys, values;
+  std::vector<float> key_numbers, value_numbers;
+  const Format k_format = side(a.size, keys, key_numbers), v_format = side(a.v_size, values, value_numbers);
+  const auto q = gaussian(static_cast<size_t>(heads * a.size), seed + 1);
+  a.q = q.data();
+  a.heads = heads;
+  a.length = length;
+  a.scale = 0.2f;
+  const auto run = [&](const void* k, Format k_is, const void* v, Format v_is) {
+    a.k = k;
+    a.v = v;
+    a.k_format = k_is;
+    a.v_format = v_is;
+    std::vector<float> scratch(static_cast<size_t>(attend_scratch(a))), y(static_cast<size_t>(heads * a.v_size));
+    attend_row(a, scratch.data(), y.data());
+    return y;
+  };
+  for_each_isa([&] {
+    const auto found = run(keys.data(), k_format, values.data(), v_format),
+               want = run(key_numbers.data(), Format::F32, value_numbers.data(), Format::F32);
+    RC_ASSERT(found == want);
   });
 }
 

@@ -1,5 +1,7 @@
 #include "moiety/kernels/token.h"
 
+#include <algorithm>
+
 #include "moiety/kernels/cpu.h"
 #include "moiety/kernels/token_loops.h"
 
@@ -60,6 +62,11 @@ void gelu_tanh_times(float* g, const float* u, int64_t n) {
 
 void rows_times(const float* w, int64_t rows, int64_t n, const float* x, float* y) {
   kernels().rows(w, rows, n, x, y);
+}
+
+int64_t attend_scratch(const AttendRow& a) {
+  const auto tile = [](Format format, int64_t size) { return format == Format::F32 ? 0 : attend_tile(size) * size; };
+  return a.heads * (a.length + 1) + std::max(tile(a.k_format, a.size), tile(a.v_format, a.v_size));
 }
 
 void attend_row(const AttendRow& a, float* scratch, float* out) {

@@ -2,6 +2,8 @@
 // What a decoder does to tokens between its matrix products, each in one pass over memory. All f32.
 #include <cstdint>
 
+#include "moiety/kernels/format.h"
+
 namespace moiety {
 
 /// out[i] = x[i] / sqrt(mean(x^2) + eps) * (offset + weight[i]), n elements; `out` may be `x`.
@@ -32,16 +34,20 @@ void gelu_tanh_times(float* g, const float* u, int64_t n);
 void rows_times(const float* w, int64_t rows, int64_t n, const float* x, float* y);
 
 /// One query position of `heads` heads that share keys and values, over `length` cached positions: for every head
-/// softmax(scale * q k^T, soft-capped) v. q [heads, size]; k, v: position s at s * size and s * v_size; seen [length]
-/// or null (all); sinks [heads] or null: logits that take probability and give nothing; out [heads, v_size]. `scratch`
-/// has room for heads * length numbers. Positions that are not seen count as minus infinity; at least one is seen.
+/// softmax(scale * q k^T, soft-capped) v. q [heads, size]; k, v: rows of `size` and `v_size` elements one behind the
+/// other, stored as their formats say and widened a few positions at a time; seen [length] or null (all); sinks [heads]
+/// or null: logits that take probability and give nothing; out [heads, v_size]. `scratch` has room for
+/// attend_scratch(a) numbers. Positions that are not seen count as minus infinity; at least one is seen.
 struct AttendRow {
-  const float *q, *k, *v;
+  const float* q;
+  const void *k, *v;
   int64_t heads, size, v_size, length;
   float scale, softcap;
   const bool* seen;
   const float* sinks;
+  Format k_format = Format::F32, v_format = Format::F32;
 };
+int64_t attend_scratch(const AttendRow& a);
 void attend_row(const AttendRow& a, float* scratch, float* out);
 
 }  // namespace moiety

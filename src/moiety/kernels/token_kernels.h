@@ -21,6 +21,12 @@ struct TokenKernels {
   void (*attend)(const AttendRow& a, float* scratch, float* out);
 };
 
+/// Positions that are widened at a time: what they take stays in the first cache.
+[[gnu::always_inline]] inline int64_t attend_tile(int64_t size) {
+  constexpr int64_t kNumbers = 4096;
+  return size < kNumbers / 16 ? kNumbers / size : 16;
+}
+
 const TokenKernels& token_kernels_avx2();
 const TokenKernels& token_kernels_avx512();
 

@@ -2,10 +2,13 @@
 // lane for each of 16 neighbours, so that their order is the same everywhere. Everything is in an unnamed namespace so
 // that no copy is shared.
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <utility>
 
 #include "moiety/kernels/exponential.h"
+#include "moiety/kernels/format.h"
 #include "moiety/kernels/load_store.h"
 #include "moiety/kernels/token_kernels.h"
 
@@ -93,19 +96,100 @@ void silu_loop(float* g, const float* u, int64_t n) {
   for (int64_t i = 0; i < n; ++i) g[i] = g[i] / (1.f + exponential(-g[i])) * u[i];
 }
 
-// to[0 .. kWidth) = sum over s of p[s] * v[s * stride ...]. The sums stay in registers.
-template <int kWidth>
-[[gnu::always_inline]] inline void weigh(const float* p, const float* v, int64_t stride, int64_t length, float* to) {
-  float sums[kWidth] = {};
+using Lanes [[gnu::vector_size(kLanes * sizeof(float)), gnu::aligned(alignof(float)), gnu::may_alias]] = float;
+
+// Adds the halves of every group of kGroup lanes of a, and then of b.
+template <int kGroup>
+[[gnu::always_inline]] inline void fold(const Lanes& a, const Lanes& b, Lanes& out) {
+  const auto with = [&]<size_t... i>(std::index_sequence<i...>) __attribute__((always_inline)) {
+    constexpr int kHalf = kGroup / 2;
+    out = __builtin_shufflevector(a, b, (i / kHalf * kGroup + i % kHalf)...) +
+          __builtin_shufflevector(a, b, (i / kHalf * kGroup + kHalf + i % kHalf)...);
+  };
+  with(std::make_index_sequence<kLanes>());
+}
+
+// out[s] = dot(q, row s of k [16, size]): the same sums in the same order, with their lanes added up together.
+[[gnu::always_inline]] inline void dots(const float* q, const float* k, int64_t size, float* out) {
+  Lanes fours[4];
+  for (int g = 0; g < 4; ++g) {
+    Lanes sums[4] = {};
+    for (int r = 0; r < 4; ++r, k += size) {
+      int64_t i = 0;
+      for (; i + kLanes <= size; i += kLanes)
+        sums[r] += *reinterpret_cast<const Lanes*>(q + i) * *reinterpret_cast<const Lanes*>(k + i);
+      for (int lane = 0; i < size; ++i, ++lane) sums[r][lane] += q[i] * k[i];
+    }
+    Lanes low, high;
+    fold<16>(sums[0], sums[1], low);
+    fold<16>(sums[2], sums[3], high);
+    fold<8>(low, high, fours[g]);
+  }
+  Lanes low, high, all;
+  fold<4>(fours[0], fours[1], low);
+  fold<4>(fours[2], fours[3], high);
+  fold<2>(low, high, all);
+  for (int s = 0; s < kLanes; ++s) out[s] = all[s];
+}
+
+// For kHeads heads, to[0 .. kWidth) += sum over s of p[s] * v[s * stride ...]; heads stand p_stride and stride apart.
+// The sums stay in registers.
+template <int kWidth, int kHeads = 1>
+[[gnu::always_inline]] inline void weigh(const float* p, int64_t p_stride, const float* v, int64_t stride,
+                                         int64_t length, float* to) {
+  float sums[kHeads][kWidth];
+  for (int h = 0; h < kHeads; ++h)
+    for (int i = 0; i < kWidth; ++i) sums[h][i] = to[h * stride + i];
   for (int64_t s = 0; s < length; ++s)
-    for (int i = 0; i < kWidth; ++i) sums[i] += p[s] * v[s * stride + i];
-  for (int i = 0; i < kWidth; ++i) to[i] = sums[i];
+    for (int h = 0; h < kHeads; ++h)
+      for (int i = 0; i < kWidth; ++i) sums[h][i] += p[h * p_stride + s] * v[s * stride + i];
+  for (int h = 0; h < kHeads; ++h)
+    for (int i = 0; i < kWidth; ++i) to[h * stride + i] = sums[h][i];
+}
+
+#if defined(__AVX512F__)
+constexpr int kPairWidth = 64;  // what two heads have registers for
+#else
+constexpr int kPairWidth = 32;
+#endif
+
+// Calls body(first, count, rows) for all positions in tiles, rows [count, size] in f32.
+template <class F>
+[[gnu::always_inline]] inline void by_tiles(const void* data, Format format, int64_t size, int64_t length, float* wide,
+                                            F body) {
+  const auto* bytes = static_cast<const std::byte*>(data);
+  const int64_t row = row_bytes(format, size), tile = attend_tile(size);
+  for (int64_t first = 0; first < length; first += tile) {
+    const int64_t count = length - first < tile ? length - first : tile;
+    const std::byte* from = bytes + first * row;
+    if (format == Format::F32) {
+      body(first, count, reinterpret_cast<const float*>(from));
+    } else {
+      dequantize_row(format, from, wide, count * size);
+      body(first, count, wide);
+    }
+  }
 }
 
 void attend_loop(const AttendRow& a, float* scratch, float* out) {
-  for (int64_t s = 0; s < a.length; ++s)
-    for (int64_t h = 0; h < a.heads; ++h)
-      scratch[h * a.length + s] = a.scale * dot(a.q + h * a.size, a.k + s * a.size, a.size);
+  float* factors = scratch + a.heads * a.length;
+  float* wide = factors + a.heads;
+  by_tiles(a.k, a.k_format, a.size, a.length, wide, [&](int64_t first, int64_t count, const float* k) {
+    for (int64_t h = 0; h < a.heads; ++h) {
+      const float* q = a.q + h * a.size;
+      float* p = scratch + h * a.length + first;
+      int64_t s = 0;
+      // Of the usual sizes the query stays in registers.
+      if (a.size == 64)
+        for (; s + kLanes <= count; s += kLanes) dots(q, k + s * 64, 64, p + s);
+      else if (a.size == 128)
+        for (; s + kLanes <= count; s += kLanes) dots(q, k + s * 128, 128, p + s);
+      else
+        for (; s + kLanes <= count; s += kLanes) dots(q, k + s * a.size, a.size, p + s);
+      for (; s < count; ++s) p[s] = dot(q, k + s * a.size, a.size);
+      for (s = 0; s < count; ++s) p[s] *= a.scale;
+    }
+  });
   for (int64_t h = 0; h < a.heads; ++h) {
     float* p = scratch + h * a.length;
     if (a.softcap != 0.f)
@@ -113,10 +197,15 @@ void attend_loop(const AttendRow& a, float* scratch, float* out) {
     if (a.seen != nullptr)
       for (int64_t s = 0; s < a.length; ++s)
         if (!a.seen[s]) p[s] = -std::numeric_limits<float>::infinity();
-    float most = a.sinks != nullptr ? a.sinks[h] : -std::numeric_limits<float>::infinity();
-    for (int64_t s = 0; s < a.length; ++s) most = p[s] > most ? p[s] : most;
-    float sums[kLanes] = {};
+    float largest[kLanes], most = a.sinks != nullptr ? a.sinks[h] : -std::numeric_limits<float>::infinity();
+    for (float& x : largest) x = most;
     int64_t s = 0;
+    for (; s + kLanes <= a.length; s += kLanes)
+      for (int k = 0; k < kLanes; ++k) largest[k] = p[s + k] > largest[k] ? p[s + k] : largest[k];
+    for (const float x : largest) most = x > most ? x : most;
+    for (; s < a.length; ++s) most = p[s] > most ? p[s] : most;
+    float sums[kLanes] = {};
+    s = 0;
     // What lies 87 below the largest would be clamped, not vanish.
     const auto weight = [&](float x) __attribute__((always_inline)) {
       const float e = exponential(x - most);
@@ -132,14 +221,31 @@ void attend_loop(const AttendRow& a, float* scratch, float* out) {
       sums[k] += p[s];
     }
     const float sum = total(sums) + (a.sinks != nullptr ? weight(a.sinks[h]) : 0.f);
-    float* to = out + h * a.v_size;
-    int64_t i = 0;
-    for (; i + 64 <= a.v_size; i += 64) weigh<64>(p, a.v + i, a.v_size, a.length, to + i);
-    for (; i + 16 <= a.v_size; i += 16) weigh<16>(p, a.v + i, a.v_size, a.length, to + i);
-    for (; i < a.v_size; ++i) weigh<1>(p, a.v + i, a.v_size, a.length, to + i);
-    const float scale = 1.f / sum;
-    for (i = 0; i < a.v_size; ++i) to[i] *= scale;
+    factors[h] = 1.f / sum;
   }
+  for (int64_t i = 0; i < a.heads * a.v_size; ++i) out[i] = 0.f;
+  by_tiles(a.v, a.v_format, a.v_size, a.length, wide, [&](int64_t first, int64_t count, const float* v) {
+    const int64_t n = a.v_size;
+    int64_t h = 0;
+    for (; h + 2 <= a.heads; h += 2) {
+      const float* p = scratch + h * a.length + first;
+      float* to = out + h * n;
+      int64_t i = 0;
+      for (; i + kPairWidth <= n; i += kPairWidth) weigh<kPairWidth, 2>(p, a.length, v + i, n, count, to + i);
+      for (; i + 16 <= n; i += 16) weigh<16, 2>(p, a.length, v + i, n, count, to + i);
+      for (; i < n; ++i) weigh<1, 2>(p, a.length, v + i, n, count, to + i);
+    }
+    for (; h < a.heads; ++h) {
+      const float* p = scratch + h * a.length + first;
+      float* to = out + h * n;
+      int64_t i = 0;
+      for (; i + 64 <= n; i += 64) weigh<64>(p, 0, v + i, n, count, to + i);
+      for (; i + 16 <= n; i += 16) weigh<16>(p, 0, v + i, n, count, to + i);
+      for (; i < n; ++i) weigh<1>(p, 0, v + i, n, count, to + i);
+    }
+  });
+  for (int64_t h = 0; h < a.heads; ++h)
+    for (int64_t i = 0; i < a.v_size; ++i) out[h * a.v_size + i] *= factors[h];
 }
 
 void gelu_loop(float* g, const float* u, int64_t n) {
