@@ -247,6 +247,52 @@ INSTANTIATE_TEST_SUITE_P(Decoder, Decoding,
                                          "qwen2_moe", "gpt_oss", "deepseek_v3", "olmoe"),
                          [](const auto& p) { return std::string(p.param); });
 
+// Dense layers only: a rounded input may choose other experts.
+TEST(Decoder, CachesInOtherTypesGiveNearlyTheSameLogits) {
+  torch::NoGradGuard frozen;
+  for (const char* family : {"llama", "gemma3_text", "phi3", "deepseek_v3"}) {
+    SCOPED_TRACE(family);
+    json config = config_of(family);
+    config.update({{"head_dim", 32},
+                   {"hidden_size", 128},
+                   {"initializer_range", 0.1},
+                   {"first_k_dense_replace", 2},
+                   {"kv_lora_rank", 32},
+                   {"qk_rope_head_dim", 32}});
+    torch::manual_seed(11);
+    const auto model = make_causal(config, {.dtype = "f32"});
+    const auto ids = random_ids(2, 24);
+    auto mask = torch::ones({2, 9}, torch::kBool);
+    mask[1].narrow(0, 0, 3).fill_(false);
+    const auto decode = [&](std::optional<Format> k, std::optional<Format> v) {
+      model->cache_formats = {k, v};
+      KvCache cache = model->make_cache();
+      std::vector<Tensor> logits;
+      int64_t at = 0;
+      for (const int64_t tokens : {9, 1, 1, 4, 1, 8}) {  // one by one, a few, and more at a time
+        Pass pass;
+        pass.cache = &cache;
+        if (at == 0) pass.mask = mask;
+        logits.push_back(model->forward(ids.narrow(1, at, tokens), pass));
+        at += tokens;
+      }
+      return torch::cat(logits, 1).masked_fill(~torch::cat({mask, torch::ones({2, 15}, torch::kBool)}, 1).unsqueeze(-1),
+                                               0.0);
+    };
+    const auto want = decode({}, {});
+    const double scale = want.abs().max().item<double>();
+    EXPECT_EQ(distance(decode(Format::F32, Format::F32), want), 0.0);
+    for (const auto& [k, v, part] : {std::tuple{Format::F16, Format::F16, 2e-3},
+                                     {Format::BF16, Format::F16, 2e-2},
+                                     {Format::Q8_0, Format::Q8_0, 4e-2},
+                                     {Format::F32, Format::Q8_0, 4e-2}}) {
+      const double off = distance(decode(k, v), want);
+      EXPECT_LT(off, part * scale) << info(k).name << " " << info(v).name;
+      EXPECT_GT(off, 0.0);
+    }
+  }
+}
+
 TEST(Decoder, PositionsMaskAndIdsAreChecked) {
   torch::NoGradGuard frozen;
   auto model = make("llama");

@@ -126,6 +126,17 @@ TEST_F(TokenBlocks, EqualTheModulesOnAnyNumberOfThreads) {
   }
 }
 
+TEST_F(TokenBlocks, EqualTheModulesOverCachesInOtherTypes) {
+  for (const auto& config : {config_of("llama"), config_of("gemma3_text", {{"sliding_window", 6}})}) {
+    const auto m = model(config, "q8_0");
+    for (const auto& formats : {CacheFormats{Format::F16, Format::F16}, CacheFormats{Format::Q8_0, Format::BF16},
+                                CacheFormats{std::nullopt, Format::Q8_0}}) {
+      m->cache_formats = formats;
+      for (const int64_t rows : {1, 3}) compare(*m, rows);
+    }
+  }
+}
+
 TEST_F(TokenBlocks, FollowTheNumberOfActiveExperts) {
   const auto m = model(config_of("mixtral"), "q8_0");
   for (const int64_t k : {1, 5}) {

@@ -5,6 +5,9 @@
 #include <rapidcheck/gtest.h>
 #include <torch/torch.h>
 
+#include <cmath>
+
+#include "message_of.h"
 #include "moiety/base/error.h"
 
 namespace moiety {
@@ -14,26 +17,53 @@ using torch::Tensor;
 
 constexpr int64_t kHeads = 2, kKeys = 3, kValues = 5;
 
-std::pair<Tensor, Tensor> keys_values(int64_t batch, int64_t tokens) {
-  return {torch::randn({batch, kHeads, tokens, kKeys}), torch::randn({batch, kHeads, tokens, kValues})};
+std::pair<Tensor, Tensor> keys_values(int64_t batch, int64_t tokens, int64_t keys = kKeys, int64_t values = kValues) {
+  return {torch::randn({batch, kHeads, tokens, keys}), torch::randn({batch, kHeads, tokens, values})};
+}
+
+using Kept = std::optional<Format>;
+
+// What is left of numbers that are kept in a format.
+Tensor rounded(const Tensor& x, Kept format) {
+  if (!format) return x;
+  auto out = x.clone();
+  const int64_t size = x.size(-1), rows = size == 0 ? 0 : x.numel() / size;
+  std::vector<std::byte> row(static_cast<size_t>(row_bytes(*format, size)));
+  for (int64_t r = 0; r < rows; ++r) {
+    quantize_row(*format, x.const_data_ptr<float>() + r * size, row.data(), size);
+    dequantize_row(*format, row.data(), out.data_ptr<float>() + r * size, size);
+  }
+  return out;
+}
+
+rc::Gen<Kept> formats_of_caches() {
+  return rc::gen::element<Kept>(std::nullopt, Format::F32, Format::BF16, Format::F16, Format::Q8_0);
+}
+
+int64_t size_for(Kept format, int64_t size) {
+  return format == Format::Q8_0 ? 32 * size : size;
 }
 
 // A cache beside the plain tensors that it must hold.
 struct Twin {
-  KvCache cache{2};
+  CacheFormats formats;
+  KvCache cache;
   Tensor k[2], v[2], mask, next;
 
-  explicit Twin(int64_t batch) {
-    for (int s = 0; s < 2; ++s) std::tie(k[s], v[s]) = keys_values(batch, 0);
+  Twin(int64_t batch, CacheFormats kept) : formats(kept), cache(2, kept) {
+    for (int s = 0; s < 2; ++s) std::tie(k[s], v[s]) = fresh(batch, 0);
     mask = torch::empty({batch, 0}, torch::kBool);
     next = torch::zeros({batch}, torch::kInt64);
+  }
+  std::pair<Tensor, Tensor> fresh(int64_t batch, int64_t tokens) const {
+    return keys_values(batch, tokens, size_for(formats.k, kKeys), size_for(formats.v, kValues));
   }
   void pass(int64_t tokens) {
     const int64_t batch = mask.size(0);
     for (int s = 0; s < 2; ++s) {
-      const auto [a, b] = keys_values(batch, tokens);
-      k[s] = torch::cat({k[s], a}, 2);
-      v[s] = torch::cat({v[s], b}, 2);
+      const auto [a, b] = fresh(batch, tokens);
+      k[s] = torch::cat({k[s], rounded(a, formats.k)}, 2);
+      v[s] = torch::cat({v[s], rounded(b, formats.v)}, 2);
       const auto held = cache.append(s, a, b);
       RC_ASSERT(torch::equal(held.first, k[s]));
       RC_ASSERT(torch::equal(held.second, v[s]));
@@ -71,7 +101,7 @@ struct Twin {
 
 RC_GTEST_PROP(KvCache, HoldsWhatAListOfTokensHolds, ()) {
   torch::manual_seed(*rc::gen::inRange<uint64_t>(0, 1 << 20));
-  Twin twin(*rc::gen::inRange<int64_t>(1, 4));
+  Twin twin(*rc::gen::inRange<int64_t>(1, 4), {*formats_of_caches(), *formats_of_caches()});
   const auto steps = *rc::gen::inRange(1, 12);
   for (int i = 0; i < steps; ++i) {
     const int64_t batch = twin.mask.size(0), length = twin.cache.length();
@@ -141,6 +171,56 @@ TEST(KvCache, ErrorsSayWhatIsHeld) {
   EXPECT_THROW(cache.crop(-1), Error);
   const auto [k3, v3] = keys_values(3, 1);
   EXPECT_THROW(cache.append(0, k3, v3), Error);
+}
+
+RC_GTEST_PROP(KvCache, WhatIsKeptIsAsNearAsTheFormatAllows, ()) {
+  torch::manual_seed(*rc::gen::inRange<uint64_t>(0, 1 << 20));
+  const auto format = *rc::gen::element(Format::BF16, Format::F16, Format::Q8_0);
+  const double scale = std::exp2(*rc::gen::inRange(-8, 9));
+  KvCache cache(1, {format, format});
+  const auto tokens = *rc::gen::inRange<int64_t>(1, 40);
+  const auto k = torch::randn({2, kHeads, tokens, 64}) * scale, v = torch::randn({2, kHeads, tokens, 32}) * scale;
+  const auto [held_k, held_v] = cache.append(0, k, v);
+  for (const auto& [held, x] : {std::pair{held_k, k}, {held_v, v}}) {
+    const auto off = (held - x).abs();
+    if (format == Format::Q8_0) {
+      // Half a step of 1 / 127 of the largest, and what the step loses as a half: 127 times 2^-11 of it.
+      const auto most = x.unflatten(-1, {-1, 32}).abs().amax(-1, true);
+      RC_ASSERT((off.unflatten(-1, {-1, 32}) <= most * (0.5 / 127 + std::exp2(-11)) * 1.001).all().item<bool>());
+    } else {
+      const double part = std::exp2(format == Format::F16 ? -11 : -8);
+      RC_ASSERT((off <= x.abs() * part + std::exp2(-25)).all().item<bool>());
+    }
+  }
+}
+
+TEST(KvCache, OtherTypesTakeLessMemory) {
+  const auto k = torch::randn({1, 2, 9, 64});
+  const auto bytes = [&](Kept keys, Kept values) {
+    KvCache cache(1, {keys, values});
+    cache.append(0, k, k);
+    return cache.bytes();
+  };
+  const int64_t f32 = bytes({}, {});
+  EXPECT_EQ(bytes(Format::F32, Format::F32), f32);
+  EXPECT_EQ(bytes(Format::F16, Format::BF16), f32 / 2);
+  EXPECT_EQ(bytes(Format::Q8_0, Format::Q8_0), f32 * 34 / 128);
+  EXPECT_EQ(bytes(Format::Q8_0, {}), (f32 * 34 / 128 + f32) / 2);
+}
+
+TEST(KvCache, ErrorsSayWhatAFormatCannotHold) {
+  const auto store = [](Format format, const Tensor& x) {
+    KvCache cache(1, {format, format});
+    return message_of([&] { cache.store(0, x, x); });
+  };
+  EXPECT_EQ(
+      store(Format::Q8_0, torch::zeros({1, 1, 2, 20})),
+      "a cache of Q8_0 has blocks of 32 numbers, and keys of this model have 20 a head: keep them as F16, BF16 or "
+      "F32");
+  EXPECT_NE(store(Format::F16, torch::full({1, 1, 40, 20}, 1e6)).find("F16 holds at most 65504"), std::string::npos);
+  EXPECT_NE(store(Format::Q8_0, torch::full({1, 1, 2, 32}, NAN)).find("finite"), std::string::npos);
+  EXPECT_NE(store(Format::Q8_0, torch::zeros({1, 1, 2, 32}).requires_grad_(true)).find("no gradient"),
+            std::string::npos);
 }
 
 }  // namespace

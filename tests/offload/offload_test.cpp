@@ -275,6 +275,21 @@ TEST(Offload, ABudgetThatIsTooSmallNamesTheSmallestThatWorks) {
   EXPECT_GE(l.offload->plan().capacity_high, 2);
 }
 
+TEST(Offload, ABudgetCountsKeysAndValuesAsTheyAreKept) {
+  const auto checkpoint = Checkpoint::open(files().gguf("mixtral", "q4_0"));
+  const auto cache = [&](CacheFormats formats) {
+    const auto model = load_causal(*checkpoint, {.leave_experts = true});
+    model->cache_formats = formats;
+    const auto offload = Offload::attach(*model, *checkpoint, lossless("lru", 4));
+    offload->start({.context = 64});
+    return offload->plan().cache;
+  };
+  const int64_t computed = cache({});
+  EXPECT_EQ(cache({Format::F32, Format::F32}), computed);
+  EXPECT_EQ(cache({Format::F16, Format::BF16}), computed / 2);
+  EXPECT_EQ(cache({Format::F16, {}}), computed * 3 / 4);
+}
+
 TEST(Offload, NumbersOfExpertsThatWereAskedForStayUnderTheBudget) {
   const auto file = files().with_low("q8_0", Format::Q4_0);
   OffloadOptions options;

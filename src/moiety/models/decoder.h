@@ -37,7 +37,7 @@ class Decoder : public CausalModel {
           std::shared_ptr<Norm> norm, Linear head, torch::Dtype dtype);
   torch::Tensor forward(const torch::Tensor& ids, Pass& pass) override;
   torch::Tensor hidden(const torch::Tensor& ids, Pass& pass) override;
-  KvCache make_cache() const override { return KvCache(blocks()); }
+  KvCache make_cache() const override { return KvCache(blocks(), cache_formats); }
   int64_t vocab_size() const override { return parsed.vocab; }
   int64_t context_length() const override { return parsed.context; }
   int64_t blocks() const override { return static_cast<int64_t>(layers.size()); }

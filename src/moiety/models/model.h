@@ -46,6 +46,7 @@ class CausalModel : public torch::nn::Module {
   /// Experts of the mixture at `block`, 0 where the block is dense.
   virtual int64_t experts(int64_t block) const = 0;
   virtual const nlohmann::json& config() const = 0;
+  CacheFormats cache_formats;  ///< of what make_cache() makes
   /// All tensors of the model by their names in a checkpoint, with the layout that it was loaded from, or that
   /// transformers writes today when it was not. Their values follow the parameters. Error when the model cannot say.
   virtual std::vector<StoredTensor> stored() const;

@@ -124,7 +124,7 @@ struct LayerPlan {
   GatedPlan dense;  // or
   MixturePlan mixture;
   bool is_mixture = false;
-  torch::Tensor held_k, held_v;  // of the cache, the new position included
+  CacheRows held_k, held_v;  // of the cache, the new position included
   int64_t length = 0;
 
   bool can(const Block& b, int64_t d) {
@@ -180,7 +180,7 @@ struct Shared {
 // What a member has to itself: every member follows the rows of the residual stream on its own, so that nobody waits
 // for them.
 struct Own {
-  std::vector<float> x, h, y, scratch, heads, row, scores, gates, pair_gates, scales;
+  std::vector<float> x, h, y, scratch, heads, fresh, row, scores, gates, pair_gates, scales;
   std::vector<const float*> parts;
   std::vector<int64_t> chosen, tokens, place;
   std::vector<Unit> units;
@@ -383,25 +383,29 @@ class TokenRun {
     float* heads = room(own.heads, groups * n);
     for (int64_t g = 0; g < groups; ++g)
       prepare(own, l, l.q, l.q_norm, shared_->q.data() + b * l.heads * n, l.heads, j * groups + g, b, heads + g * n);
-    float* keys = l.held_k.data_ptr<float>() + b * l.held_k.stride(0) + j * l.held_k.stride(1);
-    float* values = l.held_v.data_ptr<float>() + b * l.held_v.stride(0) + j * l.held_v.stride(1);
-    prepare(own, l, l.k, l.k_norm, shared_->k.data() + b * l.kv_heads * n, l.kv_heads, j, b, keys + (l.length - 1) * n);
-    float* value = values + (l.length - 1) * n;
+    const int64_t key_bytes = row_bytes(l.held_k.format, n), value_bytes = row_bytes(l.held_v.format, n);
+    float* key = room(own.fresh, 2 * n);
+    float* value = key + n;
+    prepare(own, l, l.k, l.k_norm, shared_->k.data() + b * l.kv_heads * n, l.kv_heads, j, b, key);
     const float* from = shared_->v.data() + (b * l.kv_heads + j) * n;
     for (int64_t i = 0; i < n; ++i) value[i] = from[i] + (l.v.bias ? l.v.bias[j * n + i] : 0.f);
     if (p.clip > 0.0) clip(value, static_cast<float>(p.clip), value, n);
+    quantize_row(l.held_k.format, key, l.held_k.at(b, j) + (l.length - 1) * key_bytes, n);
+    quantize_row(l.held_v.format, value, l.held_v.at(b, j) + (l.length - 1) * value_bytes, n);
     const int64_t first = p.options.window > 0 ? std::max<int64_t>(0, l.length - p.options.window) : 0;
     AttendRow a{};
     a.q = heads;
-    a.k = keys + first * n;
-    a.v = values + first * n;
+    a.k = l.held_k.at(b, j) + first * key_bytes;
+    a.v = l.held_v.at(b, j) + first * value_bytes;
+    a.k_format = l.held_k.format;
+    a.v_format = l.held_v.format;
     a.heads = groups;
     a.size = a.v_size = n;
     a.length = l.length - first;
     a.scale = static_cast<float>(p.options.scale);
     a.softcap = static_cast<float>(p.options.softcap);
     a.sinks = l.sinks == nullptr ? nullptr : l.sinks + j * groups;
-    attend_row(a, room(own.scratch, groups * a.length), shared_->mixed.data() + (b * l.heads + j * groups) * n);
+    attend_row(a, room(own.scratch, attend_scratch(a)), shared_->mixed.data() + (b * l.heads + j * groups) * n);
   }
 
   // The residual stream through a norm becomes the input of products.
@@ -600,10 +604,10 @@ torch::Tensor run_token_blocks(const std::vector<std::shared_ptr<Block>>& blocks
     }
     std::tie(l.held_k, l.held_v) =
         pass.cache->extend(static_cast<int64_t>(i), x.size(0), l.kv_heads, 1, l.size, l.size, x.options());
-    l.length = l.held_k.size(2);
+    l.length = l.held_k.data.size(2);
   }
   const auto y = TokenRun(layers, x).run();
-  for (LayerPlan& l : layers) l.held_k = l.held_v = torch::Tensor();
+  for (LayerPlan& l : layers) l.held_k = l.held_v = {};
   return y;
 }
 

@@ -2,6 +2,7 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -50,69 +51,74 @@ const torch::Tensor& AttentionContext::allowed(int64_t window) const {
 
 namespace {
 
-// Heads and positions side by side in memory, as the cache has them.
-bool by_positions(const torch::Tensor& t) {
-  return t.is_cpu() && t.scalar_type() == torch::kFloat32 && t.stride(3) == 1 && t.stride(2) == t.size(3);
+constexpr int64_t kFewTokens = 8;
+constexpr int64_t kMostWidened = int64_t{1} << 21;  // numbers
+
+CacheRows as_rows(const torch::Tensor& t) {
+  return {t, Format::F32, t.size(3)};
 }
 
-// One new token a row, no graph.
-bool runs_by_rows(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
-                  const AttentionOptions& options) {
-  if (q.size(2) != 1 || !q.is_cpu() || q.scalar_type() != torch::kFloat32 || !by_positions(k) || !by_positions(v))
-    return false;
-  return may_shorten({q, k, v, options.sinks});
+// A few new tokens a row, no graph; positions side by side in memory, as the cache has them.
+bool runs_by_rows(const torch::Tensor& q, const CacheRows& k, const CacheRows& v, const AttentionOptions& options) {
+  if (q.size(2) > kFewTokens || !q.is_cpu() || q.scalar_type() != torch::kFloat32) return false;
+  for (const CacheRows* rows : {&k, &v}) {
+    const torch::Tensor& t = rows->data;
+    if (!t.is_cpu() || rows->format == Format::F64 || t.stride(3) != 1 || t.stride(2) != t.size(3)) return false;
+  }
+  return may_shorten({q, k.data, v.data, options.sinks});
 }
 
-torch::Tensor attend_by_rows(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+torch::Tensor attend_by_rows(const torch::Tensor& q, const CacheRows& k, const CacheRows& v,
                              const torch::Tensor& allowed, const AttentionOptions& options) {
-  const int64_t batch = q.size(0), heads = q.size(1), shared = k.size(1), length = k.size(2), v_size = v.size(3);
-  const int64_t groups = heads / shared;
-  const auto rows = q.reshape({batch, heads, q.size(3)}).contiguous();
+  const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), shared = k.data.size(1);
+  const int64_t length = k.data.size(2), groups = heads / shared;
+  const auto rows = q.transpose(1, 2).contiguous();
   const auto sinks = options.sinks.defined() ? options.sinks.to(torch::kFloat32).contiguous() : torch::Tensor();
   const auto seen = allowed.defined() ? allowed.contiguous() : torch::Tensor();
-  auto out = torch::empty({batch, 1, heads, v_size}, q.options());
-  const int64_t grain = std::max<int64_t>(1, 100'000 / (groups * length * (q.size(3) + v_size)));
+  auto out = torch::empty({batch, tokens, heads, v.size}, q.options());
+  const int64_t grain = std::max<int64_t>(1, 100'000 / (tokens * groups * length * (k.size + v.size)));
   parallel_for(0, batch * shared, grain, [&](int64_t first, int64_t last) {
     static thread_local std::vector<float> scratch;
-    scratch.resize(static_cast<size_t>(groups * length));
     for (int64_t i = first; i < last; ++i) {
       const int64_t b = i / shared, h = i % shared;
-      AttendRow a{};
-      a.q = rows.const_data_ptr<float>() + (b * heads + h * groups) * q.size(3);
-      a.k = k.const_data_ptr<float>() + b * k.stride(0) + h * k.stride(1);
-      a.v = v.const_data_ptr<float>() + b * v.stride(0) + h * v.stride(1);
-      a.heads = groups;
-      a.size = q.size(3);
-      a.v_size = v_size;
-      a.length = length;
-      a.scale = static_cast<float>(options.scale);
-      a.softcap = static_cast<float>(options.softcap);
-      a.seen = seen.defined() ? seen.const_data_ptr<bool>() + (seen.size(0) == 1 ? 0 : b * length) : nullptr;
-      a.sinks = sinks.defined() ? sinks.const_data_ptr<float>() + h * groups : nullptr;
-      attend_row(a, scratch.data(), out.data_ptr<float>() + (b * heads + h * groups) * v_size);
+      for (int64_t t = 0; t < tokens; ++t) {
+        const int64_t row = (b * tokens + t) * heads + h * groups;
+        AttendRow a{};
+        a.q = rows.const_data_ptr<float>() + row * k.size;
+        a.k = k.at(b, h);
+        a.v = v.at(b, h);
+        a.k_format = k.format;
+        a.v_format = v.format;
+        a.heads = groups;
+        a.size = k.size;
+        a.v_size = v.size;
+        a.length = length - tokens + t + 1;
+        a.scale = static_cast<float>(options.scale);
+        a.softcap = static_cast<float>(options.softcap);
+        a.seen = seen.defined() ? seen.const_data_ptr<bool>() + ((seen.size(0) == 1 ? 0 : b * tokens) + t) * length
+                                : nullptr;
+        a.sinks = sinks.defined() ? sinks.const_data_ptr<float>() + h * groups : nullptr;
+        scratch.resize(static_cast<size_t>(attend_scratch(a)));
+        attend_row(a, scratch.data(), out.data_ptr<float>() + row * v.size);
+      }
     }
   });
   return out.transpose(1, 2);
 }
 
-}  // namespace
-
-torch::Tensor attend(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
-                     const AttentionContext& context, const AttentionOptions& options) {
+torch::Tensor composite(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                        const torch::Tensor& allowed, bool causal, const AttentionOptions& options) {
   const int64_t groups = q.size(1) / k.size(1);
-  const auto& allowed = context.allowed(options.window);
-  if (runs_by_rows(q, k, v, options)) return attend_by_rows(q, k, v, allowed, options);
   if (options.softcap == 0.0 && !options.sinks.defined()) {
     const std::optional<torch::Tensor> m = allowed.defined() ? std::optional<torch::Tensor>(allowed) : std::nullopt;
-    return at::scaled_dot_product_attention(q, k, v, m, 0.0, !allowed.defined() && context.causal(), options.scale,
-                                            groups > 1);
+    return at::scaled_dot_product_attention(q, k, v, m, 0.0, !allowed.defined() && causal, options.scale, groups > 1);
   }
   const auto expand = [&](const torch::Tensor& t) { return groups == 1 ? t : t.repeat_interleave(groups, 1); };
   auto logits = (at::matmul(q, expand(k).transpose(2, 3)) * options.scale).to(torch::kFloat32);
   if (options.softcap != 0.0) logits = torch::tanh(logits / options.softcap) * options.softcap;
   if (allowed.defined()) {
     logits = logits.masked_fill(~allowed, -std::numeric_limits<float>::infinity());
-  } else if (context.causal()) {
+  } else if (causal) {
     const auto future = torch::ones({q.size(2), k.size(2)}, logits.options().dtype(torch::kBool)).triu(1);
     logits = logits.masked_fill(future, -std::numeric_limits<float>::infinity());
   }
@@ -123,6 +129,44 @@ torch::Tensor attend(const torch::Tensor& q, const torch::Tensor& k, const torch
     return at::matmul(p.narrow(-1, 0, logits.size(-1)).to(v.scalar_type()), expand(v));
   }
   return at::matmul(torch::softmax(logits, -1).to(v.scalar_type()), expand(v));
+}
+
+}  // namespace
+
+torch::Tensor attend(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                     const AttentionContext& context, const AttentionOptions& options) {
+  const auto& allowed = context.allowed(options.window);
+  if (q.size(2) == 1 && k.scalar_type() == torch::kFloat32 && v.scalar_type() == torch::kFloat32 &&
+      runs_by_rows(q, as_rows(k), as_rows(v), options))
+    return attend_by_rows(q, as_rows(k), as_rows(v), allowed, options);
+  return composite(q, k, v, allowed, context.causal(), options);
+}
+
+torch::Tensor attend(const torch::Tensor& q, const CacheRows& k, const CacheRows& v, const AttentionContext& context,
+                     const AttentionOptions& options) {
+  const auto type = q.scalar_type();
+  if (k.is(type) && v.is(type)) return attend(q, k.data, v.data, context, options);
+  const auto& allowed = context.allowed(options.window);
+  if (runs_by_rows(q, k, v, options)) return attend_by_rows(q, k, v, allowed, options);
+  const int64_t batch = q.size(0), shared = k.data.size(1), groups = q.size(1) / shared;
+  const int64_t each = k.data.size(2) * (k.size + v.size);  // numbers of one head
+  const int64_t most_heads = std::clamp<int64_t>(kMostWidened / each, 1, shared);
+  const int64_t most_rows = most_heads < shared ? 1 : std::clamp<int64_t>(kMostWidened / (each * shared), 1, batch);
+  std::vector<torch::Tensor> rows;
+  for (int64_t b = 0; b < batch; b += most_rows) {
+    const int64_t n = std::min(most_rows, batch - b);
+    const auto seen = allowed.defined() && allowed.size(0) > 1 ? allowed.narrow(0, b, n) : allowed;
+    std::vector<torch::Tensor> heads;
+    for (int64_t h = 0; h < shared; h += most_heads) {
+      const int64_t m = std::min(most_heads, shared - h);
+      AttentionOptions part = options;
+      if (part.sinks.defined()) part.sinks = part.sinks.narrow(0, h * groups, m * groups);
+      heads.push_back(composite(q.narrow(0, b, n).narrow(1, h * groups, m * groups), k.narrow(b, n, h, m).widened(type),
+                                v.narrow(b, n, h, m).widened(type), seen, context.causal(), part));
+    }
+    rows.push_back(heads.size() == 1 ? heads[0] : torch::cat(heads, 1));
+  }
+  return rows.size() == 1 ? rows[0] : torch::cat(rows);
 }
 
 Attention::Attention(AttentionParts p) : parts(std::move(p)) {
@@ -166,8 +210,13 @@ torch::Tensor Attention::forward(const torch::Tensor& x, const AttentionContext&
     k = parts.rope->rotate(k, angles);
   }
   if (parts.norm_after_rope) norm();
-  if (pass.cache) std::tie(k, v) = pass.cache->append(pass.slot, k, v);
-  const auto y = attend(q, k, v, context, parts.options);
+  torch::Tensor y;
+  if (pass.cache) {
+    const auto [keys, values] = pass.cache->store(pass.slot, k, v);
+    y = attend(q, keys, values, context, parts.options);
+  } else {
+    y = attend(q, k, v, context, parts.options);
+  }
   return project(parts.o, y.transpose(1, 2).reshape({batch, tokens, -1}), pass);
 }
 

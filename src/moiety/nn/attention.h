@@ -48,6 +48,10 @@ struct AttentionOptions {
 };
 torch::Tensor attend(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                      const AttentionContext& context, const AttentionOptions& options);
+/// The same over keys and values as a cache keeps them. A few tokens read them as they are stored; for more they are
+/// widened some rows and heads at a time, never the whole of a long cache at once.
+torch::Tensor attend(const torch::Tensor& q, const CacheRows& k, const CacheRows& v, const AttentionContext& context,
+                     const AttentionOptions& options);
 
 /// An attention site: x [B, T, d] -> [B, T, d].
 class AttentionBase : public torch::nn::Module {

@@ -4,21 +4,48 @@
 #include <torch/types.h>
 
 #include <cstdint>
+#include <optional>
 #include <utility>
 #include <vector>
 
+#include "moiety/kernels/format.h"
+
 namespace moiety {
+
+/// How keys and values are kept: F32, BF16, F16 or Q8_0; none: in the type that they are computed in.
+struct CacheFormats {
+  std::optional<Format> k, v;
+};
+
+/// Keys or values of a slot as they are kept, [B, H, S, D]: D numbers, or for Q8_0 the bytes of their blocks.
+struct CacheRows {
+  torch::Tensor data;
+  Format format = Format::F32;
+  int64_t size = 0;  ///< D, in numbers
+
+  /// Whether `data` holds numbers of this type.
+  bool is(torch::ScalarType type) const { return format != Format::Q8_0 && data.scalar_type() == type; }
+  /// Some of the rows and heads.
+  CacheRows narrow(int64_t row, int64_t rows, int64_t head, int64_t heads) const;
+  /// All of it as numbers of `type`; `data` itself where it is of that type.
+  torch::Tensor widened(torch::ScalarType type) const;
+  /// Position 0 of a row and head, whose positions lie one behind the other in memory. On the CPU only.
+  std::byte* at(int64_t row, int64_t head) const;
+};
 
 class KvCache {
  public:
-  explicit KvCache(int64_t slots = 0);
+  explicit KvCache(int64_t slots = 0, CacheFormats formats = {});
 
-  /// Room for `tokens` more in `slot`, for whoever computes them to write: views [B, H, S, D] and [B, H, S, Dv] of all
-  /// that is held, of which the last `tokens` positions are not written yet. Error: another number of rows than before.
-  std::pair<torch::Tensor, torch::Tensor> extend(int64_t slot, int64_t rows, int64_t heads, int64_t tokens,
-                                                 int64_t size, int64_t v_size, const torch::TensorOptions& options);
-  /// Appends k [B, H, T, D] and v [B, H, T, Dv] to `slot`, growing it on demand; returns views of all that is held, [B,
-  /// H, S, D].
+  /// Room for `tokens` more in `slot`, for whoever computes them to write: all that is held, of which the last `tokens`
+  /// positions are not written yet. `computed`: the type and device of what is computed. Error: another number of rows
+  /// than before, Q8_0 for a size that is no multiple of its blocks or on another device than the CPU.
+  std::pair<CacheRows, CacheRows> extend(int64_t slot, int64_t rows, int64_t heads, int64_t tokens, int64_t size,
+                                         int64_t v_size, const torch::TensorOptions& computed);
+  /// Appends k [B, H, T, D] and v [B, H, T, Dv] to `slot`, growing it on demand; returns all that is held. Error, too:
+  /// a number that the format cannot hold, a gradient through Q8_0.
+  std::pair<CacheRows, CacheRows> store(int64_t slot, const torch::Tensor& k, const torch::Tensor& v);
+  /// The same, and what is held as numbers [B, H, S, D] of the type of k and v: views where it is kept so.
   std::pair<torch::Tensor, torch::Tensor> append(int64_t slot, const torch::Tensor& k, const torch::Tensor& v);
 
   int64_t length() const { return length_; }  ///< tokens of finished passes
@@ -36,10 +63,11 @@ class KvCache {
 
  private:
   struct Slot {
-    torch::Tensor k, v;  // [B, H, capacity, D]
+    CacheRows k, v;  // data [B, H, capacity, D]
     int64_t length = 0;
   };
   std::vector<Slot> slots_;
+  CacheFormats formats_;
   int64_t length_ = 0;
   torch::Tensor mask_, next_;
 };

@@ -473,13 +473,19 @@ std::shared_ptr<Offload> Offload::attach(CausalModel& causal, const Checkpoint& 
   };
   const DecoderConfig c = model->parsed;
   const int64_t top_k = setup.top_k, element = model->dtype() == torch::kBFloat16 ? 2 : 4;
-  out->needs_ = [c, top_k, element](const OffloadWork& w) {
+  out->needs_ = [c, top_k, element, model](const OffloadWork& w) {
     MemoryPlan plan;
     const auto layers = static_cast<int64_t>(c.layers.size());
-    const int64_t per_token = c.latent ? c.heads * (c.head_dim + c.mla.v) : 2 * c.kv_heads * c.head_dim;
+    const CacheFormats& kept = model->cache_formats;
+    const auto head = [&](const std::optional<Format>& format) {
+      return format ? row_bytes(*format, c.head_dim) : element * c.head_dim;
+    };
+    const int64_t per_token =
+        c.latent ? element * c.heads * (c.head_dim + c.mla.v) : c.kv_heads * (head(kept.k) + head(kept.v));
+    const int64_t widened = kept.k || kept.v ? int64_t{8} << 20 : 0;
     // The cache grows by half; while it does, one layer's is there twice.
     const int64_t capacity = std::max(w.context + 64, w.context * 3 / 2);
-    plan.cache = w.rows * element * per_token * capacity * (layers + 1);
+    plan.cache = w.rows * per_token * capacity * (layers + 1);
     const auto work = [&](int64_t chunk) {
       const int64_t tokens = w.rows * chunk, pairs = tokens * top_k;
       const int64_t experts = pairs * (4 * c.moe.width + 2 * c.hidden) * 4;
@@ -491,7 +497,7 @@ std::shared_ptr<Offload> Offload::attach(CausalModel& causal, const Checkpoint& 
     plan.chunk = w.chunk;
     const int64_t fixed = int64_t{16} << 20;  // threads, allocator, text
     while (!w.fixed_chunk && plan.chunk > 16 && work(plan.chunk) > int64_t{24} << 20) plan.chunk /= 2;
-    plan.work = fixed + work(plan.chunk);
+    plan.work = fixed + widened + work(plan.chunk);
     return plan;
   };
   return out;

@@ -26,7 +26,10 @@ TokenScores score_tokens(CausalModel& model, const torch::Tensor& ids, const tor
     }
     logits = torch::cat(steps, 1);
   } else {
+    // What is kept in another type than it is computed in shows in the score.
+    auto cache = model.make_cache();
     Pass pass;
+    if (model.cache_formats.k || model.cache_formats.v) pass.cache = &cache;
     if (padded) pass.mask = mask.narrow(1, 0, tokens);
     logits = model.forward(ids.narrow(1, 0, tokens), pass);
   }
