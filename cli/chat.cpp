@@ -37,6 +37,7 @@ constexpr const char* kHelp =
 struct Options {
   Common common;
   DecodeOptions decode;
+  CacheOptions cache;
   OffloadArguments offload;
   std::string system, chat_template, arguments, load;
   bool render = false, stats = false;
@@ -283,6 +284,7 @@ const Register registered{{
       app.add_option("--template-args", o->arguments, "Variables for the template, a JSON object");
       app.add_option("--load", o->load, "Continue a conversation that /save wrote");
       o->decode.add(app);
+      o->cache.add(app);
       o->offload.add(app);
       app.add_option(
              "--context", o->context,
@@ -294,6 +296,7 @@ const Register registered{{
       return [o] {
         if (o->render) return render(*o);
         const auto open = open_causal(o->common, true, o->offload);
+        o->cache.apply(*open.model);
         Chat chat(*o, open);
         return chat.run();
       };

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "moiety/base/error.h"
+#include "moiety/kernels/format.h"
 
 namespace moiety::cli {
 namespace {
@@ -94,6 +95,36 @@ SamplerConfig DecodeOptions::sampler(const GenerationDefaults& defaults) const {
   }
   config.validate();
   return config;
+}
+
+void CacheOptions::add(CLI::App& app) {
+  const CLI::IsMember types({"auto", "f32", "bf16", "f16", "q8_0"});
+  app.add_option("--cache-type", both,
+                 "How keys and values of past tokens are kept: auto (as they are computed), f32, bf16, f16, or q8_0")
+      ->check(types);
+  app.add_option("--cache-type-k", k, "The same for keys alone")->check(types);
+  app.add_option("--cache-type-v", v, "And for values alone")->check(types);
+}
+
+const std::string& CacheOptions::of(const std::string& one) const {
+  static const std::string automatic = "auto";
+  return !one.empty() ? one : !both.empty() ? both : automatic;
+}
+
+void CacheOptions::apply(CausalModel& model) const {
+  const auto format = [](const std::string& name) {
+    const FormatInfo* found = find_format(name);
+    return found == nullptr ? std::optional<Format>() : found->format;
+  };
+  model.cache_formats = {format(of(k)), format(of(v))};
+}
+
+bool CacheOptions::given() const {
+  return of(k) != "auto" || of(v) != "auto";
+}
+
+nlohmann::json CacheOptions::json() const {
+  return {{"k", of(k)}, {"v", of(v)}};
 }
 
 }  // namespace moiety::cli

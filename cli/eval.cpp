@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 
+#include "decode_options.h"
 #include "moiety/base/error.h"
 #include "moiety/base/files.h"
 #include "moiety/base/memory.h"
@@ -36,6 +37,7 @@ struct EvalArguments : Common {
   bool mutual_info = false, samples = false, stepwise = false, stats = false, no_capacity = false,
        default_batch = false;
   OffloadArguments offload;
+  CacheOptions cache;
   std::vector<int64_t> sweep;
 };
 
@@ -270,6 +272,7 @@ int run_eval(const EvalArguments& a) {
         "nothing to measure: give --text FILE, --choices FILE, or --images DATA");
   check(a.sweep.empty() || (!a.texts.empty() && a.choices.empty()), "--sweep-k measures the perplexity of --text FILE");
   OpenModel l = open_causal(a, true, a.offload);
+  a.cache.apply(*l.model);
   if (l.offload) {
     // Windows and choices with all their logits; token by token, one row of the cache.
     const int64_t context = a.context > 0 ? a.context : std::min<int64_t>(512, l.model->context_length());
@@ -281,6 +284,7 @@ int run_eval(const EvalArguments& a) {
   }
   json out = {{"model", a.model}, {"dtype", a.dtype}, {"device", a.device}, {"threads", at::get_num_threads()}};
   if (a.active_experts > 0) out["active_experts"] = a.active_experts;
+  if (a.cache.given()) out["cache_type"] = a.cache.json();
   if (!a.sweep.empty())
     out["sweep"] = run_sweep(a, l);
   else if (!a.texts.empty())
@@ -307,6 +311,7 @@ const Register eval({
       auto* active = add_active_experts(app, *a);
       add_adapters(app, *a);
       a->offload.add(app);
+      a->cache.add(app);
       app.add_option("--sweep-k", a->sweep,
                      "Measure the perplexity with each of these numbers of active experts, e.g. 1,2,4,8")
           ->delimiter(',')

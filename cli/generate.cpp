@@ -19,6 +19,7 @@ namespace {
 struct Options {
   Common common;
   DecodeOptions decode;
+  CacheOptions cache;
   OffloadArguments offload;
   std::vector<std::string> prompts;
   std::string prompt_file;
@@ -62,6 +63,7 @@ void print_logprobs(const Completion& done, const Tokenizer& tokenizer) {
 int run(const Options& o) {
   const auto prompts = prompts_of(o);
   const auto open = open_causal(o.common, true, o.offload);
+  o.cache.apply(*open.model);
   const auto& tokenizer = *open.tokenizer;
   const auto defaults = GenerationDefaults::of(*open.checkpoint, tokenizer);
 
@@ -146,6 +148,7 @@ int run(const Options& o) {
       list.push_back(std::move(item));
     }
     out["stats"] = generator.stats().json();
+    if (o.cache.given()) out["cache_type"] = o.cache.json();
     if (open.offload) out["offload"] = open.offload->report();
     // A prompt may hold bytes that are no UTF-8.
     std::cout << out.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) << "\n";
@@ -186,6 +189,7 @@ const Register registered{{
       auto* file =
           app.add_option("--prompt-file", o->prompt_file, "A file with the text to continue; -: the standard input");
       o->decode.add(app);
+      o->cache.add(app);
       o->offload.add(app);
       app.add_option("--samples", o->samples, "Answers to each prompt, with seeds SEED, SEED+1, ...")
           ->check(CLI::Range(int64_t{1}, int64_t{4096}))

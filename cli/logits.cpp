@@ -10,6 +10,7 @@
 #include <optional>
 #include <sstream>
 
+#include "decode_options.h"
 #include "moiety/base/error.h"
 #include "moiety/base/files.h"
 #include "moiety/base/text.h"
@@ -28,6 +29,7 @@ struct Options {
   std::string pad_side = "right";
   int64_t piece = 0;
   int64_t top = 0;
+  CacheOptions cache;
   bool no_special = false, batch_text = false;
 };
 
@@ -102,6 +104,7 @@ int run(Options o) {
   // Pieces are shown beside ids where there is a tokenizer; ids alone need none.
   const auto open = open_causal(o.common, text || o.top > 0 || o.out.empty());
   auto& model = *open.model;
+  o.cache.apply(model);
   const auto rows = rows_of(o, open.tokenizer.get());
   if (o.out.empty() && o.top == 0) o.top = 10;
 
@@ -126,6 +129,7 @@ int run(Options o) {
     last.push_back(begin + size - 1);
   }
 
+  if (o.cache.given() && o.piece == 0) o.piece = tokens;
   const torch::NoGradGuard no_grad;
   const torch::Device device(o.common.device);
   const bool padded = !mask.all().item<bool>();
@@ -210,6 +214,7 @@ const Register registered{{
           ->capture_default_str();
       app.add_option("--cache", o->piece, "Feed pieces of N tokens through the key-value cache; 0: all at once")
           ->check(CLI::Range(int64_t{0}, int64_t{1} << 40));
+      o->cache.add(app);
       app.add_option("-o,--out", o->out, "Write logits, ids and mask to this .safetensors file");
       app.add_option("--top", o->top, "Print the N most probable next tokens (10 when there is no --out)")
           ->check(CLI::Range(int64_t{0}, int64_t{1} << 40));
