@@ -192,6 +192,24 @@ def offload():
     return lines
 
 
+def cache_types():
+    record = load("results/cache_types.json")
+    if not record:
+        return ["Not measured yet: `python3 bench/cache_types.py --write`."]
+    depths = sorted({r["depth"] for r in record["results"]})
+    exact = record["perplexity"]["f32"]["perplexity"]
+    lines = ["| kept as | " + " | ".join(f"behind {d} tokens" if d else "from the start" for d in depths) + f" | memory behind {depths[-1]} | perplexity |",
+             "| --- | " + " | ".join("---" for _ in depths) + " | --- | --- |"]
+    for name, p in record["perplexity"].items():
+        rows = {r["depth"]: r for r in record["results"] if r["type"] == name}
+        speeds = " | ".join(f"{rows[d]['tokens_per_second']:.1f} tokens/s" if name == "f32" else f"{rows[d]['ratio']:.2f}x" for d in depths)
+        change = "" if name == "f32" else f" ({100 * (p['perplexity'] / exact - 1):+.3f} %)"
+        lines.append(f"| {name} | {speeds} | {rows[depths[-1]]['cache_bytes'] / 2**20:.1f} MiB | {p['perplexity']:.4f}{change} |")
+    lines += ["", f"{record['model']}, generating {record['tokens']} tokens with {record['threads']} thread{'s' if record['threads'] > 1 else ''}: of f32 the best of {record['rounds']} rounds, of the "
+              f"others the median of the ratios to f32 in the same round; perplexity of {record['perplexity']['f32']['tokens']} tokens in windows of {record['context']} that read what the cache keeps, with weights in f32; {where(record)}."]
+    return lines
+
+
 def adapt_step():
     record = load("results/adapt_step.json")
     if not record:
@@ -218,7 +236,7 @@ def peft():
     return lines
 
 
-PARTS = {"adapt_step": adapt_step, "peft": peft, "systems": systems, "offload": offload, "speed": speed, "perplexity": perplexity, "parity": parity, "load": load_time, "moe": moe_layer, "train": train_step}
+PARTS = {"cache_types": cache_types, "adapt_step": adapt_step, "peft": peft, "systems": systems, "offload": offload, "speed": speed, "perplexity": perplexity, "parity": parity, "load": load_time, "moe": moe_layer, "train": train_step}
 
 
 def render(text, name):
@@ -240,7 +258,7 @@ def main():
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     stale = 0
-    for name in ["README.md", "docs/adapters.md", "docs/offload.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs/systems").glob("*.md")))]:
+    for name in ["README.md", "docs/adapters.md", "docs/bench.md", "docs/offload.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs/systems").glob("*.md")))]:
         old = (ROOT / name).read_text(encoding="utf-8")
         new = render(old, name)
         if new != old and args.check:
