@@ -39,7 +39,7 @@ expect 1 'not a multiple of 128' "$moiety" make-model --family llama --params 10
 expect 0 'would write m.gguf: qwen3_moe, [0-9.]+M' "$moiety" make-model --family qwen3_moe --params 300M --format q4_0 -o m.gguf --dry-run
 [ ! -e m.gguf ] || fail "make-model wrote a file after all"
 expect 2 'not in range' "$moiety" bench nothing -b 0
-for verb in generate chat bench logits eval; do
+for verb in generate chat bench eval; do
   expect 2 '--cache-type-v: q4_0 not in \{' "$moiety" "$verb" nothing --cache-type-v q4_0
 done
 expect 1 'nothing: no such file or folder' "$moiety" bench nothing
