@@ -318,10 +318,17 @@ StudyOutcome judge(const StudyTable& t) {
         t.mean("rd", metric(net, "moved", 0.7)), t.mean("uniform", metric(net, "moved", 0.7)),
         t.mean("global", metric(net, "moved", 0.7)), t.mean("rd", net + "_additivity"));
   };
-  o.reason = fmt::format("{} {}{}", text("MLP", "mlp", mlp), text("Transformer", "vit", vit),
-                         enough ? "" : " One seed decides nothing.");
-  o.headline = fmt::format("70 to 90 % pruned: {:.1f} % and {:.1f} % of images right, uniform {:.1f} % and {:.1f} %",
-                           mlp.own, vit.own, mlp.uniform, vit.uniform);
+  std::string again;
+  for (const std::string arm : {"rd", "rd-rounds", "lamp", "erk", "uniform", "global"})
+    if (t.has(arm)) again += fmt::format("{}{} {:.2f} %", again.empty() ? "" : ", ", arm, t.mean(arm, "vit_again"));
+  o.reason =
+      fmt::format("{} {} At {:.0f} % and trained again: {}.{}", text("MLP", "mlp", mlp),
+                  text("Transformer", "vit", vit), 100.0 * kAgain, again, enough ? "" : " One seed decides nothing.");
+  o.headline = fmt::format(
+      "70 to 90 % pruned: {:.1f} % and {:.1f} % of images right, uniform {:.1f} % and {:.1f} %; {:.0f} % pruned and "
+      "trained again {:.1f} %, uniform {:.1f} %",
+      mlp.own, vit.own, mlp.uniform, vit.uniform, 100.0 * kAgain, t.mean("rd", "vit_again"),
+      t.mean("uniform", "vit_again"));
   return o;
 }
 
