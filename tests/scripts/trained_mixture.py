@@ -6,12 +6,15 @@ import json
 import math
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 from pydoc_data.topics import topics
 
-MOIETY = os.environ.get("MOIETY") or os.environ["MOIETY_BIN"] + "/moiety"
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from train import MOIETY
+
 MODEL = Path(__file__).resolve().parent.parent / "data/mixture"
 
 
