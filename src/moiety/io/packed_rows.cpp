@@ -1,5 +1,7 @@
 #include "moiety/io/packed_rows.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <cmath>
 #include <map>
