@@ -9,7 +9,8 @@ Both train the same Mixtral of about 30 million parameters on the same number of
 its own with the same threads: forward, backward, gradients clipped to norm 1, AdamW (fused). moiety runs as `moiety train` does,
 data, log and all; transformers in a bare loop over random tokens, with its loop over experts (eager) and with its grouped products (its
 default). bf16: moiety's dtype bf16, torch's autocast; weights and optimizer are f32 in both. A result is the best
-step of all rounds: what else the machine does slows single steps.
+step of all rounds: what else the machine does slows single steps. Beside it stands what share of the fastest matrix product of the same
+run the whole step reaches, counting the products of the model alone, not clipping, optimizer, norms and softmax.
 Exit code 1 when moiety is below 1.5 times transformers' eager loop.
 """
 
@@ -85,6 +86,29 @@ def run_moiety(dtype, steps):
         return {"seconds": BATCH * LENGTH / max(rates[2:])}
 
 
+def flops():
+    """Of the products of a step: forward, and twice as much backward."""
+    c = CONFIG
+    matrices = 4 * c["hidden_size"] ** 2 + c["num_experts_per_tok"] * 3 * c["hidden_size"] * c["intermediate_size"] + c["hidden_size"] * c["num_local_experts"]
+    # Half of the scores are masked.
+    attention = LENGTH * c["hidden_size"]
+    return 6 * BATCH * LENGTH * (c["num_hidden_layers"] * (matrices + attention) + VOCABULARY * c["hidden_size"])
+
+
+def peak(dtype):
+    """The fastest product of any size here, in operations a second."""
+    import torch
+
+    kind, fastest = {"f32": torch.float32, "bf16": torch.bfloat16}[dtype], 0.0
+    for rows, inner, columns in [(1024, 1024, 1024), (2048, 2048, 2048), (1024, 384, 1536), (1024, 1024, 4096)]:
+        a, b = torch.randn(rows, inner).to(kind), torch.randn(inner, columns).to(kind)
+        for _ in range(12):
+            begin = time.perf_counter()
+            a @ b
+            fastest = max(fastest, 2 * rows * inner * columns / (time.perf_counter() - begin))
+    return fastest
+
+
 def best(rounds):
     rounds = [r for r in rounds if "seconds" in r]
     return min(rounds, key=lambda r: r["seconds"]) if rounds else None
@@ -106,16 +130,20 @@ def main():
     print(f"{'type':<6}{'moiety':>16}" + "".join(f"{p:>16}{'':>8}" for p in PEERS))
     for dtype in args.dtypes:
         ours, theirs = [], {p: [] for p in PEERS}
+        limit = 0.0
         for _ in range(args.rounds):
+            limit = max(limit, peak(dtype))
             ours.append(run_moiety(dtype, args.steps))
             for p in PEERS:
                 theirs[p].append(run_peer(p, dtype, args.steps))
         own, peers = best(ours), {p: best(r) or r[0] for p, r in theirs.items()}
         ratios = {p: r["seconds"] / own["seconds"] for p, r in peers.items() if "seconds" in r}
-        results.append({"dtype": dtype, "seconds": own["seconds"], "tokens_per_second": tokens / own["seconds"], "peers": peers, "ratios": ratios})
+        reached = flops() / own["seconds"]
+        results.append({"dtype": dtype, "seconds": own["seconds"], "tokens_per_second": tokens / own["seconds"], "peers": peers, "ratios": ratios,
+                        "gflops": reached / 1e9, "peak_gflops": limit / 1e9, "of_peak": reached / limit})
         failed |= ratios.get("eager", 9) < 1.5
         print(f"{dtype:<6}{tokens / own['seconds']:>10.0f} tok/s"
-              + "".join(f"{tokens / r['seconds']:>10.0f} tok/s{ratios[p]:>7.2f}x" if "seconds" in r else f"{'-':>24}" for p, r in peers.items()), flush=True)
+              + "".join(f"{tokens / r['seconds']:>10.0f} tok/s{ratios[p]:>7.2f}x" if "seconds" in r else f"{'-':>24}" for p, r in peers.items()) + f"   {100 * reached / limit:.0f} % of {limit / 1e9:.0f} GFLOP/s", flush=True)
     if args.write:
         import torch
 

@@ -137,13 +137,14 @@ def train_step():
     if not record:
         return ["Not measured yet: `python3 bench/side_by_side_train.py --write`."]
     tokens = record["batch"] * record["length"]
-    lines = ["| type | moiety | transformers, eager | transformers, grouped_mm |", "| --- | --- | --- | --- |"]
+    lines = ["| type | moiety | transformers, eager | transformers, grouped_mm | of the fastest product |", "| --- | --- | --- | --- | --- |"]
     for r in record["results"]:
         def peer(name):
             p = r["peers"].get(name, {})
             return f"{tokens / p['seconds']:.0f} tokens/s ({r['ratios'][name]:.2f}x)" if "seconds" in p else ""
 
-        lines.append(f"| {r['dtype']} | {r['tokens_per_second']:.0f} tokens/s | {peer('eager')} | {peer('grouped_mm')} |")
+        reached = f"{100 * r['of_peak']:.0f} % of {r['peak_gflops']:.0f} GFLOP/s" if "of_peak" in r else ""
+        lines.append(f"| {r['dtype']} | {r['tokens_per_second']:.0f} tokens/s | {peer('eager')} | {peer('grouped_mm')} | {reached} |")
     c = record["config"]
     lines += ["", f"A Mixtral of {c['num_hidden_layers']} layers, hidden {c['hidden_size']}, {c['num_local_experts']} experts of width {c['intermediate_size']}, "
               f"{tokens} tokens a step, AdamW, clipped gradients; in brackets how much faster moiety is; transformers {record['transformers']}, torch {record['torch']}; {where(record)}."]
