@@ -7,8 +7,8 @@
 
 All three score the same windows (see peer_llama.py). llama.cpp rounds activations to 8 bits for its block formats and keeps the
 cache in f16, transformers dequantizes the weights and computes in f32: so they differ a little from one another, and moiety, which
-must come within 0.5 % of llama.cpp, is compared with both. Exit code 1 when it does not, 77 without llama-cpp-python
-(tools/setup.sh peer).
+must come within 0.5 % of llama.cpp, is compared with both. "moiety f32" is moiety on the same weights written out as f32: what its kernels
+cost, which round activations as llama.cpp's do. Exit code 1 when it does not, 77 without llama-cpp-python (tools/setup.sh peer).
 """
 
 import argparse
@@ -98,9 +98,9 @@ def by_transformers(name, text, context):
             "load_s": loaded - begin, "seconds": time.time() - loaded, "transformers": transformers.__version__}
 
 
-def by_moiety(name, text, context):
+def by_moiety(model, text, context):
     begin = time.time()
-    done = subprocess.run([moiety_binary(), "eval", MODELS[name][1], "--text", str(text), "--context", str(context), "--method", "llama.cpp", "--json"],
+    done = subprocess.run([moiety_binary(), "eval", model, "--text", str(text), "--context", str(context), "--method", "llama.cpp", "--json"],
                           capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError("moiety eval: " + done.stderr.strip()[-400:])
@@ -145,12 +145,19 @@ def main():
             if not args.no_transformers:
                 runs["transformers"] = by_transformers(name, text, args.context)
             if not args.only_peers:
-                runs["moiety"] = by_moiety(name, text, args.context)
+                runs["moiety"] = by_moiety(MODELS[name][1], text, args.context)
+                whole = Path(folder) / "f32"
+                subprocess.run([moiety_binary(), "convert", MODELS[name][1], "-o", whole, "--dtype", "f32", "--overwrite", "--quiet"], check=True,
+                               stdout=subprocess.DEVNULL)
+                runs["moiety f32"] = by_moiety(str(whole), text, args.context)
+                runs["moiety"]["relative_to_f32"] = runs["moiety"]["perplexity"] / runs["moiety f32"]["perplexity"] - 1
             for peer, run in runs.items():
                 if "llama.cpp" in runs:
                     run["relative_to_llama.cpp"] = run["perplexity"] / runs["llama.cpp"]["perplexity"] - 1
                 relative = run.get("relative_to_llama.cpp")
                 note = "" if relative is None else f"{100 * relative:+.3f} %"
+                if "relative_to_f32" in run:
+                    note += f" ({100 * run['relative_to_f32']:+.3f} % vs f32)"
                 print(f"{title:28} {peer:14} {run['perplexity']:11.4f} {note:>13} {run.get('tokens', '-'):>8} "
                       f"{run.get('scored', '-'):>8} {run['seconds']:8.1f}", flush=True)
                 if peer == "moiety" and relative is not None and abs(relative) > TOLERANCE:
