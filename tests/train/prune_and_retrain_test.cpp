@@ -196,6 +196,13 @@ TEST(PruneAndRetrain, NamesWhatDoesNotFit) {
               prune_and_retrain(dense, "uniform", c, tiny::run(folder, "dense", 1));
             }).find("holds a run of its own"),
             std::string::npos);
+  auto lost = tiny::run(folder, "lost", 1);
+  lost.data.sources[0].path = (folder / "nowhere.txt").string();
+  auto options = on_noise();
+  options.on_point = [](int64_t, int64_t, int64_t) { ADD_FAILURE() << "measured before the run was looked at"; };
+  EXPECT_NE(message_of([&] { prune_and_retrain(dense, "rd", c, lost, options); }).find("nowhere.txt"),
+            std::string::npos);
+  EXPECT_FALSE(std::filesystem::exists(folder / "lost"));
   c.sparsity = 0.1;
   EXPECT_NE(message_of([&] {
               prune_and_retrain((folder / "rounds/round-1/run/last").string(), "uniform", c,

@@ -54,6 +54,11 @@ RetrainingResult prune_and_retrain(const std::string& model, const std::string& 
     const double before = opened.zeros();
     check(config.sparsity + 1e-9 >= before, "the model is already {:.1f} % sparse, more than {:.1f} %", 100.0 * before,
           100.0 * config.sparsity);
+    // What is wrong with the run shows before anything is measured.
+    TrainConfig trial = run;
+    trial.model = {};
+    trial.model.checkpoint = model;
+    plan_training(trial);
     fs::create_directories(folder);
     settings = {{"settings", settings}, {"before", before}};
     write_file(begun, settings.dump(2) + "\n");
