@@ -3,6 +3,7 @@
 // gflops: useful work over time (gathering, routing and activations count as nothing). peak_mib: memory that steps add
 // at their fullest, gradients included. Memory is kept as `moiety train` keeps it. Threads: OMP_NUM_THREADS.
 #include <benchmark/benchmark.h>
+#include <malloc.h>
 #include <torch/torch.h>
 
 #include <fstream>
@@ -41,6 +42,7 @@ double work(int64_t pairs) {
 template <class Step>
 void measure(benchmark::State& state, double flop, std::vector<torch::Tensor> leaves, Step step) {
   keep_freed_memory();
+  ::malloc_trim(0);  // what earlier benchmarks have freed counts for nobody
   const double before = status_mib("VmRSS");
   reset_peak();
   for (int i = 0; i < 2; ++i) {
