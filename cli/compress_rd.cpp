@@ -67,17 +67,16 @@ std::vector<torch::Tensor> images(const CompressArguments& a, const Options& o, 
 
 // Windows of one length, cut from all texts in turn; an encoder's begin and end as its tokenizer has it.
 std::vector<torch::Tensor> windows(const CompressArguments& a, const Options& o, const PrunableModel& m) {
-  const auto* encoder = dynamic_cast<const StagedEncoder*>(m.encoder.get());
   const int64_t wanted = o.samples > 0 ? o.samples : 32,
                 context = m.encoder ? m.encoder->max_length() : m.causal->context_length(),
                 length = a.context > 0 ? a.context : std::min<int64_t>(64, context);
   if (o.synthetic) {
     torch::manual_seed(0);
-    const int64_t vocabulary = encoder ? encoder->vocabulary() : m.causal->vocab_size();
+    const int64_t vocabulary = m.encoder ? m.encoder->vocabulary() : m.causal->vocab_size();
     return in_batches(torch::randint(vocabulary, {wanted, length}, torch::kInt64), a.batch_size);
   }
   const auto tokenizer = Tokenizer::load(*m.checkpoint);
-  const auto ends = encoder ? tokenizer->encode("") : std::vector<int64_t>();
+  const auto ends = m.encoder ? tokenizer->encode("") : std::vector<int64_t>();
   const bool framed = ends.size() == 2 && length > 2;
   const int64_t inner = framed ? length - 2 : length;
   const auto texts = read_texts(*tokenizer, a.calibration, a.limit_tokens);

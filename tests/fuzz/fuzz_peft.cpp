@@ -1,11 +1,9 @@
 // Adapter folders: adapter_config.json up to a NUL byte, then adapter_model.safetensors. Read alone, then put beside a
 // dense model, one of experts and one whose rows lie in the order of GGUF files, and written again.
 // libFuzzer: -max_len=4096
-#include <unistd.h>
-
 #include <filesystem>
-#include <fstream>
 
+#include "folder.h"
 #include "fuzz.h"
 #include "moiety/io/peft.h"
 
@@ -39,25 +37,6 @@ class Outline : public Checkpoint {
   std::vector<TensorInfo> infos_;
 };
 
-struct Folders {
-  fs::path in, out;
-  Folders() {
-    const fs::path memory = "/dev/shm";
-    const fs::path top = fs::is_directory(memory) ? memory : fs::temp_directory_path();
-    in = top / ("moiety-fuzz-peft-" + std::to_string(::getpid()));
-    out = in / "out";
-    fs::create_directories(out);
-  }
-  ~Folders() {
-    std::error_code ignored;
-    fs::remove_all(in, ignored);
-  }
-};
-
-void put(const fs::path& file, const char* data, size_t size) {
-  std::ofstream(file, std::ios::binary | std::ios::trunc).write(data, static_cast<std::streamsize>(size));
-}
-
 std::shared_ptr<const Checkpoint> base(nlohmann::json more) {
   nlohmann::json config = {{"hidden_size", 8},         {"num_hidden_layers", 2}, {"num_attention_heads", 2},
                            {"num_key_value_heads", 1}, {"head_dim", 4},          {"intermediate_size", 6}};
@@ -68,17 +47,17 @@ std::shared_ptr<const Checkpoint> base(nlohmann::json more) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  static const Folders folders;
+  static const fuzz::Folder folder("peft"), written("peft-written");
   static const std::shared_ptr<const Checkpoint> bases[] = {
       base({{"model_type", "llama"}}), base({{"model_type", "gpt_oss"}, {"num_local_experts", 3}}),
       base({{"model_type", "llama"}, {"moiety_rope_interleaved", true}})};
   fuzz::Input input(data, size);
   const auto text = input.text();
   const auto weights = input.rest();
-  put(folders.in / "adapter_config.json", text.data(), text.size());
-  put(folders.in / "adapter_model.safetensors", reinterpret_cast<const char*>(weights.data()), weights.size());
+  fuzz::put(folder.path / "adapter_config.json", text.data(), text.size());
+  fuzz::put(folder.path / "adapter_model.safetensors", weights.data(), weights.size());
   fuzz::accepted([&] {
-    const auto adapter = PeftAdapter::open(folders.in);
+    const auto adapter = PeftAdapter::open(folder.path);
     for (const PeftMatrix& m : adapter->matrices()) {
       fuzz::require(m.rank >= 1 && adapter->find(m.path) != nullptr, "a matrix without a rank or a path");
       fuzz::require(m.a.shape[0] % m.rank == 0 && m.a.shape[0] == m.b.shape[1], "matrices that do not fit each other");
@@ -86,7 +65,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   });
   for (const auto& one : bases)
     fuzz::accepted([&] {
-      const auto adapted = with_adapters(one, {{folders.in, 0.5}, {folders.in, 1.0}});
+      const auto adapted = with_adapters(one, {{folder.path, 0.5}, {folder.path, 1.0}});
       for (const TensorInfo& info : adapted->tensors()) {
         if (one->has(info.name)) continue;
         const auto values = adapted->get(info.name).to_float();
@@ -94,13 +73,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       }
     });
   fuzz::accepted([&] {
-    const auto adapted = with_adapters(bases[0], {{folders.in, 1.0}});
+    const auto adapted = with_adapters(bases[0], {{folder.path, 1.0}});
     std::vector<AdapterTensor> tensors;
     for (const TensorInfo& info : adapted->tensors())
       if (!bases[0]->has(info.name)) tensors.push_back({info.name, info.shape, adapted->get(info.name).to_float()});
     const bool readable =
-        write_adapter(folders.out, adapted->config().at("moiety").at("parts"), tensors, *bases[0], "base");
-    if (readable && !tensors.empty()) PeftAdapter::open(folders.out);
+        write_adapter(written.path, adapted->config().at("moiety").at("parts"), tensors, *bases[0], "base");
+    if (readable && !tensors.empty()) PeftAdapter::open(written.path);
   });
   return 0;
 }

@@ -167,12 +167,11 @@ StagedModel stages_of(CausalModel& causal, int64_t entries, uint64_t seed) {
 
 StagedModel stages_of(StagedEncoder& model) {
   StagedModel out;
-  Finder finder(dynamic_cast<const torch::nn::Module&>(model), model.stored());
+  Finder finder(model, model.stored());
   out.stages.push_back([&model](const Tensor& ids) { return model.embedded(ids); });
   for (int64_t i = 0; i < model.blocks(); ++i) {
     out.stages.push_back([&model, i](const Tensor& x) { return model.run_block(i, x); });
-    for (const auto& [name, matrix] : model.matrices(i))
-      finder.add(matrix->weight, i + 1, fmt::format("blocks.{}.{}", i, name));
+    for (const Linear& matrix : model.matrices(i)) finder.add(matrix->weight, i + 1, fmt::format("blocks.{}", i));
   }
   out.stages.push_back([&model](const Tensor& x) { return model.sentence(x); });
   out.layers = finder.take();
@@ -307,8 +306,8 @@ PrunableModel open_prunable(const std::string& model, int64_t entries) {
     out.vision->eval();
     out.staged = stages_of(*out.vision);
   } else if (is_encoder(out.checkpoint->config())) {
-    out.encoder = load_encoder(*out.checkpoint, load);
-    out.staged = stages_of(dynamic_cast<StagedEncoder&>(*out.encoder));
+    out.encoder = std::dynamic_pointer_cast<StagedEncoder>(load_encoder(*out.checkpoint, load));
+    out.staged = stages_of(*out.encoder);
   } else {
     out.causal = load_causal(*out.checkpoint, load);
     out.causal->eval();
@@ -318,10 +317,7 @@ PrunableModel open_prunable(const std::string& model, int64_t entries) {
 }
 
 std::shared_ptr<const Checkpoint> PrunableModel::now() const {
-  const auto* staged_encoder = dynamic_cast<const StagedEncoder*>(encoder.get());
-  return with_values(checkpoint, vision           ? vision->stored()
-                                 : staged_encoder ? staged_encoder->stored()
-                                                  : causal->stored());
+  return with_values(checkpoint, vision ? vision->stored() : encoder ? encoder->stored() : causal->stored());
 }
 
 double PrunableModel::zeros() const {

@@ -31,7 +31,7 @@ StagedModel stages_of(StagedEncoder& model);
 struct PrunableModel {
   std::shared_ptr<const Checkpoint> checkpoint;
   std::shared_ptr<VisionModel> vision;  ///< one of these
-  std::shared_ptr<EncoderModel> encoder;
+  std::shared_ptr<StagedEncoder> encoder;
   std::shared_ptr<CausalModel> causal;
   StagedModel staged;
   std::shared_ptr<const Checkpoint> now() const;  ///< the checkpoint with the values that the layers have now

@@ -50,11 +50,7 @@ TensorView whole(const Checkpoint& checkpoint, const std::string& stem, const Te
     }
     quantize_row(info.format, row.data(), data->data() + i * bytes, in);
   }
-  TensorView view;
-  static_cast<TensorInfo&>(view) = info;
-  view.data = std::span<const std::byte>(*data);
-  view.owner = data;
-  return view;
+  return matrix_of(info, data);
 }
 
 }  // namespace

@@ -75,24 +75,14 @@ TensorView whole(const Checkpoint& checkpoint, const TensorInfo& info, int64_t b
     for (size_t j = 0; j < row.size(); ++j) row[j] = (static_cast<float>(codes[j]) - z) * s;
     quantize_row(info.format, row.data(), data->data() + i * bytes, width);
   }
-  TensorView view;
-  static_cast<TensorInfo&>(view) = info;
-  view.data = std::span<const std::byte>(*data);
-  view.owner = data;
-  return view;
+  return matrix_of(info, data);
 }
 
 OverlayTensor bytes_of(std::string name, std::vector<int64_t> shape, std::vector<std::byte> bytes) {
   OverlayTensor t;
   t.info = {std::move(name), Format::U8, std::move(shape)};
   const auto held = std::make_shared<std::vector<std::byte>>(std::move(bytes));
-  t.get = [info = t.info, held] {
-    TensorView v;
-    static_cast<TensorInfo&>(v) = info;
-    v.data = *held;
-    v.owner = held;
-    return v;
-  };
+  t.get = [info = t.info, held] { return matrix_of(info, held); };
   return t;
 }
 

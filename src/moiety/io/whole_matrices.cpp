@@ -63,6 +63,14 @@ std::shared_ptr<const Checkpoint> whole_of(std::shared_ptr<const Checkpoint> che
 
 }  // namespace
 
+TensorView matrix_of(const TensorInfo& info, std::shared_ptr<const std::vector<std::byte>> bytes) {
+  TensorView view;
+  static_cast<TensorInfo&>(view) = info;
+  view.data = *bytes;
+  view.owner = std::move(bytes);
+  return view;
+}
+
 std::shared_ptr<const Checkpoint> with_whole_matrices(std::shared_ptr<const Checkpoint> checkpoint) {
   auto whole = checkpoint;
   for (const MatrixForm& form : {low_rank_sparse_form(), packed_rows_form()}) whole = whole_of(std::move(whole), form);

@@ -16,6 +16,9 @@ namespace moiety {
 /// fit together.
 using WholeMatrix = std::function<OverlayTensor(const std::string& stem, const std::vector<TensorInfo>& parts)>;
 
+/// A matrix made of bytes, which it keeps.
+TensorView matrix_of(const TensorInfo& info, std::shared_ptr<const std::vector<std::byte>> bytes);
+
 /// One way to store matrices in parts.
 struct MatrixForm {
   std::string section;             ///< of `moiety` in the config

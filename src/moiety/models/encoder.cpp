@@ -94,7 +94,7 @@ struct Shared {
   std::pair<Tensor, Tensor> angles, local_angles;
 };
 
-class Encoder : public EncoderModel, public StagedEncoder {
+class Encoder : public StagedEncoder {
  public:
   Encoder(const Checkpoint& checkpoint, const LoadOptions& options)
       : config_(checkpoint.config()), spec_(parse_encoder_config(config_)), activation_(activation(spec_.activation)) {
@@ -175,13 +175,10 @@ class Encoder : public EncoderModel, public StagedEncoder {
     return run(blocks_.at(static_cast<size_t>(block)), x, share(x.size(0), x.size(1), {}, x.device()));
   }
   Tensor sentence(const Tensor& x) override { return head_->forward(finished(x), {}); }
-  std::vector<std::pair<std::string, Linear>> matrices(int64_t block) const override {
+  std::vector<Linear> matrices(int64_t block) const override {
     const Block& b = blocks_.at(static_cast<size_t>(block));
-    std::vector<std::pair<std::string, Linear>> out{
-        {"q", b.q},      {"k", b.k},   {"v", b.v},       {"qkv", b.qkv},
-        {"out", b.out},  {"up", b.up}, {"gate", b.gate}, {"gate_up", b.gate_up},
-        {"down", b.down}};
-    std::erase_if(out, [](const auto& one) { return one.second.is_empty(); });
+    std::vector<Linear> out{b.q, b.k, b.v, b.qkv, b.out, b.up, b.gate, b.gate_up, b.down};
+    std::erase_if(out, [](const Linear& m) { return m.is_empty(); });
     return out;
   }
   std::vector<StoredTensor> stored() const override {

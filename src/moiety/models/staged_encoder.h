@@ -2,8 +2,6 @@
 // An encoder block by block, for what looks at one layer at a time.
 #include <torch/types.h>
 
-#include <string>
-#include <utility>
 #include <vector>
 
 #include "moiety/models/model.h"
@@ -12,17 +10,15 @@
 namespace moiety {
 
 /// What load_encoder's models also are. Rows are of one length, without padding, of token type 0.
-class StagedEncoder {
+class StagedEncoder : public EncoderModel {
  public:
-  virtual ~StagedEncoder() = default;
   virtual int64_t blocks() const = 0;
   virtual torch::Tensor embedded(const torch::Tensor& ids) = 0;  ///< [B, T] int64 -> [B, T, d]
   virtual torch::Tensor run_block(int64_t block, const torch::Tensor& x) = 0;
   /// The last block's output as sentence embeddings [B, d] f32.
   virtual torch::Tensor sentence(const torch::Tensor& x) = 0;
   virtual int64_t vocabulary() const = 0;
-  /// The matrices of a block and what they do there: q, k, v, qkv, out, up, gate, gate_up, down.
-  virtual std::vector<std::pair<std::string, Linear>> matrices(int64_t block) const = 0;
+  virtual std::vector<Linear> matrices(int64_t block) const = 0;  ///< in the order in which a block has them
   virtual std::vector<StoredTensor> stored() const = 0;
 };
 

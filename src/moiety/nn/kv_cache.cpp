@@ -6,36 +6,13 @@
 
 #include "moiety/base/error.h"
 #include "moiety/nn/parallel.h"
+#include "moiety/nn/weights.h"
 
 namespace moiety {
 namespace {
 
-Format format_of(torch::ScalarType type) {
-  switch (type) {
-    case torch::kFloat64:
-      return Format::F64;
-    case torch::kFloat16:
-      return Format::F16;
-    case torch::kBFloat16:
-      return Format::BF16;
-    default:
-      return Format::F32;
-  }
-}
-
 torch::ScalarType type_of(Format format) {
-  switch (format) {
-    case Format::F64:
-      return torch::kFloat64;
-    case Format::F16:
-      return torch::kFloat16;
-    case Format::BF16:
-      return torch::kBFloat16;
-    case Format::Q8_0:
-      return torch::kUInt8;
-    default:
-      return torch::kFloat32;
-  }
+  return is_block(format) ? torch::kUInt8 : torch_dtype(format);
 }
 
 CacheRows empty_rows(std::optional<Format> wanted, const torch::TensorOptions& computed, int64_t size,

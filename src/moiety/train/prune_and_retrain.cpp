@@ -39,6 +39,13 @@ RetrainingResult prune_and_retrain(const std::string& model, const std::string& 
                                    const TrainConfig& run, const RetrainingOptions& options) {
   const std::string problem = config.problem();
   check(problem.empty(), "{}", problem);
+  const auto run_on = [&](const std::string& checkpoint) {
+    TrainConfig out = run;
+    out.model = {};
+    out.model.checkpoint = checkpoint;
+    out.train.keep_zeros = true;
+    return out;
+  };
   const fs::path folder = run.output.folder, begun = folder / "pruning.json";
   json settings = {{"model", model}, {"method", method}, {"pruning", dump(config)}, {"input", options.input}};
   if (fs::exists(begun)) {
@@ -55,10 +62,7 @@ RetrainingResult prune_and_retrain(const std::string& model, const std::string& 
     check(config.sparsity + 1e-9 >= before, "the model is already {:.1f} % sparse, more than {:.1f} %", 100.0 * before,
           100.0 * config.sparsity);
     // What is wrong with the run shows before anything is measured.
-    TrainConfig trial = run;
-    trial.model = {};
-    trial.model.checkpoint = model;
-    plan_training(trial);
+    plan_training(run_on(model));
     fs::create_directories(folder);
     settings = {{"settings", settings}, {"before", before}};
     write_file(begun, settings.dump(2) + "\n");
@@ -76,10 +80,7 @@ RetrainingResult prune_and_retrain(const std::string& model, const std::string& 
     out.pruning = prune_once(from, here / "pruned", method, once, options, [&](int64_t done, int64_t all) {
       if (options.on_point) options.on_point(round, done, all);
     });
-    TrainConfig training = run;
-    training.model = {};
-    training.model.checkpoint = (here / "pruned").string();
-    training.train.keep_zeros = true;
+    TrainConfig training = run_on((here / "pruned").string());
     training.train.seed += round - 1;
     training.output.folder = (here / "run").string();
     TrainOptions with = options.train;
