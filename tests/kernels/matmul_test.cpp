@@ -15,19 +15,24 @@ namespace {
 
 class Matmul : public EachIsa {
  protected:
-  // Against sums in f64. `rounding`: of the output, relative.
-  template <class T>
+  // Against sums in f64 of what `T` has of both operands. `rounding`: of the output, relative.
+  template <class T, class Right, class Out>
   static void check_products(double rounding);
 };
 
-template <class T>
+template <class T, class Right, class Out>
 void Matmul::check_products(double rounding) {
   std::mt19937 engine(3);
   std::normal_distribution<float> normal;
-  const auto filled = [&](int64_t n) {
-    std::vector<T> v(static_cast<size_t>(n));
-    for (T& x : v) set(x, normal(engine));
+  const auto filled = [&](int64_t n, auto of_type) {
+    std::vector<decltype(of_type)> v(static_cast<size_t>(n));
+    for (auto& x : v) set(x, normal(engine));
     return v;
+  };
+  const auto used = [](auto x) {
+    T as;
+    set(as, value(x));
+    return static_cast<double>(value(as));
   };
   struct Shape {
     int64_t m, n, k;
@@ -51,13 +56,14 @@ void Matmul::check_products(double rounding) {
       const bool at = kind & 1, bt = kind & 2, gathered = kind & 4, add = kind & 8;
       // Twice the lines, of which the gathered ones are odd and backwards; a stride longer than a line.
       const int64_t a_lines = at ? k : m, a_length = at ? m : k, b_lines = bt ? n : k, b_length = bt ? k : n, gap = 3;
-      const auto a = filled(2 * a_lines * (a_length + gap)), b = filled(2 * b_lines * (b_length + gap));
+      const auto a = filled(2 * a_lines * (a_length + gap), T());
+      const auto b = filled(2 * b_lines * (b_length + gap), Right());
       std::vector<int64_t> a_index, b_index;
       for (int64_t i = a_lines - 1; i >= 0; --i) a_index.push_back(2 * i + 1);
       for (int64_t i = b_lines - 1; i >= 0; --i) b_index.push_back(2 * i + 1);
       const MatrixView<T> A{a.data(), a_length + gap, at, gathered ? a_index.data() : nullptr};
-      const MatrixView<T> B{b.data(), b_length + gap, bt, gathered ? b_index.data() : nullptr};
-      const auto before = filled(m * (n + 2));
+      const MatrixView<Right> B{b.data(), b_length + gap, bt, gathered ? b_index.data() : nullptr};
+      const auto before = filled(m * (n + 2), Out());
       for_each_isa([&] {
         auto out = before;
         matmul(m, n, k, A, B, out.data(), n + 2, add);
@@ -66,8 +72,8 @@ void Matmul::check_products(double rounding) {
           for (int64_t j = 0; j < n; ++j) {
             double sum = add ? value(before[i * (n + 2) + j]) : 0.0, size = std::abs(sum);
             for (int64_t p = 0; p < k; ++p) {
-              const double product = static_cast<double>(value(at ? A.line(p)[i] : A.line(i)[p])) *
-                                     static_cast<double>(value(bt ? B.line(j)[p] : B.line(p)[j]));
+              const double product =
+                  used(at ? A.line(p)[i] : A.line(i)[p]) * used(bt ? B.line(j)[p] : B.line(p)[j]);
               sum += product;
               size += std::abs(product);
             }
@@ -83,10 +89,16 @@ void Matmul::check_products(double rounding) {
 }
 
 TEST_F(Matmul, EqualsSumsInF32) {
-  check_products<float>(1e-7);
+  check_products<float, float, float>(1e-7);
 }
 TEST_F(Matmul, EqualsSumsInBf16) {
-  check_products<uint16_t>(std::exp2(-8));
+  check_products<uint16_t, uint16_t, uint16_t>(std::exp2(-8));
+}
+TEST_F(Matmul, LeavesSumsOfBf16InF32) {
+  check_products<uint16_t, uint16_t, float>(1e-7);
+}
+TEST_F(Matmul, RoundsTheRightOperandToBf16) {
+  check_products<uint16_t, float, uint16_t>(std::exp2(-8));
 }
 
 TEST_F(Matmul, NoDepthGivesZerosOrWhatWasThere) {

@@ -27,13 +27,22 @@ T element(const MatrixView<T>& v, int64_t i, int64_t j) {
   return v.transposed ? v.line(j)[i] : v.line(i)[j];
 }
 
-template <class T>
-void plain(int64_t m, int64_t n, int64_t k, const MatrixView<T>& a, const MatrixView<T>& b, T* out, int64_t stride,
-           bool add) {
+// As `T`, the type that is computed in, has it.
+template <class T, class Source>
+float rounded(Source x) {
+  if constexpr (sizeof(T) < sizeof(Source))
+    return bf16_to_float(float_to_bf16(x));
+  else
+    return load(x);
+}
+
+template <class T, class Right, class Out>
+void plain(int64_t m, int64_t n, int64_t k, const MatrixView<T>& a, const MatrixView<Right>& b, Out* out,
+           int64_t stride, bool add) {
   if (m <= 0 || n <= 0) return;
   std::vector<float> right(static_cast<size_t>(k * n)), sums(static_cast<size_t>(n));
   for (int64_t p = 0; p < k; ++p)
-    for (int64_t j = 0; j < n; ++j) right[static_cast<size_t>(p * n + j)] = load(element(b, p, j));
+    for (int64_t j = 0; j < n; ++j) right[static_cast<size_t>(p * n + j)] = rounded<T>(element(b, p, j));
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < n; ++j) sums[static_cast<size_t>(j)] = add ? load(out[i * stride + j]) : 0.f;
     for (int64_t p = 0; p < k; ++p) {
@@ -45,7 +54,7 @@ void plain(int64_t m, int64_t n, int64_t k, const MatrixView<T>& a, const Matrix
   }
 }
 
-constexpr MatmulKernels kPlain = {plain<float>, plain<uint16_t>};
+constexpr MatmulKernels kPlain = {plain, plain, plain, plain};
 
 const MatmulKernels& kernels() {
 #if defined(__x86_64__)
@@ -65,6 +74,16 @@ void matmul(int64_t m, int64_t n, int64_t k, const MatrixView<float>& a, const M
 void matmul(int64_t m, int64_t n, int64_t k, const MatrixView<uint16_t>& a, const MatrixView<uint16_t>& b,
             uint16_t* out, int64_t stride, bool add) {
   kernels().bf16(m, n, k, a, b, out, stride, add);
+}
+
+void matmul(int64_t m, int64_t n, int64_t k, const MatrixView<uint16_t>& a, const MatrixView<uint16_t>& b, float* out,
+            int64_t stride, bool add) {
+  kernels().bf16_to_f32(m, n, k, a, b, out, stride, add);
+}
+
+void matmul(int64_t m, int64_t n, int64_t k, const MatrixView<uint16_t>& a, const MatrixView<float>& b, uint16_t* out,
+            int64_t stride, bool add) {
+  kernels().bf16_by_f32(m, n, k, a, b, out, stride, add);
 }
 
 bool matmul_is_fast() {

@@ -31,6 +31,17 @@ struct Avx2 {
     for (int64_t i = 0; i < n; ++i) some[i] = p[i];
     return eight(some);
   }
+  // As the type T has them.
+  template <class T, class Source>
+  [[gnu::always_inline]] static __m256 eight_as(const Source* p, int64_t n) {
+    if constexpr (sizeof(T) < sizeof(Source)) {
+      uint16_t some[8] = {};
+      for (int64_t i = 0; i < std::min<int64_t>(n, 8); ++i) some[i] = float_to_bf16(p[i]);
+      return eight(some);
+    } else {
+      return eight(p, n);
+    }
+  }
   static void store(uint32_t* to, __m256 x) { _mm256_storeu_ps(reinterpret_cast<float*>(to), x); }
 
   // Rows r[0..7] -> their transposition.
@@ -55,24 +66,24 @@ struct Avx2 {
 
   // 8 lines of elements that lie one behind another along k: to[p * width + line]. Lines that are missing give zeros.
   // Writes 8 units at each p: those beyond `width` are written again with the next p, or follow the panel.
-  template <class T>
-  static void pack_lines(const T* const* lines, int64_t have, int64_t count, uint32_t* to, int64_t width) {
+  template <class T, class Source>
+  static void pack_lines(const Source* const* lines, int64_t have, int64_t count, uint32_t* to, int64_t width) {
     for (int64_t p = 0; p < count; p += 8) {
       __m256 r[8];
       const int64_t left = count - p;
-      for (int i = 0; i < 8; ++i) r[i] = i < have ? eight(lines[i] + p, left) : _mm256_setzero_ps();
+      for (int i = 0; i < 8; ++i) r[i] = i < have ? eight_as<T>(lines[i] + p, left) : _mm256_setzero_ps();
       transpose8(r);
       for (int64_t i = 0; i < std::min<int64_t>(8, left); ++i) store(to + (p + i) * width, r[i]);
     }
   }
 
   // Elements that lie one behind another across the panel: line(p) is where those of depth p begin; `have` of `width`.
-  template <int64_t width, class T, class Line>
+  template <int64_t width, class T, class Source, class Line>
   static void pack_across(Line line, int64_t have, int64_t count, uint32_t* to) {
     const auto pack = [&](int64_t n) __attribute__((always_inline)) {
       for (int64_t p = 0; p < count; ++p)
         for (int64_t at = 0; at < width; at += 8)
-          store(to + p * width + at, eight(line(p) + at, std::clamp<int64_t>(n - at, 0, 8)));
+          store(to + p * width + at, eight_as<T>(line(p) + at, std::clamp<int64_t>(n - at, 0, 8)));
     };
     have == width ? pack(width) : pack(have);  // all of them: their number is known here
   }
@@ -83,24 +94,24 @@ struct Avx2 {
     if (!a.transposed) {
       const T* lines[kRows];
       for (int64_t i = 0; i < have; ++i) lines[i] = a.line(begin + i) + from;
-      pack_lines(lines, have, count, to, kRows);
+      pack_lines<T>(lines, have, count, to, kRows);
     } else {
-      pack_across<kRows, T>([&](int64_t p) { return a.line(from + p) + begin; }, have, count, to);
+      pack_across<kRows, T, T>([&](int64_t p) { return a.line(from + p) + begin; }, have, count, to);
     }
   }
 
-  template <class T>
-  static void pack_right(const MatrixView<T>& b, int64_t begin, int64_t have, int64_t from, int64_t count,
+  template <class T, class Source>
+  static void pack_right(const MatrixView<Source>& b, int64_t begin, int64_t have, int64_t from, int64_t count,
                          uint32_t* to) {
     if (b.transposed) {
       for (int64_t half = 0; half < kColumns; half += 8) {
-        const T* lines[8];
+        const Source* lines[8];
         const int64_t n = std::clamp<int64_t>(have - half, 0, 8);
         for (int64_t j = 0; j < n; ++j) lines[j] = b.line(begin + half + j) + from;
-        pack_lines(lines, n, count, to + half, kColumns);
+        pack_lines<T>(lines, n, count, to + half, kColumns);
       }
     } else {
-      pack_across<kColumns, T>([&](int64_t p) { return b.line(from + p) + begin; }, have, count, to);
+      pack_across<kColumns, T, Source>([&](int64_t p) { return b.line(from + p) + begin; }, have, count, to);
     }
   }
 
@@ -149,7 +160,7 @@ struct Avx2 {
   }
 };
 
-constexpr MatmulKernels kKernels = {product<Avx2, float>, product<Avx2, uint16_t>};
+constexpr MatmulKernels kKernels = {product<Avx2>, product<Avx2>, product<Avx2>, product<Avx2>};
 
 }  // namespace
 

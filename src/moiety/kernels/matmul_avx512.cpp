@@ -52,10 +52,13 @@ struct Avx512 {
     return n >= 16 ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1u << std::max<int64_t>(n, 0)) - 1u);
   }
 
+  // 32 numbers as bf16, in their order. Subnormal ones give zero.
+  static __m512i rounded(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
   // Lines of elements that lie one behind another along k: to[p * width + line], units p. Lines that are missing give
   // zeros; `width` lines of the panel, at most 16 of them here. Reads `count` elements of a line.
-  template <class T>
-  static void pack_lines(const T* const* lines, int64_t have, int64_t count, uint32_t* to, int64_t width,
+  template <class T, class Source>
+  static void pack_lines(const Source* const* lines, int64_t have, int64_t count, uint32_t* to, int64_t width,
                          int64_t keep) {
     const int64_t units = (count + kUnit<T> - 1) / kUnit<T>;
     const __mmask16 kept = first(keep);
@@ -65,6 +68,9 @@ struct Avx512 {
       for (int i = 0; i < 16; ++i) {
         if (i >= have)
           r[i] = _mm512_setzero_si512();
+        else if constexpr (sizeof(Source) > sizeof(T))
+          r[i] = rounded(_mm512_maskz_loadu_ps(first(left), lines[i] + p * 2),
+                         _mm512_maskz_loadu_ps(first(left - 16), lines[i] + p * 2 + 16));
         else if (left >= 16 * kUnit<T>)
           r[i] = _mm512_loadu_si512(lines[i] + p * kUnit<T>);
         else if constexpr (sizeof(T) == 4)
@@ -78,14 +84,27 @@ struct Avx512 {
     }
   }
 
+  // 16 elements and 16 more -> pairs of one of each.
+  static __m512i neighbours(__m512i x) {
+    alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), x);
+  }
+
   // Elements that lie one behind another across the panel: line(p) is where those of depth p begin; `have` of `width`.
-  template <class T, class Line>
+  template <class T, class Source, class Line>
   static void pack_across(Line line, int64_t have, int64_t count, uint32_t* to, int64_t width) {
     for (int64_t at = 0; at < width; at += 16) {
       const __mmask16 keep = first(width - at), real = first(have - at);
       if constexpr (sizeof(T) == 4) {
         for (int64_t p = 0; p < count; ++p)
           _mm512_mask_storeu_epi32(to + p * width + at, keep, _mm512_maskz_loadu_epi32(real, line(p) + at));
+      } else if constexpr (sizeof(Source) > sizeof(T)) {
+        for (int64_t p = 0; p < count; p += 2) {
+          const __m512 low = _mm512_maskz_loadu_ps(real, line(p) + at);
+          const __m512 high = p + 1 < count ? _mm512_maskz_loadu_ps(real, line(p + 1) + at) : _mm512_setzero_ps();
+          _mm512_mask_storeu_epi32(to + p / 2 * width + at, keep, neighbours(rounded(low, high)));
+        }
       } else {
         const auto wide = [&](int64_t p) {
           return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(real, line(p) + at));
@@ -105,24 +124,24 @@ struct Avx512 {
     if (!a.transposed) {
       const T* lines[kRows];
       for (int64_t i = 0; i < have; ++i) lines[i] = a.line(begin + i) + from;
-      pack_lines(lines, have, count, to, kRows, kRows);
+      pack_lines<T>(lines, have, count, to, kRows, kRows);
     } else {
-      pack_across<T>([&](int64_t p) { return a.line(from + p) + begin; }, have, count, to, kRows);
+      pack_across<T, T>([&](int64_t p) { return a.line(from + p) + begin; }, have, count, to, kRows);
     }
   }
 
-  template <class T>
-  static void pack_right(const MatrixView<T>& b, int64_t begin, int64_t have, int64_t from, int64_t count,
+  template <class T, class Source>
+  static void pack_right(const MatrixView<Source>& b, int64_t begin, int64_t have, int64_t from, int64_t count,
                          uint32_t* to) {
     if (b.transposed) {
       for (int64_t half = 0; half < kColumns; half += 16) {
-        const T* lines[16];
+        const Source* lines[16];
         const int64_t n = std::clamp<int64_t>(have - half, 0, 16);
         for (int64_t j = 0; j < n; ++j) lines[j] = b.line(begin + half + j) + from;
-        pack_lines(lines, n, count, to + half, kColumns, 16);
+        pack_lines<T>(lines, n, count, to + half, kColumns, 16);
       }
     } else {
-      pack_across<T>([&](int64_t p) { return b.line(from + p) + begin; }, have, count, to, kColumns);
+      pack_across<T, Source>([&](int64_t p) { return b.line(from + p) + begin; }, have, count, to, kColumns);
     }
   }
 
@@ -202,7 +221,7 @@ struct Avx512 {
   }
 };
 
-constexpr MatmulKernels kKernels = {product<Avx512, float>, product<Avx512, uint16_t>};
+constexpr MatmulKernels kKernels = {product<Avx512>, product<Avx512>, product<Avx512>, product<Avx512>};
 
 }  // namespace
 

@@ -4,11 +4,15 @@
 
 namespace moiety {
 
+template <class Left, class Right, class Out>
+using Matmul = void (*)(int64_t m, int64_t n, int64_t k, const MatrixView<Left>& a, const MatrixView<Right>& b,
+                        Out* out, int64_t stride, bool add);
+
 struct MatmulKernels {
-  void (*f32)(int64_t m, int64_t n, int64_t k, const MatrixView<float>& a, const MatrixView<float>& b, float* out,
-              int64_t stride, bool add);
-  void (*bf16)(int64_t m, int64_t n, int64_t k, const MatrixView<uint16_t>& a, const MatrixView<uint16_t>& b,
-               uint16_t* out, int64_t stride, bool add);
+  Matmul<float, float, float> f32;
+  Matmul<uint16_t, uint16_t, uint16_t> bf16;
+  Matmul<uint16_t, uint16_t, float> bf16_to_f32;
+  Matmul<uint16_t, float, uint16_t> bf16_by_f32;
 };
 
 const MatmulKernels& matmul_kernels_avx2();

@@ -31,18 +31,46 @@ class Scratch {
   int64_t size_ = 0;
 };
 
+// What the next panel is packed from, asked for while the tiles of this one are computed: its lines lie far apart, which
+// no processor foresees.
+template <class T>
+class Ahead {
+ public:
+  Ahead(const MatrixView<T>& b, int64_t column, int64_t columns, int64_t from, int64_t count, int64_t parts)
+      : b_(b), lines_(b.transposed ? columns : count), begin_(b.transposed ? from : column) {
+    if (columns <= 0 || count <= 0) lines_ = 0;
+    first_ = b.transposed ? column : from;
+    const int64_t bytes = (b.transposed ? count : columns) * static_cast<int64_t>(sizeof(T));
+    pieces_ = (bytes + kLine - 1) / kLine + (bytes % kLine == 0 ? 0 : 1);
+    each_ = (lines_ + parts - 1) / parts;
+  }
+  void fetch(int64_t part) const {
+    const int64_t last = std::min(lines_, (part + 1) * each_);
+    for (int64_t i = part * each_; i < last; ++i) {
+      const char* at = reinterpret_cast<const char*>(b_.line(first_ + i) + begin_);
+      for (int64_t p = 0; p < pieces_; ++p) __builtin_prefetch(at + p * kLine, 0, 2);
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const MatrixView<T>& b_;
+  int64_t lines_, begin_, first_ = 0, pieces_ = 0, each_ = 0;
+};
+
 // `Set` says what an instruction set does:
 //   kRows, kColumns   of a tile
 //   kBlock            rows of the left operand that are packed at a time, a multiple of kRows
 //   kDepth            32-bit units along k that are packed at a time
 //   kUnit<T>          elements of a unit
-//   pack_left, pack_right(view, first line, lines, first element, elements, to)   lines that are missing give zeros
+//   pack_left, pack_right<T>(view, first line, lines, first element, elements, to)   lines that are missing give
+//                            zeros; elements of another type than T are rounded to it
 //   kTiles<T>[rows](units, left, right, out [rows, kColumns])
 //   put(out of a tile, [sums of other depths, their stride,] rows, columns, to, stride, add)
-template <class Set, class T>
-void product(int64_t m, int64_t n, int64_t k, const MatrixView<T>& a, const MatrixView<T>& b, T* out, int64_t stride,
-             bool add) {
-  constexpr bool bf16 = sizeof(T) == 2;
+template <class Set, class T, class Right, class Out>
+void product(int64_t m, int64_t n, int64_t k, const MatrixView<T>& a, const MatrixView<Right>& b, Out* out,
+             int64_t stride, bool add) {
+  constexpr bool rounds = sizeof(Out) == 2;
   constexpr int64_t kRows = Set::kRows, kColumns = Set::kColumns, kUnit = Set::template kUnit<T>;
   static thread_local Scratch left_memory, right_memory, sums_memory;
   const int64_t depths = std::max<int64_t>(1, (k + Set::kDepth * kUnit - 1) / (Set::kDepth * kUnit));
@@ -54,7 +82,7 @@ void product(int64_t m, int64_t n, int64_t k, const MatrixView<T>& a, const Matr
   uint32_t* left = left_memory.get(block * units + 16);
   uint32_t* right = right_memory.get(kColumns * units);
   const int64_t width = (n + kColumns - 1) / kColumns * kColumns;
-  float* sums = bf16 && depths > 1 ? reinterpret_cast<float*>(sums_memory.get(block * width)) : nullptr;
+  float* sums = rounds && depths > 1 ? reinterpret_cast<float*>(sums_memory.get(block * width)) : nullptr;
   alignas(64) float result[kRows * kColumns];
   for (int64_t top = 0; top < m; top += block) {
     const int64_t rows = std::min(block, m - top);
@@ -65,12 +93,15 @@ void product(int64_t m, int64_t n, int64_t k, const MatrixView<T>& a, const Matr
         Set::pack_left(a, top + i, std::min(kRows, rows - i), from, count, left + i * used);
       for (int64_t j = 0; j < n; j += kColumns) {
         const int64_t columns = std::min(kColumns, n - j);
-        Set::pack_right(b, j, columns, from, count, right);
+        Set::template pack_right<T>(b, j, columns, from, count, right);
+        const Ahead<Right> ahead(b, j + kColumns, std::min(kColumns, n - j - kColumns), from, count,
+                                 (rows + kRows - 1) / kRows);
         for (int64_t i = 0; i < rows; i += kRows) {
+          ahead.fetch(i / kRows);
           const int64_t now = std::min(kRows, rows - i);
           Set::template kTiles<T>[now](used, left + i * used, right, result);
-          T* to = out + (top + i) * stride + j;
-          if constexpr (!bf16)
+          Out* to = out + (top + i) * stride + j;
+          if constexpr (!rounds)
             Set::put(result, now, columns, to, stride, add || d > 0);
           else if (d + 1 < depths)
             Set::put(result, now, columns, sums + i * width + j, width, d > 0);
