@@ -8,7 +8,7 @@
 
 #include "moiety/base/error.h"
 #include "moiety/moe/dispatch.h"
-#include "moiety/moe/products.h"
+#include "moiety/nn/products.h"
 #include "moiety/moe/swiglu_tasks.h"
 #include "moiety/nn/tasks.h"
 

@@ -7,7 +7,7 @@
 
 #include "moiety/kernels/swiglu.h"
 #include "moiety/moe/dispatch.h"
-#include "moiety/moe/products.h"
+#include "moiety/nn/products.h"
 #include "moiety/nn/elements.h"
 #include "moiety/nn/tasks.h"
 
