@@ -72,8 +72,7 @@ void Matmul::check_products(double rounding) {
           for (int64_t j = 0; j < n; ++j) {
             double sum = add ? value(before[i * (n + 2) + j]) : 0.0, size = std::abs(sum);
             for (int64_t p = 0; p < k; ++p) {
-              const double product =
-                  used(at ? A.line(p)[i] : A.line(i)[p]) * used(bt ? B.line(j)[p] : B.line(p)[j]);
+              const double product = used(at ? A.line(p)[i] : A.line(i)[p]) * used(bt ? B.line(j)[p] : B.line(p)[j]);
               sum += product;
               size += std::abs(product);
             }
@@ -99,6 +98,7 @@ TEST_F(Matmul, LeavesSumsOfBf16InF32) {
 }
 TEST_F(Matmul, RoundsTheRightOperandToBf16) {
   check_products<uint16_t, float, uint16_t>(std::exp2(-8));
+  check_products<uint16_t, float, float>(1e-7);
 }
 
 TEST_F(Matmul, NoDepthGivesZerosOrWhatWasThere) {

@@ -91,10 +91,11 @@ TEST(GroupedSwiglu, GradientsEqualFiniteDifferences) {
 }
 
 // Enough pairs for the path that cuts the work into tasks, against the same layer in f64, which takes the other.
-class SwigluTasks : public testing::TestWithParam<std::tuple<torch::Dtype, int>> {};
+class SwigluTasks : public testing::TestWithParam<std::tuple<std::pair<torch::Dtype, torch::Dtype>, int>> {};
 
 TEST_P(SwigluTasks, EqualTheLayerInDouble) {
-  const auto [dtype, threads] = GetParam();
+  const auto [dtypes, threads] = GetParam();
+  const auto [dtype, weight_dtype] = dtypes;
   const int before = at::get_num_threads();
   at::set_num_threads(threads);
   torch::manual_seed(11);
@@ -109,7 +110,8 @@ TEST_P(SwigluTasks, EqualTheLayerInDouble) {
                                                              {experts, width, hidden},
                                                              {experts, width, hidden},
                                                              {experts, hidden, width}}) {
-    low.push_back((torch::randn(shape) * 0.4).to(shape[1] == 3 ? torch::kFloat32 : dtype).requires_grad_());
+    const auto type = shape[1] == 3 ? torch::kFloat32 : shape.size() == 3 ? weight_dtype : dtype;
+    low.push_back((torch::randn(shape) * 0.4).to(type).requires_grad_());
     high.push_back(low.back().detach().to(torch::kFloat64).requires_grad_());
   }
   const auto weights = torch::randn({tokens, hidden}).to(dtype);
@@ -136,6 +138,7 @@ TEST_P(SwigluTasks, EqualTheLayerInDouble) {
   const auto got = run(low), want = run(high);
   const double tolerance = dtype == torch::kFloat32 ? 1e-5 : 3e-2;
   for (size_t i = 0; i < got.size(); ++i) {
+    if (i < low.size()) EXPECT_EQ(got[i].scalar_type(), low[i].scalar_type()) << i;
     const double scale = want[i].abs().max().item<double>();
     EXPECT_LT((got[i].to(torch::kFloat64) - want[i]).abs().max().item<double>(), tolerance * scale) << i;
   }
@@ -143,7 +146,10 @@ TEST_P(SwigluTasks, EqualTheLayerInDouble) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, SwigluTasks,
-                         testing::Combine(testing::Values(torch::kFloat32, torch::kBFloat16), testing::Values(1, 3)));
+                         testing::Combine(testing::Values(std::pair{torch::kFloat32, torch::kFloat32},
+                                                          std::pair{torch::kBFloat16, torch::kBFloat16},
+                                                          std::pair{torch::kBFloat16, torch::kFloat32}),
+                                          testing::Values(1, 3)));
 
 TEST(RunTasks, RunsAllAndPassesErrorsOn) {
   std::vector<int> runs(100, 0);

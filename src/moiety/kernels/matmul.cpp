@@ -54,7 +54,7 @@ void plain(int64_t m, int64_t n, int64_t k, const MatrixView<T>& a, const Matrix
   }
 }
 
-constexpr MatmulKernels kPlain = {plain, plain, plain, plain};
+constexpr MatmulKernels kPlain = {plain, plain, plain, plain, plain};
 
 const MatmulKernels& kernels() {
 #if defined(__x86_64__)
@@ -84,6 +84,11 @@ void matmul(int64_t m, int64_t n, int64_t k, const MatrixView<uint16_t>& a, cons
 void matmul(int64_t m, int64_t n, int64_t k, const MatrixView<uint16_t>& a, const MatrixView<float>& b, uint16_t* out,
             int64_t stride, bool add) {
   kernels().bf16_by_f32(m, n, k, a, b, out, stride, add);
+}
+
+void matmul(int64_t m, int64_t n, int64_t k, const MatrixView<uint16_t>& a, const MatrixView<float>& b, float* out,
+            int64_t stride, bool add) {
+  kernels().bf16_by_f32_to_f32(m, n, k, a, b, out, stride, add);
 }
 
 bool matmul_is_fast() {

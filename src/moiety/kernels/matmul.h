@@ -28,6 +28,8 @@ void matmul(int64_t m, int64_t n, int64_t k, const MatrixView<uint16_t>& a, cons
 /// b is rounded to bf16 while it is packed: f32 weights under bf16 activations need no second copy.
 void matmul(int64_t m, int64_t n, int64_t k, const MatrixView<uint16_t>& a, const MatrixView<float>& b, uint16_t* out,
             int64_t stride, bool add = false);
+void matmul(int64_t m, int64_t n, int64_t k, const MatrixView<uint16_t>& a, const MatrixView<float>& b, float* out,
+            int64_t stride, bool add = false);
 
 /// Whether matmul() reaches the speed of a tuned library on this machine; elsewhere it is a plain loop.
 bool matmul_is_fast();

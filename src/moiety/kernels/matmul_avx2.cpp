@@ -160,7 +160,7 @@ struct Avx2 {
   }
 };
 
-constexpr MatmulKernels kKernels = {product<Avx2>, product<Avx2>, product<Avx2>, product<Avx2>};
+constexpr MatmulKernels kKernels = {product<Avx2>, product<Avx2>, product<Avx2>, product<Avx2>, product<Avx2>};
 
 }  // namespace
 

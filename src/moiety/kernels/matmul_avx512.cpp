@@ -221,7 +221,8 @@ struct Avx512 {
   }
 };
 
-constexpr MatmulKernels kKernels = {product<Avx512>, product<Avx512>, product<Avx512>, product<Avx512>};
+constexpr MatmulKernels kKernels = {product<Avx512>, product<Avx512>, product<Avx512>, product<Avx512>,
+                                    product<Avx512>};
 
 }  // namespace
 

@@ -13,6 +13,7 @@ struct MatmulKernels {
   Matmul<uint16_t, uint16_t, uint16_t> bf16;
   Matmul<uint16_t, uint16_t, float> bf16_to_f32;
   Matmul<uint16_t, float, uint16_t> bf16_by_f32;
+  Matmul<uint16_t, float, float> bf16_by_f32_to_f32;
 };
 
 const MatmulKernels& matmul_kernels_avx2();

@@ -31,8 +31,8 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// What the next panel is packed from, asked for while the tiles of this one are computed: its lines lie far apart, which
-// no processor foresees.
+// What the next panel is packed from, asked for while the tiles of this one are computed: its lines lie far apart,
+// which no processor foresees.
 template <class T>
 class Ahead {
  public:

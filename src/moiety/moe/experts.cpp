@@ -12,9 +12,10 @@ namespace moiety {
 
 namespace {
 
-// In x's dtype; undefined stays undefined.
+// As the grouped products take it beside x: in f32 or in x's dtype; undefined stays undefined.
 torch::Tensor like(const torch::Tensor& x, const torch::Tensor& t) {
-  return t.defined() && t.scalar_type() != x.scalar_type() ? t.to(x.scalar_type()) : t;
+  return t.defined() && t.scalar_type() != x.scalar_type() && t.scalar_type() != torch::kFloat32 ? t.to(x.scalar_type())
+                                                                                                 : t;
 }
 
 }  // namespace

@@ -8,8 +8,8 @@
 
 #include "moiety/base/error.h"
 #include "moiety/moe/dispatch.h"
-#include "moiety/nn/products.h"
 #include "moiety/moe/swiglu_tasks.h"
+#include "moiety/nn/products.h"
 #include "moiety/nn/tasks.h"
 
 namespace moiety {
@@ -87,7 +87,7 @@ struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
       const auto g = grad.narrow(0, begin, n);
       if (dx.defined()) product(dx.narrow(0, begin, n), {g}, {weight.select(0, e)}, false);
       if (dw.defined()) product(dw.select(0, e), {g, true}, {x.narrow(0, begin, n)}, false);
-      if (db.defined()) db.select(0, e).copy_(g.sum(0));
+      if (db.defined()) db.select(0, e).copy_(g.sum(0, false, db.scalar_type()));
     });
     return {dx, dw, db, Tensor()};
   }
@@ -175,7 +175,8 @@ Tensor grouped_linear(const Tensor& x, const Tensor& weight, const Tensor& bias,
   check(x.dim() == 2 && weight.dim() == 3 && x.size(1) == weight.size(2), "matrices {} cannot be applied to rows {}",
         weight.sizes().vec(), x.sizes().vec());
   check_counts(counts, weight.size(0), x.size(0));
-  return GroupedLinear::apply(x, weight, bias.defined() ? std::optional<Tensor>(bias) : std::nullopt, counts);
+  return GroupedLinear::apply(x, x.is_cpu() ? weight : weight.to(x.scalar_type()),
+                              bias.defined() ? std::optional<Tensor>(bias) : std::nullopt, counts);
 }
 
 Tensor grouped_swiglu(const Tensor& x, const Tensor& tokens, const Tensor& gates, const std::vector<int64_t>& counts,
@@ -184,7 +185,11 @@ Tensor grouped_swiglu(const Tensor& x, const Tensor& tokens, const Tensor& gates
   const bool keep =
       torch::GradMode::is_enabled() && (x.requires_grad() || gates.requires_grad() || gate.requires_grad() ||
                                         up.requires_grad() || down.requires_grad());
-  return GroupedSwiglu::apply(x, tokens, gates, gate, up, down, counts, keep);
+  // Only tasks compute with matrices of another type than x.
+  const auto like = [&, mixed = runs_as_tasks({x, tokens, gates, gate, up, down, counts})](const Tensor& t) {
+    return mixed ? t : t.to(x.scalar_type());
+  };
+  return GroupedSwiglu::apply(x, tokens, gates, like(gate), like(up), like(down), counts, keep);
 }
 
 namespace {

@@ -7,8 +7,8 @@
 
 #include "moiety/kernels/swiglu.h"
 #include "moiety/moe/dispatch.h"
-#include "moiety/nn/products.h"
 #include "moiety/nn/elements.h"
+#include "moiety/nn/products.h"
 #include "moiety/nn/tasks.h"
 
 namespace moiety {
@@ -85,6 +85,8 @@ struct Task {
 bool runs_as_tasks(const SwigluInputs& in) {
   const auto type = in.x.scalar_type();
   if (!in.x.device().is_cpu() || (type != torch::kFloat32 && type != torch::kBFloat16)) return false;
+  for (const Tensor* w : {&in.gate, &in.up, &in.down})
+    if (w->scalar_type() != type && w->scalar_type() != torch::kFloat32) return false;
   if (in.gates.scalar_type() != torch::kFloat32 || !in.x.is_contiguous()) return false;
   return static_cast<int64_t>(pieces_of(in.counts).size()) >= 2 * at::get_num_threads();
 }

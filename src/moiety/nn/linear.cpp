@@ -7,12 +7,16 @@
 #include "moiety/base/error.h"
 #include "moiety/kernels/cpu.h"
 #include "moiety/kernels/dot.h"
+#include "moiety/kernels/matmul.h"
 #include "moiety/nn/arithmetic.h"
 #include "moiety/nn/beside.h"
+#include "moiety/nn/dense.h"
 #include "moiety/nn/elements.h"
 #include "moiety/nn/packed.h"
 #include "moiety/nn/parallel.h"
+#include "moiety/nn/products.h"
 #include "moiety/nn/shortcut.h"
+#include "moiety/nn/tasks.h"
 #include "moiety/nn/weights.h"
 
 namespace moiety {
@@ -34,9 +38,29 @@ void for_pieces(const TensorView& blocks, torch::Device device, Use use) {
   }
 }
 
+// Whether products of x with decoded pieces run on our own kernels.
+bool by_tasks(const torch::Tensor& x) {
+  const auto type = x.scalar_type();
+  return x.is_cpu() && x.stride(-1) == 1 && (type == torch::kFloat32 || type == torch::kBFloat16) && matmul_is_fast();
+}
+
+// Rows of W that a task decodes: few enough for all threads to have some, enough for the products.
+int64_t rows_of_a_task(const TensorView& blocks) {
+  const int64_t most = std::max<int64_t>(32, kPieceElements / 4 / std::max<int64_t>(blocks.shape[1], 1));
+  return std::clamp<int64_t>(blocks.shape[0] / (4 * at::get_num_threads()), 32, std::min<int64_t>(most, 256));
+}
+
 // x [n, in] -> x W^T [n, out], in x's dtype.
 torch::Tensor times_transposed(const torch::Tensor& x, const TensorView& blocks) {
   auto y = torch::empty({x.size(0), blocks.shape[0]}, x.options());
+  if (by_tasks(x)) {
+    const int64_t out = blocks.shape[0], piece = rows_of_a_task(blocks);
+    run_tasks((out + piece - 1) / piece, [&](int64_t i) {
+      const int64_t begin = i * piece, end = std::min(out, begin + piece);
+      multiply(y.slice(1, begin, end), {x}, {dequantize(slice_rows(blocks, begin, end)), true});
+    });
+    return y;
+  }
   for_pieces(blocks, x.device(), [&](int64_t begin, int64_t end, const torch::Tensor& w) {
     y.slice(1, begin, end).copy_(at::matmul(x, w.to(x.scalar_type()).t()));
   });
@@ -109,8 +133,15 @@ class FrozenMatmul : public torch::autograd::Function<FrozenMatmul> {
     // Sums over pieces are taken in f32.
     auto grad = torch::zeros({grads[0].size(0), blocks->view->shape[1]}, grads[0].options().dtype(torch::kFloat32));
     const auto dtype = grads[0].scalar_type();
+    const auto own = by_tasks(grads[0]);
+    const auto ranges = tile_ranges(grad.size(0), 4 * at::get_num_threads());
     for_pieces(*blocks->view, grad.device(), [&](int64_t begin, int64_t end, const torch::Tensor& w) {
-      if (dtype == torch::kFloat32)
+      if (own)
+        run_tasks(static_cast<int64_t>(ranges.size()), [&](int64_t i) {
+          const auto [first, last] = ranges[static_cast<size_t>(i)];
+          multiply(grad.slice(0, first, last), {grads[0].slice(0, first, last).slice(1, begin, end)}, {w}, true);
+        });
+      else if (dtype == torch::kFloat32)
         grad.addmm_(grads[0].slice(1, begin, end), w);
       else
         grad.add_(at::matmul(grads[0].slice(1, begin, end), w.to(dtype)));
@@ -217,6 +248,10 @@ std::vector<torch::Tensor> multiply_all(std::initializer_list<Linear> matrices, 
     if (const PackedMatrix* p = m->packed_for(x)) packed.push_back(p);
   }
   std::vector<torch::Tensor> out;
+  std::vector<DenseMatrix> dense;
+  for (Linear m : matrices)
+    if (!m->mapped() && runs_dense(x, {m->weight, m->bias})) dense.push_back({m->weight, m->bias});
+  if (dense.size() == matrices.size() && dense.size() <= kMostDense) return dense_products(x, dense);
   if (packed.size() < matrices.size()) {
     for (Linear m : matrices) out.push_back(m->multiply(x));
     return out;
@@ -242,6 +277,8 @@ torch::Tensor LinearImpl::forward(const torch::Tensor& x) {
 torch::Tensor LinearImpl::multiply(const torch::Tensor& x) {
   check_width(*this, x);
   const auto plain = [&](const torch::Tensor& w) {
+    const DenseMatrix matrix{w, bias};
+    if (runs_dense(x, matrix)) return dense_products(x, {&matrix, 1})[0];
     static const bool slow_bf16 = !has_fast_bf16_products();
     if (slow_bf16 && x.scalar_type() == torch::kBFloat16 && x.device().is_cpu() && x.numel() > x.size(-1) &&
         may_shorten({x, w, bias})) {

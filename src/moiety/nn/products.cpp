@@ -30,28 +30,31 @@ void by_kernel(const torch::Tensor& out, const Operand& a, const Operand& b, boo
   matmul(out.size(0), out.size(1), depth, view<Left>(a), view<Right>(b), bits<Out>(out), out.stride(0), add);
 }
 
-// f32, f32, f32; bf16, bf16, bf16 or f32; bf16, f32, bf16: as matmul() has them.
 bool try_kernel(const torch::Tensor& out, const Operand& a, const Operand& b, bool add) {
-  const bool f32_out = out.scalar_type() == torch::kFloat32, f32_b = b.matrix.scalar_type() == torch::kFloat32;
-  if ((!f32_out && out.scalar_type() != torch::kBFloat16) || (!f32_b && b.matrix.scalar_type() != torch::kBFloat16))
-    return false;
-  if (a.matrix.scalar_type() == torch::kFloat32 && f32_b && f32_out)
+  enum { kF32, kBf16, kOther };
+  const auto kind = [](const torch::Tensor& t) {
+    return t.scalar_type() == torch::kFloat32 ? kF32 : t.scalar_type() == torch::kBFloat16 ? kBf16 : kOther;
+  };
+  const auto of_a = kind(a.matrix), of_b = kind(b.matrix), of_out = kind(out);
+  if (of_a == kOther || of_b == kOther || of_out == kOther) return false;
+  if (of_a == kF32) {
+    if (of_b != kF32 || of_out != kF32) return false;
     by_kernel<float, float, float>(out, a, b, add);
-  else if (a.matrix.scalar_type() != torch::kBFloat16 || (f32_b && f32_out))
-    return false;
-  else if (f32_b)
-    by_kernel<at::BFloat16, float, at::BFloat16>(out, a, b, add);
-  else if (f32_out)
-    by_kernel<at::BFloat16, at::BFloat16, float>(out, a, b, add);
-  else
-    by_kernel<at::BFloat16, at::BFloat16, at::BFloat16>(out, a, b, add);
+  } else if (of_b == kF32) {
+    (of_out == kF32 ? by_kernel<at::BFloat16, float, float> : by_kernel<at::BFloat16, float, at::BFloat16>)(out, a, b,
+                                                                                                            add);
+  } else {
+    (of_out == kF32 ? by_kernel<at::BFloat16, at::BFloat16, float>
+                    : by_kernel<at::BFloat16, at::BFloat16, at::BFloat16>)(out, a, b, add);
+  }
   return true;
 }
 
 }  // namespace
 
 void multiply(const torch::Tensor& out, const Operand& a, const Operand& b, bool add) {
-  if (matmul_is_fast() && has_rows(out) && has_rows(a.matrix) && has_rows(b.matrix) && try_kernel(out, a, b, add)) return;
+  if (matmul_is_fast() && has_rows(out) && has_rows(a.matrix) && has_rows(b.matrix) && try_kernel(out, a, b, add))
+    return;
   multiply_by_torch(out, a, b, add);
 }
 
@@ -59,7 +62,7 @@ void multiply_by_torch(const torch::Tensor& out, const Operand& a, const Operand
   auto to = out;
   const auto left = plain(a), right = plain(b).to(left.scalar_type());
   if (to.scalar_type() != left.scalar_type()) {
-    const auto product = at::mm(left.to(to.scalar_type()), right.to(to.scalar_type()));
+    const auto product = at::mm(left, right);
     add ? to.add_(product) : to.copy_(product);
   } else if (add) {
     to.addmm_(left, right);

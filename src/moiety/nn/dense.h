@@ -1,0 +1,32 @@
+#pragma once
+// Products with whole float matrices on the CPU, forward and backward, as tasks (tasks.h) over our own kernels: blocks
+// of all matrices that read one input side by side, and in the backward pass the blocks of the input's gradient beside
+// those of the weights'. Internal to linear.cpp.
+#include <torch/types.h>
+
+#include <span>
+#include <vector>
+
+namespace moiety {
+
+/// W [out, in] and b [out] or undefined.
+struct DenseMatrix {
+  torch::Tensor weight, bias;
+};
+
+/// Matrices that one call takes.
+constexpr size_t kMostDense = 3;
+
+/// Whether dense_products() takes x [..., in] and the matrix: f32 or bf16 on the CPU, W of x's type or f32, whole rows,
+/// more of them than a product that only reads the matrix has, and a machine whose kernels are fast.
+bool runs_dense(const torch::Tensor& x, const DenseMatrix& matrix);
+
+/// x [..., in] -> x W^T + b [..., out] of each matrix, in x's type. Gradients have the types of what they belong to:
+/// those of f32 weights are never rounded to bf16. The same bits for any number of threads, and for a row whatever is
+/// beside it.
+std::vector<torch::Tensor> dense_products(const torch::Tensor& x, std::span<const DenseMatrix> matrices);
+
+/// Ranges [first, last) of `total`, `parts` of them or fewer, in steps of the kernels' tiles.
+std::vector<std::pair<int64_t, int64_t>> tile_ranges(int64_t total, int64_t parts);
+
+}  // namespace moiety
