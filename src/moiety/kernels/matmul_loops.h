@@ -31,31 +31,33 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// What the next panel is packed from, asked for while the tiles of this one are computed: its lines lie far apart,
-// which no processor foresees.
+// Asks for `bytes` of memory, which no processor foresees where lines of a matrix lie far apart.
+inline void ask_for(const void* from, int64_t bytes) {
+  constexpr int64_t kLine = 64;
+  const char* at = static_cast<const char*>(from);
+  for (int64_t p = 0; p < bytes + kLine - 1; p += kLine) __builtin_prefetch(at + std::min(p, bytes - 1), 0, 2);
+}
+
+// What a panel is packed from, `width` lines across it and `count` elements along k, asked for in `parts` while the
+// tiles of the panel before are computed.
 template <class T>
 class Ahead {
  public:
-  Ahead(const MatrixView<T>& b, int64_t column, int64_t columns, int64_t from, int64_t count, int64_t parts)
-      : b_(b), lines_(b.transposed ? columns : count), begin_(b.transposed ? from : column) {
-    if (columns <= 0 || count <= 0) lines_ = 0;
-    first_ = b.transposed ? column : from;
-    const int64_t bytes = (b.transposed ? count : columns) * static_cast<int64_t>(sizeof(T));
-    pieces_ = (bytes + kLine - 1) / kLine + (bytes % kLine == 0 ? 0 : 1);
+  // `along`: lines of the matrix lie along k.
+  Ahead(const MatrixView<T>& v, bool along, int64_t begin, int64_t width, int64_t from, int64_t count, int64_t parts)
+      : v_(v), first_(along ? begin : from), lines_(along ? width : count), element_(along ? from : begin) {
+    if (width <= 0 || count <= 0) lines_ = 0;
+    bytes_ = (along ? count : width) * static_cast<int64_t>(sizeof(T));
     each_ = (lines_ + parts - 1) / parts;
   }
   void fetch(int64_t part) const {
     const int64_t last = std::min(lines_, (part + 1) * each_);
-    for (int64_t i = part * each_; i < last; ++i) {
-      const char* at = reinterpret_cast<const char*>(b_.line(first_ + i) + begin_);
-      for (int64_t p = 0; p < pieces_; ++p) __builtin_prefetch(at + p * kLine, 0, 2);
-    }
+    for (int64_t i = part * each_; i < last; ++i) ask_for(v_.line(first_ + i) + element_, bytes_);
   }
 
  private:
-  static constexpr int64_t kLine = 64;
-  const MatrixView<T>& b_;
-  int64_t lines_, begin_, first_ = 0, pieces_ = 0, each_ = 0;
+  const MatrixView<T>& v_;
+  int64_t first_, lines_, element_, bytes_ = 0, each_ = 0;
 };
 
 // `Set` says what an instruction set does:
@@ -89,18 +91,24 @@ void product(int64_t m, int64_t n, int64_t k, const MatrixView<T>& a, const Matr
     for (int64_t d = 0; d < depths; ++d) {
       const int64_t from = d * depth, count = std::clamp<int64_t>(k - from, 0, depth);
       const int64_t used = (count + kUnit - 1) / kUnit;
-      for (int64_t i = 0; i < rows; i += kRows)
-        Set::pack_left(a, top + i, std::min(kRows, rows - i), from, count, left + i * used);
+      const int64_t tiles = (rows + kRows - 1) / kRows;
       for (int64_t j = 0; j < n; j += kColumns) {
         const int64_t columns = std::min(kColumns, n - j);
         Set::template pack_right<T>(b, j, columns, from, count, right);
-        const Ahead<Right> ahead(b, j + kColumns, std::min(kColumns, n - j - kColumns), from, count,
-                                 (rows + kRows - 1) / kRows);
+        const bool turn = j + kColumns >= n;  // to the next depth
+        const int64_t next = turn ? 0 : j + kColumns, behind = turn ? from + depth : from;
+        const Ahead<Right> ahead(b, b.transposed, next, std::min(kColumns, n - next), behind,
+                                 std::min(depth, k - behind), tiles);
         for (int64_t i = 0; i < rows; i += kRows) {
-          ahead.fetch(i / kRows);
           const int64_t now = std::min(kRows, rows - i);
-          Set::template kTiles<T>[now](used, left + i * used, right, result);
+          if (j == 0) {
+            Set::pack_left(a, top + i, now, from, count, left + i * used);
+            Ahead<T>(a, !a.transposed, top + i + now, std::min(kRows, rows - i - now), from, count, 1).fetch(0);
+          }
+          ahead.fetch(i / kRows);
           Out* to = out + (top + i) * stride + j;
+          for (int64_t r = 0; r < now; ++r) ask_for(to + r * stride, columns * static_cast<int64_t>(sizeof(Out)));
+          Set::template kTiles<T>[now](used, left + i * used, right, result);
           if constexpr (!rounds)
             Set::put(result, now, columns, to, stride, add || d > 0);
           else if (d + 1 < depths)
