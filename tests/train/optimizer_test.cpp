@@ -158,19 +158,37 @@ TEST(Optimizer, RefusesParametersThatAreNotF32) {
   EXPECT_THROW(make_optimizer({}, {s}), Error);
 }
 
-TEST(ClipGradients, IsTorchs) {
+TEST(GradientNorm, IsTorchs) {
   Problem ours, theirs;
   ours.backward(5);
   theirs.backward(5);
-  const double norm = clip_gradients(ours.slots(0, 0), 1.5);
+  const auto [norm, scale] = gradient_norm(ours.slots(0, 0), 1.5);
   const double expected = torch::nn::utils::clip_grad_norm_(theirs.parameters, 1.5);
   EXPECT_NEAR(norm, expected, 1e-4 * expected);
   for (size_t i = 0; i < 2; ++i)
-    EXPECT_TRUE(torch::allclose(ours.parameters[i].grad(), theirs.parameters[i].grad(), 1e-5, 1e-7));
-  EXPECT_NEAR(clip_gradients(ours.slots(0, 0), 0), 1.5, 1e-4);
-  const auto small = ours.parameters[0].grad().clone();
-  clip_gradients(ours.slots(0, 0), 100.0);
-  EXPECT_TRUE(torch::equal(ours.parameters[0].grad(), small));
+    EXPECT_TRUE(torch::allclose(ours.parameters[i].grad() * scale, theirs.parameters[i].grad(), 1e-5, 1e-7));
+  EXPECT_EQ(gradient_norm(ours.slots(0, 0), 0).scale, 1.0);
+  EXPECT_EQ(gradient_norm(ours.slots(0, 0), 2 * norm).scale, 1.0);
+}
+
+// A step that scales the gradients is a step with scaled gradients.
+TEST(Optimizer, ScalesGradients) {
+  for (const std::string name : {"adamw", "sgd", "lion"}) {
+    OptimizerConfig c;
+    c.name = name;
+    Problem ours, theirs;
+    const auto a = make_optimizer(c, ours.slots(0.01, 0.1)), b = make_optimizer(c, theirs.slots(0.01, 0.1));
+    for (int step = 0; step < 3; ++step) {
+      for (Problem* p : {&ours, &theirs}) p->backward(step);
+      for (Tensor& p : theirs.parameters) p.mutable_grad().mul_(0.03125);
+      a->step(1.0, 0.03125);
+      b->step(1.0);
+      a->zero_grad();
+      b->zero_grad();
+    }
+    for (size_t i = 0; i < 2; ++i)
+      EXPECT_TRUE(torch::allclose(ours.parameters[i], theirs.parameters[i], 1e-6, 1e-7)) << name;
+  }
 }
 
 ScheduleConfig schedule(const std::string& name, double warmup, double floor = 0.1, double decay = 0.2) {

@@ -242,8 +242,8 @@ class Learner {
     // Of every sample, and the same for all.
     const auto reg = coefficients_loss(raw);
     (reg * (share * static_cast<double>(samples.size()))).backward();
-    clip_gradients(optimizer_->slots(), config_.clip);
-    optimizer_->step(warm_restart_factor(steps_++));
+    const double scale = gradient_norm(optimizer_->slots(), config_.clip).scale;
+    optimizer_->step(warm_restart_factor(steps_++), scale);
     return sum + reg.item<double>() * static_cast<double>(samples.size());
   }
 

@@ -19,6 +19,9 @@ struct Lists {
       gradients.push_back(s->parameter.grad());
     }
   }
+  void scale(double by) {
+    if (by != 1.0) at::_foreach_mul_(gradients, by);
+  }
 };
 
 class AdamW : public Optimizer {
@@ -27,7 +30,7 @@ class AdamW : public Optimizer {
   std::vector<std::string> state_names() const override { return {"exp_avg", "exp_avg_sq"}; }
 
  protected:
-  void update(const std::vector<Slot*>& slots, double lr, double weight_decay) override {
+  void update(const std::vector<Slot*>& slots, double lr, double weight_decay, double scale) override {
     const Lists lists(slots);
     std::vector<Tensor> mean, square, steps;
     for (Slot* s : slots) {
@@ -35,8 +38,11 @@ class AdamW : public Optimizer {
       square.push_back(state_of(*s, "exp_avg_sq"));
       steps.push_back(torch::tensor(static_cast<float>(s->step), s->parameter.options().requires_grad(false)));
     }
+    // The scale goes into the one pass over all that there is.
+    const auto grad_scale =
+        scale == 1.0 ? std::optional<Tensor>() : torch::tensor(static_cast<float>(1.0 / scale), steps[0].options());
     at::_fused_adamw_(lists.parameters, lists.gradients, mean, square, {}, steps, lr, c_.beta1, c_.beta2, weight_decay,
-                      c_.eps, /*amsgrad=*/false, /*maximize=*/false);
+                      c_.eps, /*amsgrad=*/false, /*maximize=*/false, grad_scale);
   }
 
  private:
@@ -51,7 +57,8 @@ class Sgd : public Optimizer {
   }
 
  protected:
-  void update(const std::vector<Slot*>& slots, double lr, double weight_decay) override {
+  void update(const std::vector<Slot*>& slots, double lr, double weight_decay, double scale) override {
+    Lists(slots).scale(scale);
     for (Slot* s : slots) {
       auto g = s->parameter.grad();
       if (weight_decay > 0) g = g.add(s->parameter, weight_decay);
@@ -74,7 +81,8 @@ class Lion : public Optimizer {
   std::vector<std::string> state_names() const override { return {"exp_avg"}; }
 
  protected:
-  void update(const std::vector<Slot*>& slots, double lr, double weight_decay) override {
+  void update(const std::vector<Slot*>& slots, double lr, double weight_decay, double scale) override {
+    Lists(slots).scale(scale);
     for (Slot* s : slots) {
       const auto g = s->parameter.grad();
       auto& m = state_of(*s, "exp_avg");
@@ -102,7 +110,7 @@ torch::Tensor& Optimizer::state_of(Slot& slot, const std::string& name) {
   return t;
 }
 
-void Optimizer::step(double factor) {
+void Optimizer::step(double factor, double scale) {
   const torch::NoGradGuard frozen;
   std::map<std::pair<double, double>, std::vector<Slot*>> groups;
   for (Slot& s : slots_) {
@@ -110,7 +118,7 @@ void Optimizer::step(double factor) {
     ++s.step;
     groups[{s.lr, s.weight_decay}].push_back(&s);
   }
-  for (const auto& [key, slots] : groups) update(slots, key.first * factor, key.second);
+  for (const auto& [key, slots] : groups) update(slots, key.first * factor, key.second, scale);
 }
 
 void Optimizer::zero_grad() {
@@ -124,7 +132,7 @@ std::unique_ptr<Optimizer> make_optimizer(const OptimizerConfig& config, std::ve
   return std::make_unique<Lion>(config, std::move(slots));
 }
 
-double clip_gradients(const std::vector<Slot>& slots, double limit, const std::function<double(double)>& sum) {
+GradientNorm gradient_norm(const std::vector<Slot>& slots, double limit, const std::function<double(double)>& sum) {
   const torch::NoGradGuard frozen;
   std::vector<Tensor> gradients, shares;
   for (const Slot& s : slots)
@@ -135,11 +143,8 @@ double clip_gradients(const std::vector<Slot>& slots, double limit, const std::f
   };
   double norm = norm_of(gradients);
   if (sum) norm = std::hypot(norm, std::sqrt(sum(std::pow(norm_of(shares), 2))));
-  gradients.insert(gradients.end(), shares.begin(), shares.end());
-  if (gradients.empty()) return norm;
   // The small number as in torch's clip_grad_norm_.
-  if (limit > 0 && norm > limit) at::_foreach_mul_(gradients, limit / (norm + 1e-6));
-  return norm;
+  return {norm, limit > 0 && norm > limit ? limit / (norm + 1e-6) : 1.0};
 }
 
 }  // namespace moiety

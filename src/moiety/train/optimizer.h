@@ -52,8 +52,9 @@ struct Slot {
 class Optimizer {
  public:
   virtual ~Optimizer() = default;
-  /// One update of every slot whose parameter has a gradient; rates are multiplied by `factor`.
-  void step(double factor);
+  /// One update of every slot whose parameter has a gradient; rates are multiplied by `factor`, gradients by `scale`,
+  /// which may change them.
+  void step(double factor, double scale = 1.0);
   void zero_grad();
   std::vector<Slot>& slots() { return slots_; }
   /// Names of the tensors that a slot holds ("exp_avg", ...), in order.
@@ -61,8 +62,8 @@ class Optimizer {
 
  protected:
   explicit Optimizer(std::vector<Slot> slots);
-  /// Slots of one rate and decay, all with gradients.
-  virtual void update(const std::vector<Slot*>& slots, double lr, double weight_decay) = 0;
+  /// Slots of one rate and decay, all with gradients, which are `scale` times what is to be used.
+  virtual void update(const std::vector<Slot*>& slots, double lr, double weight_decay, double scale) = 0;
   /// The slot's tensor, zeros of the parameter's shape at first.
   static torch::Tensor& state_of(Slot& slot, const std::string& name);
 
@@ -75,9 +76,12 @@ class Optimizer {
 /// g) + wd p), m = b2 m + (1-b2) g. Throws Error unless every parameter is f32.
 std::unique_ptr<Optimizer> make_optimizer(const OptimizerConfig& config, std::vector<Slot> slots);
 
-/// Norm of all gradients together, in f32 per tensor and double across them; gradients are scaled so that it does not
-/// pass `limit` (0: they stay). Returns the norm before that.
+/// Norm of all gradients together, in f32 per tensor and double across them, and what an update has to multiply them
+/// with so that it does not pass `limit` (0: they stay), as torch's clip_grad_norm_ does.
 /// `sum`: adds up a number over the processes that hold the other shares; unset: there are none.
-double clip_gradients(const std::vector<Slot>& slots, double limit, const std::function<double(double)>& sum = {});
+struct GradientNorm {
+  double norm = 0.0, scale = 1.0;
+};
+GradientNorm gradient_norm(const std::vector<Slot>& slots, double limit, const std::function<double(double)>& sum = {});
 
 }  // namespace moiety

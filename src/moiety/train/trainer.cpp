@@ -334,10 +334,11 @@ void Trainer::train_step(bool record) {
       group_->sum({all});
       return all.item<double>();
     };
-  grad_norm_ = clip_gradients(optimizer_->slots(), config_.optimizer.clip, sum);
+  const GradientNorm gradients = gradient_norm(optimizer_->slots(), config_.optimizer.clip, sum);
+  grad_norm_ = gradients.norm;
   if (std::isfinite(grad_norm_) && std::isfinite(nll)) {
     skipped_ = 0;
-    optimizer_->step(schedule_factor(config_.schedule, step_, steps_));
+    optimizer_->step(schedule_factor(config_.schedule, step_, steps_), gradients.scale);
     at_zeros([](Tensor p, const Tensor& zero) { p.masked_fill_(zero, 0.0); });
     if (!average_.empty()) {
       const torch::NoGradGuard frozen;
