@@ -1,0 +1,11 @@
+#if defined(__x86_64__)
+#include "moiety/kernels/softmax_loops.h"
+
+namespace moiety {
+
+const SoftmaxKernels& softmax_kernels_avx512() {
+  return kSoftmax;
+}
+
+}  // namespace moiety
+#endif
