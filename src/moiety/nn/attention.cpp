@@ -8,6 +8,7 @@
 
 #include "moiety/base/error.h"
 #include "moiety/kernels/token.h"
+#include "moiety/nn/attention_tasks.h"
 #include "moiety/nn/beside.h"
 #include "moiety/nn/parallel.h"
 #include "moiety/nn/shortcut.h"
@@ -131,6 +132,12 @@ torch::Tensor composite(const torch::Tensor& q, const torch::Tensor& k, const to
   return at::matmul(torch::softmax(logits, -1).to(v.scalar_type()), expand(v));
 }
 
+torch::Tensor attend_by_blocks(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
+                               const torch::Tensor& allowed, bool causal, const AttentionOptions& options) {
+  return runs_by_tasks(q, k, v, allowed, causal) ? attend_by_tasks(q, k, v, allowed, causal, options)
+                                                 : composite(q, k, v, allowed, causal, options);
+}
+
 }  // namespace
 
 torch::Tensor attend(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
@@ -139,7 +146,7 @@ torch::Tensor attend(const torch::Tensor& q, const torch::Tensor& k, const torch
   if (q.size(2) == 1 && k.scalar_type() == torch::kFloat32 && v.scalar_type() == torch::kFloat32 &&
       runs_by_rows(q, as_rows(k), as_rows(v), options))
     return attend_by_rows(q, as_rows(k), as_rows(v), allowed, options);
-  return composite(q, k, v, allowed, context.causal(), options);
+  return attend_by_blocks(q, k, v, allowed, context.causal(), options);
 }
 
 torch::Tensor attend(const torch::Tensor& q, const CacheRows& k, const CacheRows& v, const AttentionContext& context,
@@ -161,8 +168,9 @@ torch::Tensor attend(const torch::Tensor& q, const CacheRows& k, const CacheRows
       const int64_t m = std::min(most_heads, shared - h);
       AttentionOptions part = options;
       if (part.sinks.defined()) part.sinks = part.sinks.narrow(0, h * groups, m * groups);
-      heads.push_back(composite(q.narrow(0, b, n).narrow(1, h * groups, m * groups), k.narrow(b, n, h, m).widened(type),
-                                v.narrow(b, n, h, m).widened(type), seen, context.causal(), part));
+      heads.push_back(attend_by_blocks(q.narrow(0, b, n).narrow(1, h * groups, m * groups),
+                                       k.narrow(b, n, h, m).widened(type), v.narrow(b, n, h, m).widened(type), seen,
+                                       context.causal(), part));
     }
     rows.push_back(heads.size() == 1 ? heads[0] : torch::cat(heads, 1));
   }
