@@ -3,6 +3,7 @@
 #include <torch/torch.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <limits>
 #include <optional>
@@ -24,6 +25,8 @@ using torch::Tensor;
 
 constexpr int64_t kQueries = 64;  // of a block
 constexpr int64_t kKeys = 512;    // of a chunk, in the backward pass
+// Of a tile of our products: where a block's view of the keys has a slope, rectangles keep to these.
+constexpr int64_t kTileRows = 14, kTileColumns = 32;
 
 struct Range {
   int64_t first = 0, last = 0;  // [first, last)
@@ -55,16 +58,6 @@ class Sight {
     return row.range;
   }
 
-  Range block(int64_t b, int64_t first, int64_t count) const {
-    Range all{length_, 0};
-    for (int64_t t = first; t < first + count; ++t) {
-      const bool* some;
-      const Range r = row(b, t, some);
-      if (r.size() > 0) all = {std::min(all.first, r.first), std::max(all.last, r.last)};
-    }
-    return all;
-  }
-
  private:
   struct Row {
     Range range;
@@ -78,7 +71,13 @@ class Sight {
     const void* first = std::memchr(row, 1, static_cast<size_t>(length_));
     if (first == nullptr) return r;
     r.range.first = static_cast<const bool*>(first) - row;
-    for (r.range.last = length_; !row[r.range.last - 1];) --r.range.last;
+    const auto eight_hidden = [&](int64_t end) {
+      uint64_t bytes;
+      std::memcpy(&bytes, row + end - 8, 8);
+      return bytes == 0;
+    };
+    for (r.range.last = length_; r.range.last >= 8 && eight_hidden(r.range.last);) r.range.last -= 8;
+    while (!row[r.range.last - 1]) --r.range.last;
     r.all = std::memchr(row + r.range.first, 0, static_cast<size_t>(r.range.size())) == nullptr;
     return r;
   }
@@ -87,6 +86,56 @@ class Sight {
   int64_t tokens_, length_;
   Tensor allowed_;
   std::vector<Row> rows_;
+};
+
+struct Rectangle {
+  int64_t row, rows, key, keys;
+};
+
+// What the queries of a block see of some keys.
+struct View {
+  View(const Sight& sight, int64_t b, int64_t first, int64_t count, Range within) : keys{within.last, within.first} {
+    for (int64_t r = 0; r < count; ++r) {
+      Row& row = rows[r];
+      const Range all = sight.row(b, first + r, row.seen);
+      row.keys = all.within(within);
+      if (row.keys.size() == 0) continue;
+      if (row.seen != nullptr) row.seen += row.keys.first - all.first;
+      keys = {std::min(keys.first, row.keys.first), std::max(keys.last, row.keys.last)};
+    }
+    Range common{0, keys.size()};  // to all of the rows
+    for (int64_t r = 0; r < count; ++r) {
+      Range& k = rows[r].keys;
+      k = k.size() == 0 ? Range{} : Range{k.first - keys.first, k.last - keys.first};
+      common = common.within(k);
+    }
+    for (int64_t key = 0, end; key < keys.size(); key = end) {
+      int64_t top = 0, bottom = count;
+      if (key >= common.first && key + kTileColumns <= common.last) {
+        end = key + (common.last - key) / kTileColumns * kTileColumns;
+      } else {
+        end = std::min(key + kTileColumns, keys.size());
+        const auto blind = [&](int64_t r) { return rows[r].keys.first >= end || rows[r].keys.last <= key; };
+        while (top < bottom && blind(top)) ++top;
+        while (top < bottom && blind(bottom - 1)) --bottom;
+        if (top == bottom) continue;
+        top -= top % kTileRows;
+      }
+      if (!parts.empty() && parts.back().row == top && parts.back().rows == bottom - top &&
+          parts.back().key + parts.back().keys == key)
+        parts.back().keys += end - key;
+      else
+        parts.push_back({top, bottom - top, key, end - key});
+    }
+  }
+
+  struct Row {
+    Range keys;        // from the first that it sees to the last, counted from the block's first
+    const bool* seen;  // which of them, null: all
+  };
+  Range keys;  // from the first that any row sees to the last
+  Row rows[kQueries];
+  std::vector<Rectangle> parts;  // hold all that is seen
 };
 
 // [B, H, N, size] with features side by side.
@@ -178,9 +227,9 @@ class Forward {
 
  private:
   void block(int64_t b, int64_t h, int64_t index) const {
-    const int64_t first = index * kQueries, rows = p_.rows(index);
-    const Range keys = sight_.block(b, first, rows);
-    const int64_t n = keys.size(), stride = padded(n);
+    const int64_t first = index * kQueries, rows = p_.rows(index), shared = h / p_.groups;
+    const View view(sight_, b, first, rows, {0, p_.length});
+    const int64_t n = view.keys.size(), stride = padded(n), key = view.keys.first;
     Scratch& own = scratch();
     float* scores = own.scores.get(rows * stride);
     Bits<T>* p = nullptr;
@@ -191,12 +240,13 @@ class Forward {
     } else {
       p = own.p.get(rows * stride), sums = own.sums.get(rows * v_.size);
     }
-    matmul(rows, n, q_.size, q_.view(b, h, first), k_.view(b, h / p_.groups, keys.first, true), scores, stride);
+    for (const Rectangle& part : view.parts)
+      matmul(part.rows, part.keys, q_.size, q_.view(b, h, first + part.row), k_.view(b, shared, key + part.key, true),
+             scores + part.row * stride + part.key, stride);
     float factors[kQueries];
     for (int64_t r = 0; r < rows; ++r) {
-      const bool* seen;
-      const Range row = sight_.row(b, first + r, seen);
-      const int64_t from = row.size() > 0 ? row.first - keys.first : 0, count = row.size();
+      const auto& [range, seen] = view.rows[r];
+      const int64_t from = range.first, count = range.size();
       Bits<T>* to = p + r * stride;
       const SoftmaxSums s =
           softmax_row({count, p_.scale, p_.softcap, seen}, scores + r * stride + from,
@@ -206,7 +256,13 @@ class Forward {
       factors[r] = s.factor;
       log_sums_[(b * p_.heads + h) * p_.tokens + first + r] = s.log_sum;
     }
-    matmul(rows, v_.size, n, {p, stride}, v_.view(b, h / p_.groups, keys.first), sums, sums_stride);
+    const bool cleared = view.parts.empty() || view.parts[0].rows < rows;
+    if (cleared)
+      for (int64_t r = 0; r < rows; ++r) std::fill_n(sums + r * sums_stride, v_.size, 0.f);
+    for (const Rectangle& part : view.parts)
+      matmul(part.rows, v_.size, part.keys, {p + part.row * stride + part.key, stride},
+             v_.view(b, shared, key + part.key), sums + part.row * sums_stride, sums_stride,
+             cleared || &part != &view.parts[0]);
     for (int64_t r = 0; r < rows; ++r) scale_row(sums + r * sums_stride, factors[r], out_.at(b, h, first + r), v_.size);
   }
 
@@ -305,14 +361,13 @@ class Backward {
       for (int64_t block = blocks.first; block < blocks.last; ++block) {
         const int64_t h = shared * p_.groups + g, first = block * kQueries, rows = p_.rows(block);
         const Sum<T> dq(wants_q ? dq_ : none, b, h, first, rows, own.sums);
-        const Range seen = sight_.block(b, first, rows);
         for (int64_t chunk = chunks.first; chunk < chunks.last; ++chunk) {
-          const Range part = seen.within({chunk * kKeys, (chunk + 1) * kKeys});
-          if (part.size() == 0) continue;
+          const View view(sight_, b, first, rows, {chunk * kKeys, std::min((chunk + 1) * kKeys, p_.length)});
+          if (view.parts.empty()) continue;
           const auto at = [&](const Sum<T>& s) {
-            return Sums{s.data == nullptr ? nullptr : s.data + (part.first - keys.first) * s.stride, s.stride};
+            return Sums{s.data == nullptr ? nullptr : s.data + (view.keys.first - keys.first) * s.stride, s.stride};
           };
-          tile(b, h, first, rows, part, {dq.data, dq.stride}, at(dk), at(dv));
+          tile(b, h, first, rows, view, {dq.data, dq.stride}, at(dk), at(dv));
         }
         dq.finish();
       }
@@ -320,9 +375,9 @@ class Backward {
     dv.finish();
   }
 
-  // Adds what `rows` queries and the keys of `part` have to do with each other.
-  void tile(int64_t b, int64_t h, int64_t first, int64_t rows, Range part, Sums dq, Sums dk, Sums dv) const {
-    const int64_t n = part.size(), stride = padded(n), shared = h / p_.groups;
+  // Adds what a block of queries and the keys that it views have to do with each other.
+  void tile(int64_t b, int64_t h, int64_t first, int64_t rows, const View& view, Sums dq, Sums dk, Sums dv) const {
+    const int64_t n = view.keys.size(), stride = padded(n), shared = h / p_.groups, key = view.keys.first;
     const bool beyond_v = dq.data != nullptr || dk.data != nullptr;
     Scratch& own = scratch();
     float* scores = own.scores.get(rows * stride);
@@ -332,31 +387,39 @@ class Backward {
       p = scores, ds = dp;
     else
       p = own.p.get(rows * stride), ds = own.ds.get(rows * stride);
-    matmul(rows, n, q_.size, q_.view(b, h, first), k_.view(b, shared, part.first, true), scores, stride);
-    if (beyond_v) matmul(rows, n, v_.size, dout_.view(b, h, first), v_.view(b, shared, part.first, true), dp, stride);
+    for (const auto& [row, count, from, keys] : view.parts) {
+      const int64_t at = row * stride + from;
+      matmul(count, keys, q_.size, q_.view(b, h, first + row), k_.view(b, shared, key + from, true), scores + at,
+             stride);
+      if (beyond_v)
+        matmul(count, keys, v_.size, dout_.view(b, h, first + row), v_.view(b, shared, key + from, true), dp + at,
+               stride);
+    }
     const int64_t lines = (b * p_.heads + h) * p_.tokens + first;
     for (int64_t r = 0; r < rows; ++r) {
-      const bool* seen;
-      const Range row = sight_.row(b, first + r, seen), now = row.within(part);
-      const int64_t count = now.size(), from = count > 0 ? now.first - part.first : 0;
-      if (seen != nullptr) seen += now.first - row.first;
-      float *s = scores + r * stride, *d = beyond_v ? dp + r * stride : nullptr;
+      const auto& [range, seen] = view.rows[r];
+      const int64_t count = range.size(), from = r * stride + range.first;
       const auto clear = [&](Bits<T>* to) {
-        std::fill(to, to + from, Bits<T>{});
-        std::fill(to + from + count, to + n, Bits<T>{});
+        std::fill(to + r * stride, to + from, Bits<T>{});
+        std::fill(to + from + count, to + r * stride + n, Bits<T>{});
       };
-      Bits<T>*to_p = p + r * stride, *to_ds = beyond_v ? ds + r * stride : nullptr;
-      softmax_backward({count, p_.scale, p_.softcap, seen}, s + from, beyond_v ? d + from : nullptr,
-                       log_sums_[lines + r], deltas_[lines + r], to_p + from, beyond_v ? to_ds + from : nullptr);
-      clear(to_p);
-      if (beyond_v) clear(to_ds);
+      softmax_backward({count, p_.scale, p_.softcap, seen}, scores + from, beyond_v ? dp + from : nullptr,
+                       log_sums_[lines + r], deltas_[lines + r], p + from, beyond_v ? ds + from : nullptr);
+      clear(p);
+      if (beyond_v) clear(ds);
     }
-    if (dv.data != nullptr)
-      matmul(n, v_.size, rows, {p, stride, true}, dout_.view(b, h, first), dv.data, dv.stride, true);
-    if (dk.data != nullptr)
-      matmul(n, q_.size, rows, {ds, stride, true}, q_.view(b, h, first), dk.data, dk.stride, true);
-    if (dq.data != nullptr)
-      matmul(rows, q_.size, n, {ds, stride}, k_.view(b, shared, part.first), dq.data, dq.stride, true);
+    for (const auto& [row, count, from, keys] : view.parts) {
+      const int64_t at = row * stride + from;
+      if (dv.data != nullptr)
+        matmul(keys, v_.size, count, {p + at, stride, true}, dout_.view(b, h, first + row), dv.data + from * dv.stride,
+               dv.stride, true);
+      if (dk.data != nullptr)
+        matmul(keys, q_.size, count, {ds + at, stride, true}, q_.view(b, h, first + row), dk.data + from * dk.stride,
+               dk.stride, true);
+      if (dq.data != nullptr)
+        matmul(count, q_.size, keys, {ds + at, stride}, k_.view(b, shared, key + from), dq.data + row * dq.stride,
+               dq.stride, true);
+    }
   }
 
   const Problem& p_;
