@@ -13,7 +13,7 @@ namespace {
 
 struct Avx2 {
   static constexpr int64_t kRows = 6, kColumns = 16;
-  static constexpr int64_t kBlock = 32 * kRows;
+  static constexpr int64_t kLeft = 48 * 1024;
   static constexpr int64_t kDepth = 256;
   template <class T>
   static constexpr int64_t kUnit = 1;

@@ -14,7 +14,7 @@ namespace {
 
 struct Avx512 {
   static constexpr int64_t kRows = 14, kColumns = 32;
-  static constexpr int64_t kBlock = 14 * kRows;
+  static constexpr int64_t kLeft = 140 * 1024;
   static constexpr int64_t kDepth = 512;
 
   // One element of f32, or two of bf16.

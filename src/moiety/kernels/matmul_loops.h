@@ -62,7 +62,8 @@ class Ahead {
 
 // `Set` says what an instruction set does:
 //   kRows, kColumns   of a tile
-//   kBlock            rows of the left operand that are packed at a time, a multiple of kRows
+//   kLeft             units of the left operand that are packed at a time: as many as the second cache keeps beside
+//                     what streams through it
 //   kDepth            32-bit units along k that are packed at a time
 //   kUnit<T>          elements of a unit
 //   pack_left, pack_right<T>(view, first line, lines, first element, elements, to)   lines that are missing give
@@ -76,11 +77,12 @@ void product(int64_t m, int64_t n, int64_t k, const MatrixView<T>& a, const Matr
   constexpr int64_t kRows = Set::kRows, kColumns = Set::kColumns, kUnit = Set::template kUnit<T>;
   static thread_local Scratch left_memory, right_memory, sums_memory;
   const int64_t depths = std::max<int64_t>(1, (k + Set::kDepth * kUnit - 1) / (Set::kDepth * kUnit));
-  const int64_t blocks = (m + Set::kBlock - 1) / Set::kBlock;
   if (m <= 0 || n <= 0) return;
-  const int64_t block = ((m + blocks - 1) / blocks + kRows - 1) / kRows * kRows;
   const int64_t depth = ((k + depths - 1) / depths + 1) / 2 * 2;  // elements
   const int64_t units = (depth + kUnit - 1) / kUnit;
+  const int64_t most = std::max<int64_t>(1, Set::kLeft / std::max<int64_t>(units, 1) / kRows) * kRows;
+  const int64_t blocks = (m + most - 1) / most;
+  const int64_t block = ((m + blocks - 1) / blocks + kRows - 1) / kRows * kRows;
   uint32_t* left = left_memory.get(block * units + 16);
   uint32_t* right = right_memory.get(kColumns * units);
   const int64_t width = (n + kColumns - 1) / kColumns * kColumns;

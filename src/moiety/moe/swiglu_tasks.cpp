@@ -17,7 +17,7 @@ namespace {
 using torch::Tensor;
 
 // Rows of a piece: enough for the products to run at full speed, few enough that threads end together.
-constexpr int64_t kFewRows = 32, kManyRows = 192;
+constexpr int64_t kFewRows = 32, kManyRows = 280;
 // Weight gradients of an expert are cut into blocks of at least so many rows.
 constexpr int64_t kBlockRows = 256;
 
@@ -28,7 +28,7 @@ struct Piece {
 int64_t rows_of_a_piece(const std::vector<int64_t>& counts) {
   int64_t pairs = 0;
   for (const int64_t c : counts) pairs += c;
-  return std::clamp(pairs / (8 * at::get_num_threads()), kFewRows, kManyRows);
+  return std::clamp(pairs / (4 * at::get_num_threads()), kFewRows, kManyRows);
 }
 
 // The rows of every expert in pieces of nearly equal size.
