@@ -3,7 +3,9 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include "moiety/base/error.h"
 #include "moiety/train/language_task.h"
+#include "threads.h"
 
 namespace moiety {
 namespace {
@@ -48,6 +50,50 @@ TEST(HeadLoss, IsTheLossOverAllLogits) {
     EXPECT_LT(apart(got.hidden, want.hidden), 1e-10);
     EXPECT_LT(apart(got.weight, want.weight), 1e-10);
     EXPECT_LT(apart(got.bias, want.bias), 1e-10);
+  }
+}
+
+// As tasks, which take f32 and bf16: more rows than a piece, a scale, weights of both types.
+TEST(HeadLoss, TasksAreNearTheLossInDouble) {
+  torch::manual_seed(4);
+  const auto kDouble = torch::kFloat64;
+  for (const auto& [type, weight_type] : {std::pair{torch::kFloat32, torch::kFloat32},
+                                          {torch::kBFloat16, torch::kFloat32},
+                                          {torch::kBFloat16, torch::kBFloat16}}) {
+    const auto h = torch::randn({1100, 40}).to(type), w = (torch::randn({9000, 40}) * 0.2).to(weight_type);
+    const auto t = torch::randint(0, 9000, {1100});
+    const auto want = plain(h.to(kDouble), w.to(kDouble), torch::zeros({9000}, kDouble), t, 0.5, 0.0);
+    std::vector<Result> all;
+    for (const int threads : {1, 3}) {
+      const test::Threads set(threads);
+      auto hidden = h.clone().requires_grad_(), weight = w.clone().requires_grad_();
+      const auto loss = head_loss(hidden, Linear(weight), t, 0.5);
+      (loss * 0.25).backward();
+      EXPECT_EQ(hidden.grad().scalar_type(), type);
+      EXPECT_EQ(weight.grad().scalar_type(), weight_type);
+      const double bound = type == torch::kFloat32 ? 1e-5 : 2e-2;
+      EXPECT_NEAR(loss.item<double>(), want.loss.item<double>(), 0.1 * bound * want.loss.item<double>());
+      EXPECT_LT(apart(hidden.grad().to(kDouble), want.hidden), bound * want.hidden.abs().max().item<double>());
+      EXPECT_LT(apart(weight.grad().to(kDouble), want.weight), bound * want.weight.abs().max().item<double>());
+      all.push_back({loss.detach(), hidden.grad(), weight.grad(), {}});
+    }
+    EXPECT_TRUE(torch::equal(all[0].loss, all[1].loss));
+    EXPECT_TRUE(torch::equal(all[0].hidden, all[1].hidden));
+    EXPECT_TRUE(torch::equal(all[0].weight, all[1].weight));
+    // Frozen weights, as beside adapters.
+    auto hidden = h.clone().requires_grad_();
+    (head_loss(hidden, Linear(w), t, 0.5) * 0.25).backward();
+    EXPECT_TRUE(torch::equal(hidden.grad(), all[0].hidden));
+    const torch::NoGradGuard frozen;
+    EXPECT_TRUE(torch::equal(head_loss(h, Linear(w), t, 0.5), all[0].loss));
+  }
+}
+
+TEST(HeadLoss, TargetsOutsideTheVocabularyAreErrors) {
+  const Linear head(torch::randn({7, 5}));
+  for (const int64_t bad : {7, -1}) {
+    const auto t = torch::full({20}, bad);
+    EXPECT_THROW(head_loss(torch::randn({20, 5}), head, t), Error);
   }
 }
 

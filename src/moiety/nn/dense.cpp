@@ -35,26 +35,6 @@ int64_t row_parts(int64_t rows, int64_t matrices) {
   return std::clamp<int64_t>(rows / kBlockRows, 1, wanted);
 }
 
-struct Block {
-  size_t matrix;
-  std::pair<int64_t, int64_t> rows, columns;
-};
-
-// Blocks of the outputs [rows, width of each matrix].
-std::vector<Block> blocks_of(int64_t rows, const std::vector<int64_t>& widths) {
-  const auto count = static_cast<int64_t>(widths.size());
-  const int64_t parts = row_parts(rows, count),
-                more = (kTasks * at::get_num_threads() + parts * count - 1) / (parts * count);
-  std::vector<Block> blocks;
-  for (size_t m = 0; m < widths.size(); ++m) {
-    const int64_t across = std::clamp<int64_t>(widths[m] / kBlockColumns, 1, more);
-    for (const auto& r : tile_ranges(rows, parts))
-      for (int64_t c = 0; c < across; ++c)
-        blocks.push_back({m, r, {widths[m] * c / across, widths[m] * (c + 1) / across}});
-  }
-  return blocks;
-}
-
 Tensor part(const Tensor& t, int64_t dim, std::pair<int64_t, int64_t> range) {
   return t.narrow(dim, range.first, range.second - range.first);
 }
@@ -85,10 +65,11 @@ struct Dense : torch::autograd::Function<Dense> {
       out.push_back(torch::empty(shape, x.options().requires_grad(false)));
       flat.push_back(out[m].view({-1, widths[m]}));
     }
-    const auto blocks = blocks_of(input.size(0), widths);
+    const auto blocks = output_blocks(input.size(0), widths);
     run_tasks(static_cast<int64_t>(blocks.size()), [&](int64_t i) {
-      const auto& [m, rows, columns] = blocks[static_cast<size_t>(i)];
-      const auto to = part(part(flat[m], 0, rows), 1, columns);
+      const auto& block = blocks[static_cast<size_t>(i)];
+      const auto& [m, rows, columns] = block;
+      const auto to = block_of(flat[m], block);
       if (bias[m].defined()) to.copy_(part(bias[m], 0, columns).expand_as(to));
       multiply(to, {part(input, 0, rows)}, {part(saved[m + 1], 0, columns), true}, bias[m].defined());
     });
@@ -118,20 +99,21 @@ struct Dense : torch::autograd::Function<Dense> {
       dx = rows_of(result[0]);
     }
     // Of the input's gradient, then of one matrix'.
-    std::vector<Block> blocks;
+    std::vector<OutputBlock> blocks;
     if (dx.defined())
       for (const auto& r : tile_ranges(dx.size(0), row_parts(dx.size(0), 1))) blocks.push_back({count, r, {}});
     for (size_t m = 0; m < count; ++m) {
       if (!dw[m].defined()) continue;
-      for (Block b : blocks_of(dw[m].size(0), {dw[m].size(1)})) {
+      for (OutputBlock b : output_blocks(dw[m].size(0), {dw[m].size(1)})) {
         b.matrix = m;
         blocks.push_back(b);
       }
     }
     run_tasks(static_cast<int64_t>(blocks.size()), [&](int64_t i) {
-      const auto& [m, rows, columns] = blocks[static_cast<size_t>(i)];
+      const auto& block = blocks[static_cast<size_t>(i)];
+      const auto& [m, rows, columns] = block;
       if (m < count) {
-        multiply(part(part(dw[m], 0, rows), 1, columns), {part(dy[m], 1, rows), true}, {part(input, 1, columns)});
+        multiply(block_of(dw[m], block), {part(dy[m], 1, rows), true}, {part(input, 1, columns)});
         return;
       }
       bool add = false;
@@ -173,6 +155,24 @@ std::vector<Tensor> dense_products(const Tensor& x, std::span<const DenseMatrix>
   const auto input = x.stride(-1) == 1 ? x : x.contiguous();
   return Dense::apply(input, matrices[0].weight, at(1, &DenseMatrix::weight), at(2, &DenseMatrix::weight),
                       at(0, &DenseMatrix::bias), at(1, &DenseMatrix::bias), at(2, &DenseMatrix::bias));
+}
+
+std::vector<OutputBlock> output_blocks(int64_t rows, const std::vector<int64_t>& widths) {
+  const auto count = static_cast<int64_t>(widths.size());
+  const int64_t parts = row_parts(rows, count);
+  const int64_t more = (kTasks * at::get_num_threads() + parts * count - 1) / (parts * count);
+  std::vector<OutputBlock> blocks;
+  for (size_t m = 0; m < widths.size(); ++m) {
+    const int64_t across = std::clamp<int64_t>(widths[m] / kBlockColumns, 1, more);
+    for (const auto& r : tile_ranges(rows, parts))
+      for (int64_t c = 0; c < across; ++c)
+        blocks.push_back({m, r, {widths[m] * c / across, widths[m] * (c + 1) / across}});
+  }
+  return blocks;
+}
+
+Tensor block_of(const Tensor& t, const OutputBlock& block) {
+  return part(part(t, 0, block.rows), 1, block.columns);
 }
 
 std::vector<std::pair<int64_t, int64_t>> tile_ranges(int64_t total, int64_t parts) {

@@ -4,7 +4,9 @@
 // those of the weights'. Internal to linear.cpp.
 #include <torch/types.h>
 
+#include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 namespace moiety {
@@ -25,6 +27,17 @@ bool runs_dense(const torch::Tensor& x, const DenseMatrix& matrix);
 /// those of f32 weights are never rounded to bf16. The same bits for any number of threads, and for a row whatever is
 /// beside it.
 std::vector<torch::Tensor> dense_products(const torch::Tensor& x, std::span<const DenseMatrix> matrices);
+
+/// A block of one of several matrices [rows, width] that products fill.
+struct OutputBlock {
+  size_t matrix;
+  std::pair<int64_t, int64_t> rows, columns;  ///< [first, last)
+};
+/// Blocks that cover the matrices, enough of them for all threads, none too small for the kernels. How they are cut
+/// changes no bit of what a product gives.
+std::vector<OutputBlock> output_blocks(int64_t rows, const std::vector<int64_t>& widths);
+/// The block of `t` [rows, width].
+torch::Tensor block_of(const torch::Tensor& t, const OutputBlock& block);
 
 /// Ranges [first, last) of `total`, `parts` of them or fewer, in steps of the kernels' tiles.
 std::vector<std::pair<int64_t, int64_t>> tile_ranges(int64_t total, int64_t parts);

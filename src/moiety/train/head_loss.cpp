@@ -3,8 +3,15 @@
 #include <torch/torch.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "moiety/base/error.h"
+#include "moiety/kernels/softmax.h"
+#include "moiety/nn/dense.h"
+#include "moiety/nn/elements.h"
+#include "moiety/nn/parallel.h"
+#include "moiety/nn/products.h"
+#include "moiety/nn/tasks.h"
 
 namespace moiety {
 namespace {
@@ -13,13 +20,86 @@ using torch::Tensor;
 
 // Logits of about so many elements at a time: they stay near the core until their gradient is taken.
 constexpr int64_t kElements = int64_t{4} << 20;
+// The same where tasks compute them. The matrix is read once for every piece, which has to have rows enough for that.
+constexpr int64_t kTaskElements = int64_t{8} << 20;
+
+struct Wanted {
+  Tensor hidden, weight;  // what is undefined is not wanted
+};
+
+// The sum of -log p of the targets by our own products and rows of softmax; fills gradients.
+double loss_by_tasks(const Tensor& hidden, const Tensor& weight, const Tensor& targets, double scale,
+                     const Wanted& gradients) {
+  const int64_t rows = hidden.size(0), vocabulary = weight.size(0), width = hidden.size(1);
+  const auto f32 = hidden.options().dtype(torch::kFloat32).requires_grad(false);
+  const bool wanted = gradients.hidden.defined() || gradients.weight.defined();
+  const bool narrow = hidden.scalar_type() == torch::kBFloat16;
+  int64_t piece = std::max<int64_t>(16, kTaskElements / vocabulary);
+  piece = std::min(rows, piece > 14 ? piece / 14 * 14 : piece);
+  const auto scores = torch::empty({piece, vocabulary}, f32);
+  const auto slopes = !wanted ? Tensor() : narrow ? torch::empty({piece, vocabulary}, hidden.options()) : scores;
+  std::vector<double> losses(static_cast<size_t>(rows));
+  const auto* target = targets.const_data_ptr<int64_t>();
+  const Logits logits{vocabulary, static_cast<float>(scale), 0.f, nullptr};
+  for (int64_t begin = 0; begin < rows; begin += piece) {
+    const int64_t n = std::min(piece, rows - begin);
+    const auto h = hidden.narrow(0, begin, n), z = scores.narrow(0, 0, n);
+    const auto of_scores = output_blocks(n, {vocabulary});
+    run_tasks(static_cast<int64_t>(of_scores.size()), [&](int64_t i) {
+      const auto& b = of_scores[static_cast<size_t>(i)];
+      multiply(block_of(z, b), {h.narrow(0, b.rows.first, b.rows.second - b.rows.first)},
+               {weight.narrow(0, b.columns.first, b.columns.second - b.columns.first), true});
+    });
+    parallel_for(0, n, 1, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        float* row = z.data_ptr<float>() + r * vocabulary;
+        const int64_t at = target[begin + r];
+        const float own = row[at] * static_cast<float>(scale);
+        const auto [log_sum, factor] = softmax_row(logits, row, -std::numeric_limits<float>::infinity(), row);
+        losses[static_cast<size_t>(begin + r)] = static_cast<double>(log_sum) - static_cast<double>(own);
+        if (!wanted) continue;
+        // p - [target], through the scale.
+        const float share = factor * static_cast<float>(scale);
+        const float there = (factor * row[at] - 1.f) * static_cast<float>(scale);
+        if (narrow) {
+          uint16_t* to = bits<at::BFloat16>(slopes) + r * vocabulary;
+          scale_row(row, share, to, vocabulary);
+          to[at] = c10::BFloat16(there).x;
+        } else {
+          scale_row(row, share, row, vocabulary);
+          row[at] = there;
+        }
+      }
+    });
+    if (!wanted) continue;
+    const auto d = slopes.narrow(0, 0, n);
+    std::vector<OutputBlock> blocks;
+    if (gradients.hidden.defined()) blocks = output_blocks(n, {width});
+    const size_t of_hidden = blocks.size();
+    if (gradients.weight.defined())
+      for (const OutputBlock& b : output_blocks(vocabulary, {width})) blocks.push_back(b);
+    run_tasks(static_cast<int64_t>(blocks.size()), [&](int64_t i) {
+      const auto& b = blocks[static_cast<size_t>(i)];
+      const int64_t first = b.rows.first, count = b.rows.second - first, column = b.columns.first,
+                    columns = b.columns.second - column;
+      if (static_cast<size_t>(i) < of_hidden)
+        multiply(block_of(gradients.hidden.narrow(0, begin, n), b), {d.narrow(0, first, count)},
+                 {weight.narrow(1, column, columns)});
+      else
+        multiply(block_of(gradients.weight, b), {d.narrow(1, first, count), true}, {h.narrow(1, column, columns)},
+                 begin > 0);
+    });
+  }
+  double sum = 0.0;
+  for (const double l : losses) sum += l;
+  return sum;
+}
 
 class HeadLoss : public torch::autograd::Function<HeadLoss> {
  public:
   // bias without elements: none.
   static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& hidden, const Tensor& weight,
                         const Tensor& bias, const Tensor& targets, double scale, double cap) {
-    const auto w = weight.to(hidden.scalar_type());
     const int64_t rows = hidden.size(0), vocabulary = weight.size(0);
     const bool needs_hidden = hidden.requires_grad(), needs_weight = weight.requires_grad(),
                needs_bias = bias.numel() > 0 && bias.requires_grad();
@@ -28,6 +108,12 @@ class HeadLoss : public torch::autograd::Function<HeadLoss> {
     if (needs_weight) dweight = torch::zeros_like(weight);
     if (needs_bias) dbias = torch::zeros_like(bias);
     double sum = 0.0;
+    if (cap == 0.0 && bias.numel() == 0 && rows > 0 && runs_dense(hidden, {weight, {}})) {
+      sum = loss_by_tasks(hidden, weight, targets, scale, {dhidden, dweight});
+      keep(context, dhidden, dweight, dbias);
+      return torch::tensor(sum, torch::kFloat32);
+    }
+    const auto w = weight.to(hidden.scalar_type());
     const int64_t piece = std::max<int64_t>(16, kElements / vocabulary);
     for (int64_t begin = 0; begin < rows; begin += piece) {
       const int64_t n = std::min(piece, rows - begin);
@@ -60,11 +146,16 @@ class HeadLoss : public torch::autograd::Function<HeadLoss> {
           dweight.add_(at::matmul(d.t(), h));
       }
     }
-    context->saved_data["hidden"] = dhidden;
-    context->saved_data["weight"] = dweight;
-    context->saved_data["bias"] = dbias;
+    keep(context, dhidden, dweight, dbias);
     return torch::tensor(sum, hidden.scalar_type() == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32)
         .to(hidden.device());
+  }
+
+  static void keep(torch::autograd::AutogradContext* context, const Tensor& hidden, const Tensor& weight,
+                   const Tensor& bias) {
+    context->saved_data["hidden"] = hidden;
+    context->saved_data["weight"] = weight;
+    context->saved_data["bias"] = bias;
   }
 
   static torch::autograd::tensor_list backward(torch::autograd::AutogradContext* context,
@@ -90,6 +181,12 @@ Tensor head_loss(const Tensor& hidden, Linear head, const Tensor& targets, doubl
   const bool some = rows.size(0) < all.size(0);
   const auto h = (some ? flat.index_select(0, rows) : flat).contiguous();
   const auto t = some ? all.index_select(0, rows) : all;
+  if (t.numel() > 0) {
+    const auto [least, most] = t.aminmax();
+    check(least.item<int64_t>() >= 0 && most.item<int64_t>() < head->out(),
+          "targets lie between {} and {}, the last matrix has {} rows", least.item<int64_t>(), most.item<int64_t>(),
+          head->out());
+  }
   const auto weight = head->weight.defined() ? head->weight : head->dense(h.scalar_type());
   return HeadLoss::apply(h, weight,
                          head->bias.defined() ? head->bias : torch::empty({0}, h.options().requires_grad(false)), t,
