@@ -5,6 +5,7 @@
 
 #include "adapt_tools.h"
 #include "moiety/base/error.h"
+#include "threads.h"
 
 namespace moiety {
 namespace {
@@ -50,6 +51,46 @@ TEST_P(LowRankGradients, EqualCentralDifferences) {
 
 INSTANTIATE_TEST_SUITE_P(Gates, LowRankGradients, testing::Values(0, 3, 6));
 
+// f32 and bf16 run as tasks, f64 by torch.
+TEST(LowRank, TasksEqualTorchInDouble) {
+  for (const auto& [type, weight_type] : {std::pair{torch::kFloat32, torch::kFloat32},
+                                          {torch::kBFloat16, torch::kFloat32},
+                                          {torch::kBFloat16, torch::kBFloat16}})
+    for (const int64_t experts : {0, 4, 12})  // no gates, one an expert, one a rank
+      for (const auto& [in, out] : {std::pair<int64_t, int64_t>{70, 33}, {17, 300}}) {
+        torch::manual_seed(7);
+        std::vector<Tensor> low = {torch::randn({3, 70, in}).to(type), (torch::randn({12, in}) * 0.2).to(weight_type),
+                                   torch::randn({out, 12}).to(weight_type)};
+        if (experts > 0) low.push_back(torch::rand({210, experts}));
+        std::vector<Tensor> high;
+        for (Tensor& t : low) {
+          high.push_back(t.to(torch::kFloat64).requires_grad_());
+          t.requires_grad_();
+        }
+        const auto base = torch::randn({3, 70, out}).to(type), up = torch::randn({3, 70, out}).to(type);
+        const auto run = [&](const std::vector<Tensor>& m) {
+          const auto y = add_low_rank(base.to(m[0].scalar_type(), false, true), m[0], m[1], m[2],
+                                      m.size() > 3 ? m[3] : Tensor(), 0.7);
+          auto all = torch::autograd::grad({(y * up.to(y.scalar_type())).sum()}, m);
+          all.push_back(y.detach());
+          return all;
+        };
+        const auto want = run(high);
+        std::vector<Tensor> first;
+        for (const int threads : {1, 3}) {
+          const test::Threads set(threads);
+          const auto got = run(low);
+          for (size_t i = 0; i < got.size(); ++i) {
+            if (i < low.size()) EXPECT_EQ(got[i].scalar_type(), low[i].scalar_type()) << i;
+            const double bound = (type == torch::kFloat32 ? 1e-5 : 3e-2) * want[i].abs().max().item<double>();
+            EXPECT_LT((got[i].to(torch::kFloat64) - want[i]).abs().max().item<double>(), bound) << i;
+            if (!first.empty()) EXPECT_TRUE(torch::equal(first[i], got[i])) << i;
+          }
+          first = got;
+        }
+      }
+}
+
 TEST(LowRank, AGateOfZeroKeepsGradientsAtZero) {
   torch::manual_seed(2);
   const auto v = f64({4, 3}), a = f64({6, 3}), b = f64({5, 6});
@@ -58,6 +99,14 @@ TEST(LowRank, AGateOfZeroKeepsGradientsAtZero) {
   add_low_rank(torch::zeros({4, 5}, torch::kFloat64), v, a, b, gates, 1.0).square().sum().backward();
   EXPECT_EQ(a.grad().slice(0, 2, 4).abs().max().item<double>(), 0.0);
   EXPECT_EQ(b.grad().slice(1, 2, 4).abs().max().item<double>(), 0.0);
+  const auto low_v = torch::randn({40, 3}), low_a = torch::randn({6, 3}).requires_grad_(),
+             low_b = torch::randn({5, 6}).requires_grad_();
+  add_low_rank(torch::zeros({40, 5}), low_v, low_a, low_b, gates.repeat({10, 1}).to(torch::kFloat32), 1.0)
+      .square()
+      .sum()
+      .backward();
+  EXPECT_EQ(low_a.grad().slice(0, 2, 4).abs().max().item<double>(), 0.0);
+  EXPECT_EQ(low_b.grad().slice(1, 2, 4).abs().max().item<double>(), 0.0);
   EXPECT_GT(a.grad().slice(0, 0, 2).abs().min().item<double>(), 0.0);
 }
 

@@ -5,6 +5,9 @@
 #include "moiety/base/error.h"
 #include "moiety/moe/dispatch.h"
 #include "moiety/moe/grouped.h"
+#include "moiety/nn/dense.h"
+#include "moiety/nn/products.h"
+#include "moiety/nn/tasks.h"
 
 namespace moiety {
 namespace {
@@ -21,6 +24,77 @@ Tensor gated(const Tensor& u, const Tensor& gates) {
   return (u.view({n, e, ranks / e}) * gates.unsqueeze(-1)).view({n, ranks});
 }
 
+// AddLowRank's work as tasks: what belongs to some rows is done on one thread. Few ranks are few rows of a product, but
+// would be a small part of the columns that it is computed in: u, w and their gradients lie as [R, N].
+class LowRankTasks {
+ public:
+  // x [N, in], a [R, in], b [out, R], gates [N, E] or without elements.
+  LowRankTasks(const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& gates, double scale)
+      : x_(x),
+        a_(like(a, x).contiguous()),
+        b_(like(scale == 1.0 ? b : b * scale, x).contiguous()),
+        gates_(gates.numel() > 0 ? like(gates, x) : Tensor()),
+        scale_(scale),
+        ranges_(tile_ranges(x.size(0), kTasks * at::get_num_threads())) {}
+
+  static bool run(const Tensor& x, const Tensor& y, const Tensor& a) {
+    return runs_dense(x, {a, {}}) && y.scalar_type() == x.scalar_type();
+  }
+
+  // y [N, out] += scale * w b^T with w = u times gates and u = x a^T, which are filled: [R, N], w may be u.
+  void forward(const Tensor& y, const Tensor& u, const Tensor& w) const {
+    for_rows([&](auto r) {
+      multiply(columns(u, r), {a_}, {rows(x_, r), true});
+      if (gates_.defined()) gate(columns(u, r), r, columns(w, r));
+      multiply(rows(y, r), {columns(w, r), true}, {b_, true}, /*add=*/true);
+    });
+  }
+
+  // The gradients of w and of u [R, N], u's may be w's, and of x where dx is defined.
+  void backward(const Tensor& dy, const Tensor& dw, const Tensor& du, const Tensor& dx) const {
+    for_rows([&](auto r) {
+      multiply(columns(dw, r), {b_, true}, {rows(dy, r), true});
+      if (gates_.defined()) gate(columns(dw, r), r, columns(du, r));
+      if (dx.defined()) multiply(rows(dx, r), {columns(du, r), true}, {a_});
+    });
+  }
+
+  // The gradients of a [R, in], and of b as [R, out], in f32; what is undefined is not wanted.
+  void backward_matrices(const Tensor& dy, const Tensor& w, const Tensor& du, const Tensor& da,
+                         const Tensor& db) const {
+    std::vector<OutputBlock> blocks;
+    if (da.defined()) blocks = output_blocks(da.size(0), {da.size(1)});
+    const size_t of_a = blocks.size();
+    if (db.defined())
+      for (const OutputBlock& b : output_blocks(db.size(0), {db.size(1)})) blocks.push_back(b);
+    run_tasks(static_cast<int64_t>(blocks.size()), [&](int64_t i) {
+      const OutputBlock& b = blocks[static_cast<size_t>(i)];
+      const bool first = static_cast<size_t>(i) < of_a;
+      multiply(block_of(first ? da : db, b), {rows(first ? du : w, b.rows)}, {columns(first ? x_ : dy, b.columns)});
+    });
+    if (db.defined() && scale_ != 1.0) Tensor(db).mul_(scale_);
+  }
+
+ private:
+  static constexpr int64_t kTasks = 4;  // of a thread
+  using Range = std::pair<int64_t, int64_t>;
+  static Tensor columns(const Tensor& t, Range r) { return t.narrow(1, r.first, r.second - r.first); }
+  static Tensor rows(const Tensor& t, Range r) { return t.narrow(0, r.first, r.second - r.first); }
+  template <class Task>
+  void for_rows(Task task) const {
+    run_tasks(static_cast<int64_t>(ranges_.size()), [&](int64_t i) { task(ranges_[static_cast<size_t>(i)]); });
+  }
+  void gate(const Tensor& u, Range r, const Tensor& to) const {
+    const int64_t e = gates_.size(1), each = u.size(0) / e;
+    auto out = to.view({e, each, -1});
+    at::mul_out(out, u.view({e, each, -1}), rows(gates_, r).t().unsqueeze(1));
+  }
+
+  Tensor x_, a_, b_, gates_;  // of x's type, b times the scale
+  double scale_;
+  std::vector<Range> ranges_;
+};
+
 class AddLowRank : public torch::autograd::Function<AddLowRank> {
  public:
   // `gates` without elements: none.
@@ -28,10 +102,19 @@ class AddLowRank : public torch::autograd::Function<AddLowRank> {
                         const Tensor& b, const Tensor& gates, double scale) {
     const bool has = gates.numel() > 0;
     const auto x = v.reshape({-1, v.size(-1)});
-    const auto u = at::matmul(x, like(a, x).t());
-    const auto w = has ? gated(u, like(gates, u)) : u;
     auto flat = y.view({-1, y.size(-1)});
-    flat.addmm_(w, like(b, w).t(), 1.0, scale);
+    const bool tasks = LowRankTasks::run(x, flat, a);
+    Tensor u, w;
+    if (tasks) {
+      u = torch::empty({a.size(0), x.size(0)}, x.options().requires_grad(false));
+      w = has ? torch::empty_like(u) : u;
+      LowRankTasks(x, a, b, gates, scale).forward(flat, u, w);
+    } else {
+      u = at::matmul(x, like(a, x).t());
+      w = has ? gated(u, like(gates, u)) : u;
+      flat.addmm_(w, like(b, w).t(), 1.0, scale);
+    }
+    context->saved_data["tasks"] = tasks;
     context->mark_dirty({y});
     context->saved_data["scale"] = scale;
     context->save_for_backward({x, a, b, gates, u, w});
@@ -46,6 +129,7 @@ class AddLowRank : public torch::autograd::Function<AddLowRank> {
     const double scale = context->saved_data["scale"].toDouble();
     const auto dy = grads[0].reshape({-1, grads[0].size(-1)});
     Tensor dv, da, db, dgates;
+    if (context->saved_data["tasks"].toBool()) return backward_by_tasks(context, grads[0], dy);
     if (context->needs_input_grad(3)) db = at::matmul(dy.t(), w).mul_(scale).to(b.scalar_type());
     if (context->needs_input_grad(1) || context->needs_input_grad(2) || context->needs_input_grad(4)) {
       const auto dw = at::matmul(dy, like(b, dy)).mul_(scale);
@@ -61,6 +145,31 @@ class AddLowRank : public torch::autograd::Function<AddLowRank> {
       }
     }
     return {grads[0], dv, da, db, dgates, Tensor()};
+  }
+
+  static torch::autograd::tensor_list backward_by_tasks(torch::autograd::AutogradContext* context, const Tensor& grad,
+                                                        const Tensor& dy) {
+    const auto saved = context->get_saved_variables();
+    const Tensor &x = saved[0], &a = saved[1], &b = saved[2], &gates = saved[3], &u = saved[4], &w = saved[5];
+    const bool has = gates.numel() > 0, of_gates = has && context->needs_input_grad(4);
+    const LowRankTasks tasks(x, a, b, gates, context->saved_data["scale"].toDouble());
+    const auto f32 = x.options().dtype(torch::kFloat32);
+    Tensor dv, da, db, dgates, dw, du;
+    if (context->needs_input_grad(1) || context->needs_input_grad(2) || of_gates) {
+      dw = torch::empty_like(u);
+      du = has ? torch::empty_like(u) : dw;
+      if (context->needs_input_grad(1)) dv = torch::empty_like(x);
+      tasks.backward(dy, dw, du, dv);
+      if (dv.defined()) dv = dv.view(context->saved_data["shape"].toIntVector());
+    }
+    if (context->needs_input_grad(2)) da = torch::empty(a.sizes(), f32);
+    if (context->needs_input_grad(3)) db = torch::empty({b.size(1), b.size(0)}, f32);
+    tasks.backward_matrices(dy, w, du, da, db);
+    if (da.defined()) da = da.to(a.scalar_type());
+    if (db.defined()) db = db.t().to(b.scalar_type()).contiguous();
+    if (of_gates)
+      dgates = (dw * u).view({gates.size(1), -1, x.size(0)}).sum(1, false, torch::kFloat32).t().to(gates.scalar_type());
+    return {grad, dv, da, db, dgates, Tensor()};
   }
 };
 
