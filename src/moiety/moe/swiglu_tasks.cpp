@@ -18,8 +18,9 @@ using torch::Tensor;
 
 // Rows of a piece: enough for the products to run at full speed, few enough that threads end together.
 constexpr int64_t kFewRows = 32, kManyRows = 280;
-// Weight gradients of an expert are cut into blocks of at least so many rows.
-constexpr int64_t kBlockRows = 256;
+// Weight gradients of an expert are cut into blocks of at least so many rows; those of the last, behind which there is
+// nothing to do for a thread that is through, into smaller ones.
+constexpr int64_t kBlockRows = 256, kLastRows = 84;
 
 struct Piece {
   int64_t expert, begin, rows;
@@ -109,7 +110,9 @@ Tensor swiglu_tasks_outputs(const Tensor& x, const Tensor& tokens, const std::ve
 }
 
 Tensor swiglu_tasks_forward(const SwigluInputs& in, const Tensor& g, const Tensor& u) {
-  const auto pieces = pieces_of(in.counts);
+  auto pieces = pieces_of(in.counts);
+  // Large ones first: what is left at the end is small.
+  std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.rows > b.rows; });
   const auto options = in.x.options().requires_grad(false);
   auto outputs = torch::empty({in.tokens.size(0), in.down.size(1)}, options);
   run_tasks(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
@@ -136,10 +139,10 @@ void swiglu_tasks_backward(const SwigluInputs& in, const Tensor& g, const Tensor
   std::deque<Running> experts(in.counts.size());
   std::vector<Task> tasks;
   const auto pieces = pieces_of(in.counts);
-  const auto add_blocks = [&](int64_t e) {
+  const auto add_blocks = [&](int64_t e, int64_t least) {
     for (const auto& [which, stack] : {std::pair{1, out.gate}, std::pair{2, out.up}, std::pair{3, out.down}}) {
       if (!stack.defined()) continue;
-      const int64_t size = stack.size(1), parts = std::max<int64_t>(1, size / kBlockRows);
+      const int64_t size = stack.size(1), parts = std::max<int64_t>(1, size / least);
       for (int64_t i = 0; i < parts; ++i)
         tasks.push_back({e, size * i / parts, size * (i + 1) / parts - size * i / parts, which});
       experts[static_cast<size_t>(e)].blocks += parts;
@@ -155,10 +158,10 @@ void swiglu_tasks_backward(const SwigluInputs& in, const Tensor& g, const Tensor
     for (; i < pieces.size() && pieces[i].expert == e; ++i, ++count)
       tasks.push_back({e, pieces[i].begin, pieces[i].rows, 0});
     r.pieces.expect(count);
-    if (before >= 0) add_blocks(before);
+    if (before >= 0) add_blocks(before, kBlockRows);
     before = e;
   }
-  if (before >= 0) add_blocks(before);
+  if (before >= 0) add_blocks(before, kLastRows);
 
   const auto dx = out.x.defined() ? torch::empty({in.tokens.size(0), dy.size(1)}, options) : Tensor();
   run_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t i) {

@@ -2,9 +2,11 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "moiety/base/error.h"
+#include "moiety/nn/tasks.h"
 
 namespace moiety {
 namespace {
@@ -132,15 +134,39 @@ std::unique_ptr<Optimizer> make_optimizer(const OptimizerConfig& config, std::ve
   return std::make_unique<Lion>(config, std::move(slots));
 }
 
+namespace {
+
+// In f32 over pieces of a tensor, which threads share, in double over all of them.
+double norm_of(const std::vector<Tensor>& list) {
+  constexpr int64_t kPiece = int64_t{1} << 18;
+  std::vector<Tensor> pieces, elsewhere;
+  for (const Tensor& t : list) {
+    if (!t.is_cpu() || !t.is_contiguous()) {
+      elsewhere.push_back(t);
+      continue;
+    }
+    const auto flat = t.view({-1});
+    for (int64_t begin = 0; begin < flat.numel(); begin += kPiece)
+      pieces.push_back(flat.narrow(0, begin, std::min(kPiece, flat.numel() - begin)));
+  }
+  std::vector<double> norms(pieces.size());
+  run_tasks(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
+    norms[static_cast<size_t>(i)] = at::linalg_vector_norm(pieces[static_cast<size_t>(i)]).item<double>();
+  });
+  if (!elsewhere.empty())
+    norms.push_back(torch::stack(at::_foreach_norm(elsewhere)).to(torch::kCPU, torch::kFloat64).norm().item<double>());
+  double squares = 0.0;
+  for (const double n : norms) squares += n * n;
+  return std::sqrt(squares);
+}
+
+}  // namespace
+
 GradientNorm gradient_norm(const std::vector<Slot>& slots, double limit, const std::function<double(double)>& sum) {
   const torch::NoGradGuard frozen;
   std::vector<Tensor> gradients, shares;
   for (const Slot& s : slots)
     if (s.parameter.grad().defined()) (s.share ? shares : gradients).push_back(s.parameter.grad());
-  const auto norm_of = [](const std::vector<Tensor>& list) {
-    if (list.empty()) return 0.0;
-    return torch::stack(at::_foreach_norm(list)).to(torch::kCPU, torch::kFloat64).norm().item<double>();
-  };
   double norm = norm_of(gradients);
   if (sum) norm = std::hypot(norm, std::sqrt(sum(std::pow(norm_of(shares), 2))));
   // The small number as in torch's clip_grad_norm_.

@@ -76,7 +76,7 @@ class Optimizer {
 /// g) + wd p), m = b2 m + (1-b2) g. Throws Error unless every parameter is f32.
 std::unique_ptr<Optimizer> make_optimizer(const OptimizerConfig& config, std::vector<Slot> slots);
 
-/// Norm of all gradients together, in f32 per tensor and double across them, and what an update has to multiply them
+/// Norm of all gradients together, in f32 per piece of a tensor and double across them, and what an update has to multiply them
 /// with so that it does not pass `limit` (0: they stay), as torch's clip_grad_norm_ does.
 /// `sum`: adds up a number over the processes that hold the other shares; unset: there are none.
 struct GradientNorm {
