@@ -119,13 +119,13 @@ def moe_layer():
     record = load("results/moe_layer.json")
     if not record:
         return ["Not measured yet: `python3 bench/side_by_side_moe.py --write`."]
-    lines = ["| type | experts | a step | of a dense layer's speed | of the peak | against eager | against grouped_mm | and its memory kept | memory, theirs |",
+    lines = ["| type | experts | a step | of a dense layer's speed | of the peak; eager | against eager | against grouped_mm | and its memory kept | memory, theirs |",
              "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for r in record["results"]:
         def times(name):
             return f"{r['ratios'][name]:.2f}x" if name in r["ratios"] else ""
 
-        lines.append(f"| {r['dtype']} | {r['experts']} | {r['seconds'] * 1e3:.0f} ms | {r['of_dense']:.2f} | {r['of_peak']:.2f} | {times('eager')} | "
+        lines.append(f"| {r['dtype']} | {r['experts']} | {r['seconds'] * 1e3:.0f} ms | {r['of_dense']:.2f} | {r['of_peak']:.2f}; {r['of_peak'] / r['ratios']['eager']:.2f} | {times('eager')} | "
                      f"{times('grouped_mm')} | {times('kept')} | {r['memory_mib']:.0f} MiB, {r['peers'][r['fastest_peer']]['memory_mib']:.0f} MiB |")
     lines += ["", f"Forward and backward: hidden {record['hidden']}, expert width {record['width']}, {record['tokens']} tokens, {record['chosen']} experts a token; "
               f"best of {record['rounds']} round{'s' if record['rounds'] > 1 else ''}; transformers {record['transformers']}, torch {record['torch']}; {where(record)}."]
