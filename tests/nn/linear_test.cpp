@@ -86,11 +86,13 @@ TEST_P(BlockFormats, SeveralMatricesOnOneInputEqualEachAlone) {
   torch::NoGradGuard frozen;
   const auto bias = torch::randn({kOut});
   Linear blocks(stored(GetParam(), kOut, kIn)), biased(stored(GetParam(), kOut, kIn), bias),
-      other(stored(Format::Q8_0, 48, kIn)), floats(kIn, 20);
+      other(stored(Format::Q8_0, 48, kIn)), floats(kIn, 20), mapped(stored(Format::F32, 30, kIn)),
+      halves(stored(Format::BF16, 40, kIn));
   for (const auto& shape : std::vector<std::vector<int64_t>>{{1, kIn}, {2, 13, kIn}, {0, kIn}}) {
     for (const auto dtype : {torch::kFloat32, torch::kBFloat16}) {
       const auto x = torch::randn(shape).to(dtype);
-      for (const auto& group : std::vector<std::vector<Linear>>{{blocks, biased, other}, {blocks, floats}}) {
+      for (const auto& group : std::vector<std::vector<Linear>>{
+               {blocks, biased, other}, {blocks, floats}, {mapped, halves}, {mapped, floats}}) {
         const auto all =
             group.size() == 3 ? multiply_all({group[0], group[1], group[2]}, x) : multiply_all({group[0], group[1]}, x);
         for (size_t i = 0; i < group.size(); ++i) {

@@ -136,13 +136,17 @@ struct Dense : torch::autograd::Function<Dense> {
 
 }  // namespace
 
+bool many_rows(const Tensor& x) {
+  return x.size(-1) > 0 && x.numel() >= kManyRows * x.size(-1);
+}
+
 bool runs_dense(const Tensor& x, const DenseMatrix& matrix) {
   const auto &w = matrix.weight, &b = matrix.bias;
   const auto type = x.scalar_type();
   if ((type != torch::kFloat32 && type != torch::kBFloat16) || !fits(x) || !fits(w) || !matmul_is_fast()) return false;
   if (w.scalar_type() != type && w.scalar_type() != torch::kFloat32) return false;
   if (b.defined() && (!fits(b) || b.scalar_type() != w.scalar_type())) return false;
-  return x.size(-1) > 0 && w.stride(1) == 1 && w.size(0) > 0 && x.numel() >= kManyRows * x.size(-1);
+  return w.stride(1) == 1 && w.size(0) > 0 && many_rows(x);
 }
 
 std::vector<Tensor> dense_products(const Tensor& x, std::span<const DenseMatrix> matrices) {

@@ -19,8 +19,11 @@ struct DenseMatrix {
 /// Matrices that one call takes.
 constexpr size_t kMostDense = 3;
 
+/// More rows than a product has that is done when the matrix is read.
+bool many_rows(const torch::Tensor& x);
+
 /// Whether dense_products() takes x [..., in] and the matrix: f32 or bf16 on the CPU, W of x's type or f32, whole rows,
-/// more of them than a product that only reads the matrix has, and a machine whose kernels are fast.
+/// many of them, and a machine whose kernels are fast.
 bool runs_dense(const torch::Tensor& x, const DenseMatrix& matrix);
 
 /// x [..., in] -> x W^T + b [..., out] of each matrix, in x's type. Gradients have the types of what they belong to:

@@ -249,8 +249,12 @@ std::vector<torch::Tensor> multiply_all(std::initializer_list<Linear> matrices, 
   }
   std::vector<torch::Tensor> out;
   std::vector<DenseMatrix> dense;
-  for (Linear m : matrices)
-    if (!m->mapped() && runs_dense(x, {m->weight, m->bias})) dense.push_back({m->weight, m->bias});
+  for (Linear m : matrices) {
+    if (!many_rows(x)) break;
+    const bool plain = m->mapped() && !m->quantized() && !m->streamed;
+    const DenseMatrix matrix{plain ? as_tensor(*m->mapped()) : m->weight, m->bias};
+    if (matrix.weight.defined() && runs_dense(x, matrix)) dense.push_back(matrix);
+  }
   if (dense.size() == matrices.size() && dense.size() <= kMostDense) return dense_products(x, dense);
   if (packed.size() < matrices.size()) {
     for (Linear m : matrices) out.push_back(m->multiply(x));
