@@ -5,6 +5,7 @@
 
 #include "adapt_tools.h"
 #include "moiety/base/error.h"
+#include "moiety/kernels/matmul.h"
 #include "threads.h"
 
 namespace moiety {
@@ -84,7 +85,7 @@ TEST(LowRank, TasksEqualTorchInDouble) {
             if (i < low.size()) EXPECT_EQ(got[i].scalar_type(), low[i].scalar_type()) << i;
             const double bound = (type == torch::kFloat32 ? 1e-5 : 3e-2) * want[i].abs().max().item<double>();
             EXPECT_LT((got[i].to(torch::kFloat64) - want[i]).abs().max().item<double>(), bound) << i;
-            if (!first.empty()) EXPECT_TRUE(torch::equal(first[i], got[i])) << i;
+            if (!first.empty() && matmul_is_fast()) EXPECT_TRUE(torch::equal(first[i], got[i])) << i;
           }
           first = got;
         }

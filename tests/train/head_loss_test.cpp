@@ -4,6 +4,7 @@
 #include <torch/torch.h>
 
 #include "moiety/base/error.h"
+#include "moiety/kernels/matmul.h"
 #include "moiety/train/language_task.h"
 #include "threads.h"
 
@@ -77,6 +78,7 @@ TEST(HeadLoss, TasksAreNearTheLossInDouble) {
       EXPECT_LT(apart(weight.grad().to(kDouble), want.weight), bound * want.weight.abs().max().item<double>());
       all.push_back({loss.detach(), hidden.grad(), weight.grad(), {}});
     }
+    if (!matmul_is_fast()) continue;  // torch's products depend on the number of threads
     EXPECT_TRUE(torch::equal(all[0].loss, all[1].loss));
     EXPECT_TRUE(torch::equal(all[0].hidden, all[1].hidden));
     EXPECT_TRUE(torch::equal(all[0].weight, all[1].weight));
