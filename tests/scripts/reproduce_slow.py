@@ -59,7 +59,7 @@ with tempfile.TemporaryDirectory() as folder:
     main = result["metrics"][0]["name"]
     # Arms of a study may measure different things, and a short one may end with a share of 0.
     shown = [a["values"][main]["mean"] for a in result["arms"] if main in a["values"]]
-    assert shown and max(shown) > 0, result["arms"]
+    assert shown and min(shown) >= 0 and max(shown) > 0, result["arms"]
     assert all(a["values"] and all(math.isfinite(v["mean"]) for v in a["values"].values()) for a in result["arms"]), result["arms"]
     assert json.loads(Path(folder, "report", f"{slug}.json").read_text()) == result
     assert slug in Path(folder, "report", f"{slug}.html").read_text()

@@ -35,7 +35,7 @@ class LowRankTasks {
         b_(like(scale == 1.0 ? b : b * scale, x).contiguous()),
         gates_(gates.numel() > 0 ? like(gates, x) : Tensor()),
         scale_(scale),
-        ranges_(tile_ranges(x.size(0), kTasks * at::get_num_threads())) {}
+        ranges_(tile_ranges(x.size(0), many_tasks())) {}
 
   static bool run(const Tensor& x, const Tensor& y, const Tensor& a) {
     return runs_dense(x, {a, {}}) && y.scalar_type() == x.scalar_type();
@@ -76,10 +76,9 @@ class LowRankTasks {
   }
 
  private:
-  static constexpr int64_t kTasks = 4;  // of a thread
   using Range = std::pair<int64_t, int64_t>;
-  static Tensor columns(const Tensor& t, Range r) { return t.narrow(1, r.first, r.second - r.first); }
-  static Tensor rows(const Tensor& t, Range r) { return t.narrow(0, r.first, r.second - r.first); }
+  static Tensor columns(const Tensor& t, Range r) { return part_of(t, 1, r); }
+  static Tensor rows(const Tensor& t, Range r) { return part_of(t, 0, r); }
   template <class Task>
   void for_rows(Task task) const {
     run_tasks(static_cast<int64_t>(ranges_.size()), [&](int64_t i) { task(ranges_[static_cast<size_t>(i)]); });

@@ -17,6 +17,9 @@ struct MatrixView {
   const T* line(int64_t i) const { return data + (index != nullptr ? index[i] : i) * stride; }
 };
 
+/// The tile that AVX-512 computes in. Blocks of these sizes leave no part of one idle.
+constexpr int64_t kMatmulRows = 14, kMatmulColumns = 32;
+
 /// out [m, n], its rows `stride` elements apart, = a [m, k] b [k, n]; added to what is there for `add`.
 void matmul(int64_t m, int64_t n, int64_t k, const MatrixView<float>& a, const MatrixView<float>& b, float* out,
             int64_t stride, bool add = false);

@@ -13,7 +13,7 @@ namespace moiety {
 namespace {
 
 struct Avx512 {
-  static constexpr int64_t kRows = 14, kColumns = 32;
+  static constexpr int64_t kRows = kMatmulRows, kColumns = kMatmulColumns;
   static constexpr int64_t kLeft = 140 * 1024;
   static constexpr int64_t kDepth = 512;
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "moiety/kernels/exponential.h"
 #include "moiety/kernels/half.h"
 #include "moiety/kernels/softmax_kernels.h"
 
@@ -77,15 +78,8 @@ template <class Body>
 // e^x, x <= 88, as exponential.h has it, but 0 below -87.
 [[gnu::always_inline]] inline void exponential(Floats& x) {
   const Floats low = Floats{} - 87.f, clamped = low > x ? low : x;  // a NaN stays
-  const Floats shifted = clamped * 1.44269504f + 12582912.f, n = shifted - 12582912.f;
-  const Floats r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  Floats p = r * (1.f / 5040.f) + 1.f / 720.f;
-  p = p * r + 1.f / 120.f;
-  p = p * r + 1.f / 24.f;
-  p = p * r + 1.f / 6.f;
-  p = p * r + 0.5f;
-  p = p * r + 1.f;
-  p = p * r + 1.f;
+  Floats shifted, p;
+  exponential_parts(clamped, shifted, p);
   p *= (Floats)(((Words)shifted - (0x4b400000u - 127u)) << 23);
   x = x < low ? Floats{} : p;
 }

@@ -29,7 +29,7 @@ struct Piece {
 int64_t rows_of_a_piece(const std::vector<int64_t>& counts) {
   int64_t pairs = 0;
   for (const int64_t c : counts) pairs += c;
-  return std::clamp(pairs / (4 * at::get_num_threads()), kFewRows, kManyRows);
+  return std::clamp(pairs / many_tasks(), kFewRows, kManyRows);
 }
 
 // The rows of every expert in pieces of nearly equal size.

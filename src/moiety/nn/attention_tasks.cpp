@@ -26,7 +26,7 @@ using torch::Tensor;
 constexpr int64_t kQueries = 64;  // of a block
 constexpr int64_t kKeys = 512;    // of a chunk, in the backward pass
 // Of a tile of our products: where a block's view of the keys has a slope, rectangles keep to these.
-constexpr int64_t kTileRows = 14, kTileColumns = 32;
+constexpr int64_t kTileRows = kMatmulRows, kTileColumns = kMatmulColumns;
 
 struct Range {
   int64_t first = 0, last = 0;  // [first, last)

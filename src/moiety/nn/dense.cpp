@@ -19,11 +19,8 @@ using torch::autograd::tensor_list;
 
 // Rows from which the products are bound by arithmetic: below, torch reads the matrix as fast as it can be read.
 constexpr int64_t kManyRows = 16;
-// A thread finds so many tasks: the last one to end lets the others wait for little.
-constexpr int64_t kTasks = 4;
-constexpr int64_t kTile = 14;
 // A block of fewer rows or columns is packed for too little work.
-constexpr int64_t kBlockRows = 7 * kTile, kBlockColumns = 128;
+constexpr int64_t kBlockRows = 7 * kMatmulRows, kBlockColumns = 128;
 
 bool fits(const Tensor& t) {
   return t.is_cpu() && t.layout() == torch::kStrided;
@@ -31,12 +28,8 @@ bool fits(const Tensor& t) {
 
 // Blocks of `matrices` products of `rows` rows, so that there are enough of them for all threads.
 int64_t row_parts(int64_t rows, int64_t matrices) {
-  const int64_t wanted = (kTasks * at::get_num_threads() + matrices - 1) / matrices;
+  const int64_t wanted = (many_tasks() + matrices - 1) / matrices;
   return std::clamp<int64_t>(rows / kBlockRows, 1, wanted);
-}
-
-Tensor part(const Tensor& t, int64_t dim, std::pair<int64_t, int64_t> range) {
-  return t.narrow(dim, range.first, range.second - range.first);
 }
 
 Tensor rows_of(const Tensor& t) {
@@ -70,8 +63,8 @@ struct Dense : torch::autograd::Function<Dense> {
       const auto& block = blocks[static_cast<size_t>(i)];
       const auto& [m, rows, columns] = block;
       const auto to = block_of(flat[m], block);
-      if (bias[m].defined()) to.copy_(part(bias[m], 0, columns).expand_as(to));
-      multiply(to, {part(input, 0, rows)}, {part(saved[m + 1], 0, columns), true}, bias[m].defined());
+      if (bias[m].defined()) to.copy_(part_of(bias[m], 0, columns).expand_as(to));
+      multiply(to, {part_of(input, 0, rows)}, {part_of(saved[m + 1], 0, columns), true}, bias[m].defined());
     });
     return out;
   }
@@ -113,13 +106,13 @@ struct Dense : torch::autograd::Function<Dense> {
       const auto& block = blocks[static_cast<size_t>(i)];
       const auto& [m, rows, columns] = block;
       if (m < count) {
-        multiply(block_of(dw[m], block), {part(dy[m], 1, rows), true}, {part(input, 1, columns)});
+        multiply(block_of(dw[m], block), {part_of(dy[m], 1, rows), true}, {part_of(input, 1, columns)});
         return;
       }
       bool add = false;
       for (size_t j = 0; j < count; ++j) {
         if (!dy[j].defined()) continue;
-        multiply(part(dx, 0, rows), {part(dy[j], 0, rows)}, {saved[j + 1]}, add);
+        multiply(part_of(dx, 0, rows), {part_of(dy[j], 0, rows)}, {saved[j + 1]}, add);
         add = true;
       }
     });
@@ -164,7 +157,7 @@ std::vector<Tensor> dense_products(const Tensor& x, std::span<const DenseMatrix>
 std::vector<OutputBlock> output_blocks(int64_t rows, const std::vector<int64_t>& widths) {
   const auto count = static_cast<int64_t>(widths.size());
   const int64_t parts = row_parts(rows, count);
-  const int64_t more = (kTasks * at::get_num_threads() + parts * count - 1) / (parts * count);
+  const int64_t more = (many_tasks() + parts * count - 1) / (parts * count);
   std::vector<OutputBlock> blocks;
   for (size_t m = 0; m < widths.size(); ++m) {
     const int64_t across = std::clamp<int64_t>(widths[m] / kBlockColumns, 1, more);
@@ -175,16 +168,21 @@ std::vector<OutputBlock> output_blocks(int64_t rows, const std::vector<int64_t>&
   return blocks;
 }
 
+Tensor part_of(const Tensor& t, int64_t dim, std::pair<int64_t, int64_t> range) {
+  return t.narrow(dim, range.first, range.second - range.first);
+}
+
 Tensor block_of(const Tensor& t, const OutputBlock& block) {
-  return part(part(t, 0, block.rows), 1, block.columns);
+  return part_of(part_of(t, 0, block.rows), 1, block.columns);
 }
 
 std::vector<std::pair<int64_t, int64_t>> tile_ranges(int64_t total, int64_t parts) {
-  const int64_t tiles = (total + kTile - 1) / kTile;
+  const int64_t tiles = (total + kMatmulRows - 1) / kMatmulRows;
   parts = std::clamp<int64_t>(parts, 1, std::max<int64_t>(tiles, 1));
   std::vector<std::pair<int64_t, int64_t>> ranges;
   for (int64_t i = 0; i < parts; ++i)
-    ranges.emplace_back(std::min(total, tiles * i / parts * kTile), std::min(total, tiles * (i + 1) / parts * kTile));
+    ranges.emplace_back(std::min(total, tiles * i / parts * kMatmulRows),
+                        std::min(total, tiles * (i + 1) / parts * kMatmulRows));
   return ranges;
 }
 

@@ -39,6 +39,8 @@ struct OutputBlock {
 /// Blocks that cover the matrices, enough of them for all threads, none too small for the kernels. How they are cut
 /// changes no bit of what a product gives.
 std::vector<OutputBlock> output_blocks(int64_t rows, const std::vector<int64_t>& widths);
+/// Indices [first, last) of one dimension.
+torch::Tensor part_of(const torch::Tensor& t, int64_t dim, std::pair<int64_t, int64_t> range);
 /// The block of `t` [rows, width].
 torch::Tensor block_of(const torch::Tensor& t, const OutputBlock& block);
 

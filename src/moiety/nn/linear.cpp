@@ -47,7 +47,7 @@ bool by_tasks(const torch::Tensor& x) {
 // Rows of W that a task decodes: few enough for all threads to have some, enough for the products.
 int64_t rows_of_a_task(const TensorView& blocks) {
   const int64_t most = std::max<int64_t>(32, kPieceElements / 4 / std::max<int64_t>(blocks.shape[1], 1));
-  return std::clamp<int64_t>(blocks.shape[0] / (4 * at::get_num_threads()), 32, std::min<int64_t>(most, 256));
+  return std::clamp<int64_t>(blocks.shape[0] / many_tasks(), 32, std::min<int64_t>(most, 256));
 }
 
 // x [n, in] -> x W^T [n, out], in x's dtype.
@@ -134,7 +134,7 @@ class FrozenMatmul : public torch::autograd::Function<FrozenMatmul> {
     auto grad = torch::zeros({grads[0].size(0), blocks->view->shape[1]}, grads[0].options().dtype(torch::kFloat32));
     const auto dtype = grads[0].scalar_type();
     const auto own = by_tasks(grads[0]);
-    const auto ranges = tile_ranges(grad.size(0), 4 * at::get_num_threads());
+    const auto ranges = tile_ranges(grad.size(0), many_tasks());
     for_pieces(*blocks->view, grad.device(), [&](int64_t begin, int64_t end, const torch::Tensor& w) {
       if (own)
         run_tasks(static_cast<int64_t>(ranges.size()), [&](int64_t i) {
@@ -249,8 +249,7 @@ std::vector<torch::Tensor> multiply_all(std::initializer_list<Linear> matrices, 
   }
   std::vector<torch::Tensor> out;
   std::vector<DenseMatrix> dense;
-  for (Linear m : matrices) {
-    if (!many_rows(x)) break;
+  for (Linear m : many_rows(x) ? matrices : std::initializer_list<Linear>{}) {
     const bool plain = m->mapped() && !m->quantized() && !m->streamed;
     const DenseMatrix matrix{plain ? as_tensor(*m->mapped()) : m->weight, m->bias};
     if (matrix.weight.defined() && runs_dense(x, matrix)) dense.push_back(matrix);

@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 
+#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <mutex>
@@ -13,6 +14,11 @@
 
 namespace moiety {
 
+/// So many that the last one to end lets the other threads wait for little.
+inline int64_t many_tasks() {
+  return 4 * at::get_num_threads();
+}
+
 /// Runs task(0) ... task(count - 1) in this order of starting. The caller's autograd does not see what tasks do. An
 /// exception is thrown here when all have run.
 template <class Task>
@@ -20,7 +26,7 @@ void run_tasks(int64_t count, Task task) {
   std::atomic<int64_t> next{0};
   std::exception_ptr failure;
   std::mutex lock;
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
   parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     for (int64_t i = next++; i < count; i = next++) {

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "moiety/base/error.h"
+#include "moiety/kernels/matmul.h"
 #include "moiety/kernels/softmax.h"
 #include "moiety/nn/dense.h"
 #include "moiety/nn/elements.h"
@@ -34,8 +35,8 @@ double loss_by_tasks(const Tensor& hidden, const Tensor& weight, const Tensor& t
   const auto f32 = hidden.options().dtype(torch::kFloat32).requires_grad(false);
   const bool wanted = gradients.hidden.defined() || gradients.weight.defined();
   const bool narrow = hidden.scalar_type() == torch::kBFloat16;
-  int64_t piece = std::max<int64_t>(16, kTaskElements / vocabulary);
-  piece = std::min(rows, piece > 14 ? piece / 14 * 14 : piece);
+  int64_t piece = std::max<int64_t>(kMatmulRows, kTaskElements / vocabulary);
+  piece = std::min(rows, piece / kMatmulRows * kMatmulRows);
   const auto scores = torch::empty({piece, vocabulary}, f32);
   const auto slopes = !wanted ? Tensor() : narrow ? torch::empty({piece, vocabulary}, hidden.options()) : scores;
   std::vector<double> losses(static_cast<size_t>(rows));
@@ -47,8 +48,7 @@ double loss_by_tasks(const Tensor& hidden, const Tensor& weight, const Tensor& t
     const auto of_scores = output_blocks(n, {vocabulary});
     run_tasks(static_cast<int64_t>(of_scores.size()), [&](int64_t i) {
       const auto& b = of_scores[static_cast<size_t>(i)];
-      multiply(block_of(z, b), {h.narrow(0, b.rows.first, b.rows.second - b.rows.first)},
-               {weight.narrow(0, b.columns.first, b.columns.second - b.columns.first), true});
+      multiply(block_of(z, b), {part_of(h, 0, b.rows)}, {part_of(weight, 0, b.columns), true});
     });
     parallel_for(0, n, 1, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) {
@@ -80,14 +80,11 @@ double loss_by_tasks(const Tensor& hidden, const Tensor& weight, const Tensor& t
       for (const OutputBlock& b : output_blocks(vocabulary, {width})) blocks.push_back(b);
     run_tasks(static_cast<int64_t>(blocks.size()), [&](int64_t i) {
       const auto& b = blocks[static_cast<size_t>(i)];
-      const int64_t first = b.rows.first, count = b.rows.second - first, column = b.columns.first,
-                    columns = b.columns.second - column;
       if (static_cast<size_t>(i) < of_hidden)
-        multiply(block_of(gradients.hidden.narrow(0, begin, n), b), {d.narrow(0, first, count)},
-                 {weight.narrow(1, column, columns)});
+        multiply(block_of(gradients.hidden.narrow(0, begin, n), b), {part_of(d, 0, b.rows)},
+                 {part_of(weight, 1, b.columns)});
       else
-        multiply(block_of(gradients.weight, b), {d.narrow(1, first, count), true}, {h.narrow(1, column, columns)},
-                 begin > 0);
+        multiply(block_of(gradients.weight, b), {part_of(d, 1, b.rows), true}, {part_of(h, 1, b.columns)}, begin > 0);
     });
   }
   double sum = 0.0;

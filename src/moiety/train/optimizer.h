@@ -76,12 +76,12 @@ class Optimizer {
 /// g) + wd p), m = b2 m + (1-b2) g. Throws Error unless every parameter is f32.
 std::unique_ptr<Optimizer> make_optimizer(const OptimizerConfig& config, std::vector<Slot> slots);
 
-/// Norm of all gradients together, in f32 per piece of a tensor and double across them, and what an update has to multiply them
-/// with so that it does not pass `limit` (0: they stay), as torch's clip_grad_norm_ does.
-/// `sum`: adds up a number over the processes that hold the other shares; unset: there are none.
 struct GradientNorm {
   double norm = 0.0, scale = 1.0;
 };
+/// Norm of all gradients together, in f32 per piece of a tensor and double across them, and what an update has to
+/// multiply them with so that it does not pass `limit` (0: they stay), as torch's clip_grad_norm_ does.
+/// `sum`: adds up a number over the processes that hold the other shares; unset: there are none.
 GradientNorm gradient_norm(const std::vector<Slot>& slots, double limit, const std::function<double(double)>& sum = {});
 
 }  // namespace moiety
