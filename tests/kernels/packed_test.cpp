@@ -56,25 +56,63 @@ QuantizedTiles tiles_of(Format format, const std::vector<float>& x, int64_t n, i
   return tiles;
 }
 
+// Normal numbers with a long tail: several in a hundred lie far above the others.
+std::vector<float> long_tailed(size_t n, unsigned seed) {
+  auto x = gaussian(n, seed);
+  for (float& v : x) v = v * v * v;
+  return x;
+}
+
+// Row t of the activations as products take it: what lies far above its block, by its quants, stays whole, and the rest
+// is what QuantizedRow makes of it.
+std::vector<double> rounded(const QuantizedTiles& tiles, Format format, const std::vector<float>& x, int64_t t,
+                            int64_t cols) {
+  const int64_t block = info(format).block, tile = t / QuantizedTiles::kRows, row = t % QuantizedTiles::kRows;
+  const int64_t most = (cols + QuantizedTiles::kShareWhole - 1) / QuantizedTiles::kShareWhole;
+  const auto view = tiles.view(tile);
+  std::vector<float> rest(x.begin() + t * cols, x.begin() + (t + 1) * cols);
+  std::vector<float> kept(static_cast<size_t>(cols));
+  for (int64_t u = 0; u < view.whole; ++u) {
+    EXPECT_TRUE(u == 0 || view.columns[u - 1] < view.columns[u]);
+    kept[static_cast<size_t>(view.columns[u])] = view.outliers[u * tiles.rows(tile) + row];
+  }
+  std::vector<double> out(kept.begin(), kept.end());
+  QuantizedRow q;
+  quantize_activations(format, rest.data(), cols, q);
+  int64_t left = most;
+  for (int64_t i = 0; i < cols; ++i) {
+    int64_t size = 0;
+    for (int64_t k = i / block * block; k < i / block * block + block; ++k) size += std::abs(q.q()[k]);
+    const bool far = left > 0 && std::abs(q.q()[i]) * block > 5 * size;
+    EXPECT_EQ(kept[static_cast<size_t>(i)], far ? rest[static_cast<size_t>(i)] : 0.f) << i;
+    if (!far) continue;
+    --left;
+    rest[static_cast<size_t>(i)] = 0.f;
+  }
+  quantize_activations(format, rest.data(), cols, q);
+  for (int64_t i = 0; i < cols; ++i)
+    out[static_cast<size_t>(i)] += static_cast<double>(q.scale()[i / block]) * q.q()[i];
+  return out;
+}
+
 // The largest error of products [n, rows], each relative to the sum of the magnitudes it is made of: against the
 // decoded weights times the activations as they were rounded, in f64. What lies beside the products is left alone.
 double worst_error(Format format, const std::vector<std::byte>& b, int64_t rows, int64_t cols,
                    const std::vector<float>& x, int64_t n) {
   const Packed packed = pack(format, b, rows, cols);
   const auto tiles = tiles_of(format, x, n, cols);
-  const int64_t stride = rows + 3, block = info(format).block;
+  const int64_t stride = rows + 3;
   std::vector<float> y(static_cast<size_t>(n * stride), 7.f);
   packed_products(format, packed.get(), rows, cols, 0, packed_groups(rows), tiles, y.data(), stride);
   double worst = 0;
   std::vector<float> w(static_cast<size_t>(cols));
   for (int64_t t = 0; t < n; ++t) {
-    QuantizedRow q;
-    quantize_activations(format, x.data() + t * cols, cols, q);
+    const auto a = rounded(tiles, format, x, t, cols);
     for (int64_t r = 0; r < rows; ++r) {
       dequantize_row(format, b.data() + r * row_bytes(format, cols), w.data(), cols);
       double sum = 0, size = 0;
-      for (int64_t i = 0; i < cols; ++i) {
-        const double term = static_cast<double>(w[static_cast<size_t>(i)]) * q.scale()[i / block] * q.q()[i];
+      for (size_t i = 0; i < a.size(); ++i) {
+        const double term = static_cast<double>(w[i]) * a[i];
         sum += term;
         size += std::fabs(term);
       }
@@ -93,11 +131,49 @@ TEST_F(PackedTest, EveryFormatAndNumberOfRows) {
           const int64_t cols = blocks * info(format).block;
           const auto b = random_rows(format, rows, cols, static_cast<unsigned>(rows + blocks));
           for (const int64_t n : {1, 2, 3, 4, 5, 6, 7, 8, 9, 19})
-            EXPECT_LT(worst_error(format, b, rows, cols,
-                                  gaussian(static_cast<size_t>(n * cols), static_cast<unsigned>(n)), n),
-                      2e-6)
-                << info(format).name << " " << rows << " x " << cols << ", " << n << " rows";
+            for (const bool tail : {false, true})
+              EXPECT_LT(worst_error(format, b, rows, cols,
+                                    tail ? long_tailed(static_cast<size_t>(n * cols), static_cast<unsigned>(n))
+                                         : gaussian(static_cast<size_t>(n * cols), static_cast<unsigned>(n)),
+                                    n),
+                        2e-6)
+                  << info(format).name << " " << rows << " x " << cols << ", " << n << " rows";
         }
+  });
+}
+
+TEST_F(PackedTest, EveryColumnOfAGroup) {
+  // One element of each block that is far above the rest, in every place.
+  for_each_packing([] {
+    for (const Format format : kPackable) {
+      const int64_t block = info(format).block, cols = 2 * block;
+      const auto b = random_rows(format, 16, cols, 12);
+      for (int64_t first = 0; first < block; first += 8) {
+        auto x = gaussian(static_cast<size_t>(8 * cols), 13);
+        for (int64_t t = 0; t < 8; ++t) x[static_cast<size_t>(t * cols + block + (first + t) % block)] = 40.f;
+        const auto tiles = tiles_of(format, x, 8, cols);
+        EXPECT_EQ(tiles.view(0).whole, 8);
+        EXPECT_LT(worst_error(format, b, 16, cols, x, 8), 2e-6) << info(format).name << " " << first;
+      }
+    }
+  });
+}
+
+TEST_F(PackedTest, OneLargeElementCostsTheOthersNoPrecision) {
+  for_each_packing([] {
+    for (const Format format : kPackable) {
+      const int64_t cols = 512;
+      auto x = gaussian(static_cast<size_t>(cols), 14);
+      const auto error = [&] {
+        const auto a = rounded(tiles_of(format, x, 1, cols), format, x, 0, cols);
+        double sum = 0;
+        for (size_t i = 0; i < a.size(); ++i) sum += (a[i] - x[i]) * (a[i] - x[i]);
+        return sum;
+      };
+      const double without = error();
+      x[100] = 1000.f;
+      EXPECT_LT(error(), 1.1 * without) << info(format).name;
+    }
   });
 }
 
@@ -107,7 +183,7 @@ TEST_F(PackedTest, EveryInstructionSetGivesTheSameBits) {
     const auto b = random_rows(format, rows, cols, 8);
     const Packed packed = pack(format, b, rows, cols);
     for (const int64_t n : {1, 3, 8}) {
-      const auto tiles = tiles_of(format, gaussian(static_cast<size_t>(n * cols), 9), n, cols);
+      const auto tiles = tiles_of(format, long_tailed(static_cast<size_t>(n * cols), 9), n, cols);
       std::vector<float> first;
       for_each_packing([&] {
         std::vector<float> y(static_cast<size_t>(n * rows));
@@ -119,6 +195,48 @@ TEST_F(PackedTest, EveryInstructionSetGivesTheSameBits) {
   }
 }
 
+TEST_F(PackedTest, EveryInstructionSetRoundsAlike) {
+  constexpr int64_t kCols = 1024;
+  for (const ActivationKind kind : {ActivationKind::Blocks32, ActivationKind::Blocks256})
+    for (unsigned seed = 0; seed < 40; ++seed) {
+      auto x = seed % 2 == 0 ? long_tailed(8 * kCols, seed) : gaussian(8 * kCols, seed);
+      std::mt19937 random(seed);
+      // Halves and extremes of both signs, zeros, numbers too small for a scale, and what is not finite.
+      for (int i = 0; i < 400; ++i) {
+        const float special[] = {0.f, -0.f, 127.f, -127.f, 0.5f, -2.5f, 63.5f, 1e-42f, 3e38f, -3e38f};
+        x[random() % x.size()] = special[random() % 10];
+      }
+      std::fill_n(x.begin() + 256, 256, 0.f);
+      std::fill_n(x.begin() + 512, 256, 1e-41f);
+      x[2000] = std::numeric_limits<float>::infinity();
+      x[3000] = std::numeric_limits<float>::quiet_NaN();
+      std::vector<std::byte> first;
+      for_each_isa([&] {
+        QuantizedTiles tiles;
+        tiles.resize(kind, 8, kCols);
+        tiles.fill(0, x.data(), kCols);
+        const auto v = tiles.view(0);
+        const int64_t block = kind == ActivationKind::Blocks32 ? 32 : 256, blocks = 8 * kCols / block;
+        std::vector<std::byte> all;
+        const auto add = [&](const auto* p, int64_t n) {
+          const auto* bytes = reinterpret_cast<const std::byte*>(p);
+          all.insert(all.end(), bytes, bytes + n * static_cast<int64_t>(sizeof(*p)));
+        };
+        add(v.q, 8 * kCols);
+        for (int64_t i = 0; i < blocks; ++i) {  // one NaN is as good as another
+          const float scale = std::isnan(v.scale[i]) ? -1.f : v.scale[i];
+          add(&scale, 1);
+        }
+        add(v.sums, block == 32 ? blocks : 16 * blocks);
+        if (block == 256) add(v.pairs, 8 * blocks);
+        add(v.columns, v.whole);
+        add(v.outliers, 8 * v.whole);
+        if (first.empty()) first = all;
+        EXPECT_EQ(all, first);
+      });
+    }
+}
+
 TEST_F(PackedTest, RowsOfATileDoNotMeet) {
   // A row gives the same bits alone and beside others.
   for_each_packing([] {
@@ -126,7 +244,7 @@ TEST_F(PackedTest, RowsOfATileDoNotMeet) {
       const int64_t cols = 512, rows = 16, n = 8;
       const auto b = random_rows(format, rows, cols, 3);
       const Packed packed = pack(format, b, rows, cols);
-      const auto x = gaussian(static_cast<size_t>(n * cols), 4);
+      const auto x = long_tailed(static_cast<size_t>(n * cols), 4);
       const auto all = tiles_of(format, x, n, cols);
       QuantizedTiles one;
       std::vector<float> y(static_cast<size_t>(n * rows)), alone(static_cast<size_t>(rows));

@@ -63,6 +63,9 @@ int block_of(ActivationKind kind) {
 QuantizeBlock quantizer(ActivationKind kind) {
   return kind == ActivationKind::Blocks32 ? kernels().quantize_32 : kernels().quantize_256;
 }
+QuantizeTileRow tile_row_quantizer(ActivationKind kind) {
+  return kind == ActivationKind::Blocks32 ? kernels().tile_row_32 : kernels().tile_row_256;
+}
 
 ActivationKind activation_kind(Format weights) {
   switch (weights) {

@@ -266,6 +266,113 @@ void dot_floats_512(const uint8_t* w, int64_t rows, int64_t cols, const float* x
   }
 }
 
+// Quants (dot_loops.h) in registers.
+[[gnu::always_inline]] inline __m512i magnitudes(const float* x) {
+  return _mm512_and_si512(_mm512_loadu_si512(x), _mm512_set1_epi32(0x7fffffff));
+}
+// The bytes' sums by 8, plus 8 times 128.
+[[gnu::always_inline]] inline __m512i sums_of_8(__m512i bytes) {
+  return _mm512_sad_epu8(_mm512_xor_si512(bytes, _mm512_set1_epi8(-128)), _mm512_setzero_si512());
+}
+
+struct Quants32 {
+  static constexpr int kSize = 32;
+  __m256i q;
+  float scale;
+  [[gnu::always_inline]] static __m128i rounded(__m512 v) {
+    const __m512i one = _mm512_set1_epi32(1);
+    __m512i whole = _mm512_cvttps_epi32(v);
+    const __m512 rest = _mm512_sub_ps(v, _mm512_cvtepi32_ps(whole));
+    whole = _mm512_mask_add_epi32(whole, _mm512_cmp_ps_mask(rest, _mm512_set1_ps(0.5f), _CMP_GE_OQ), whole, one);
+    whole = _mm512_mask_sub_epi32(whole, _mm512_cmp_ps_mask(rest, _mm512_set1_ps(-0.5f), _CMP_LE_OQ), whole, one);
+    return _mm512_cvtepi32_epi8(whole);
+  }
+  [[gnu::always_inline]] void take(const float* x) {
+    const auto largest =
+        static_cast<uint32_t>(_mm512_reduce_max_epi32(_mm512_max_epi32(magnitudes(x), magnitudes(x + 16))));
+    float d = 0, inverse = 0;
+    if (!inverse_32(largest, d, inverse)) {
+      q = _mm256_setzero_si256();
+      scale = Quants<32>::empty_scale(largest);
+      return;
+    }
+    const __m512 by = _mm512_set1_ps(inverse);
+    q = _mm256_set_m128i(rounded(_mm512_mul_ps(_mm512_loadu_ps(x + 16), by)),
+                         rounded(_mm512_mul_ps(_mm512_loadu_ps(x), by)));
+    scale = scale_32(d);
+  }
+  [[gnu::always_inline]] void narrow(int8_t* to) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), q); }
+  [[gnu::always_inline]] static int32_t all(__m256i by_8) {
+    const __m128i v = _mm_add_epi64(_mm256_castsi256_si128(by_8), _mm256_extracti128_si256(by_8, 1));
+    return _mm_cvtsi128_si32(v) + _mm_extract_epi32(v, 2);
+  }
+  [[gnu::always_inline]] int32_t size() const {
+    return all(_mm256_sad_epu8(_mm256_abs_epi8(q), _mm256_setzero_si256()));
+  }
+  [[gnu::always_inline]] void sums(int32_t* to) const {
+    const __m256i by_8 = _mm256_sad_epu8(_mm256_xor_si256(q, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
+    *to = all(by_8) - 32 * 128;
+  }
+};
+
+struct Quants256 {
+  static constexpr int kSize = 256;
+  __m512i q[4];
+  float scale;
+  [[gnu::always_inline]] void take(const float* x) {
+    __m512i most = magnitudes(x);
+#pragma GCC unroll 16
+    for (int i = 1; i < 16; ++i) most = _mm512_max_epi32(most, magnitudes(x + 16 * i));
+    const int32_t largest = _mm512_reduce_max_epi32(most);
+    int at = 0;
+    for (__mmask16 here = 0; at < 256; at += 16) {
+      here = _mm512_cmpeq_epi32_mask(magnitudes(x + at), _mm512_set1_epi32(largest));
+      if (here == 0) continue;
+      at += __builtin_ctz(here);
+      break;
+    }
+    float inverse = 0;
+    if (!inverse_256(static_cast<uint32_t>(largest), x[at], inverse)) {
+      for (__m512i& v : q) v = _mm512_setzero_si512();
+      scale = Quants<256>::empty_scale(static_cast<uint32_t>(largest));
+      return;
+    }
+    const __m512 by = _mm512_set1_ps(inverse), round = _mm512_set1_ps(kRounding);
+    const auto bytes = [&](const float* p) __attribute__((always_inline)) {
+      const __m512 v = _mm512_add_ps(_mm512_mul_ps(_mm512_loadu_ps(p), by), round);
+      const __m512i nearest = _mm512_sub_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(kRoundingBits));
+      return _mm512_cvtsepi32_epi8(nearest);  // 128 becomes 127
+    };
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const float* p = x + 64 * i;
+      const __m256i low = _mm256_set_m128i(bytes(p + 16), bytes(p)),
+                    high = _mm256_set_m128i(bytes(p + 48), bytes(p + 32));
+      q[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    }
+    scale = 1.f / inverse;
+  }
+  [[gnu::always_inline]] void narrow(int8_t* to) const {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) _mm512_storeu_si512(to + 64 * i, q[i]);
+  }
+  [[gnu::always_inline]] int32_t size() const {
+    __m512i by_8 = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      by_8 = _mm512_add_epi64(by_8, _mm512_sad_epu8(_mm512_abs_epi8(q[i]), _mm512_setzero_si512()));
+    return static_cast<int32_t>(_mm512_reduce_add_epi64(by_8));
+  }
+  [[gnu::always_inline]] void sums(int32_t* to) const {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512i by_8 = sums_of_8(q[i]), by_16 = _mm512_add_epi64(by_8, _mm512_bsrli_epi128(by_8, 8));
+      const __m128i four = _mm256_castsi256_si128(_mm512_cvtepi64_epi32(_mm512_maskz_compress_epi64(0x55, by_16)));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 4 * i), _mm_sub_epi32(four, _mm_set1_epi32(16 * 128)));
+    }
+  }
+};
+
 template <class F>
 constexpr DotBlocks kPairs = each_row<dot_pairs<F>, F::kBytes>;
 
@@ -284,6 +391,8 @@ constexpr DotKernels kKernels = [] {
   k.q5_k = each_row<dot_scale_min_512<Q5K::kBytes, 48, 16>, Q5K::kBytes>;
   k.q6_k = each_row<dot_q6_k_512, Q6K::kBytes>;
   k.tq2_0 = each_row<dot_tq2_0_512, TQ20::kBytes>;
+  k.tile_row_32 = tile_row<Quants32>;
+  k.tile_row_256 = tile_row<Quants256>;
   return k;
 }();
 

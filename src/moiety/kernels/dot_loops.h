@@ -3,6 +3,7 @@
 // copy is shared between them.
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "moiety/kernels/block_layout.h"
 #include "moiety/kernels/dot_kernels.h"
@@ -24,41 +25,146 @@ template <int kSize>
   return static_cast<uint32_t>(largest);
 }
 
-template <int kSize>
-[[gnu::always_inline]] inline float unusable_block(uint32_t largest, int8_t* q) {
-  for (int i = 0; i < kSize; ++i) q[i] = 0;
-  return largest >= 0x7f800000u ? float_from_bits(0x7fc00000u) : 0.f;
-}
+// A quantized block in int8, and what its quants are multiplied by to give x. Instruction sets may have one of their
+// own for tile_row(), with the same numbers.
+template <int kBlock>
+struct Quants {
+  static constexpr int kSize = kBlock;
+  int32_t q[kSize];
+  float scale;
 
-float quantize_32(const float* x, int8_t* q) {
-  const uint32_t largest = largest_bits<32>(x);
-  const float d = float_from_bits(largest) / 127.f;
-  const float id = 1.f / d;
-  // A scale whose inverse is infinite is 0 in half precision anyway.
-  if (largest >= 0x7f800000u || !(id < 0x1p127f)) return unusable_block<32>(largest, q);
-  for (int i = 0; i < 32; ++i) {
-    const float v = x[i] * id;
-    const auto whole = static_cast<int32_t>(v);
-    const float rest = v - static_cast<float>(whole);
-    q[i] = static_cast<int8_t>(whole + (rest >= 0.5f) - (rest <= -0.5f));
+  [[gnu::always_inline]] void take(const float* x);
+  [[gnu::always_inline]] void narrow(int8_t* to) const {
+    int8_t bytes[kSize];  // by way of what nothing else points to: all at once
+    for (int i = 0; i < kSize; ++i) bytes[i] = static_cast<int8_t>(q[i]);
+    std::memcpy(to, bytes, kSize);
   }
+  /// Sum of the magnitudes.
+  [[gnu::always_inline]] int32_t size() const {
+    int32_t sum = 0;
+    for (int i = 0; i < kSize; ++i) sum += q[i] < 0 ? -q[i] : q[i];
+    return sum;
+  }
+  /// The sum, or sums of 16.
+  [[gnu::always_inline]] void sums(int32_t* to) const {
+    constexpr int kEach = kSize == 32 ? 32 : 16;
+    for (int g = 0; g < kSize / kEach; ++g) {
+      int32_t sum = 0;
+      for (int i = kEach * g; i < kEach * g + kEach; ++i) sum += q[i];
+      to[g] = sum;
+    }
+  }
+  [[gnu::always_inline]] void clear(uint32_t largest) {
+    for (int i = 0; i < kSize; ++i) q[i] = 0;
+    scale = empty_scale(largest);
+  }
+  static float empty_scale(uint32_t largest) { return largest >= 0x7f800000u ? float_from_bits(0x7fc00000u) : 0.f; }
+};
+
+// The inverse of a block's scale; false: the block is of zeros, or its largest magnitude (as bits) is not finite.
+[[gnu::always_inline]] inline bool inverse_32(uint32_t largest, float& d, float& inverse) {
+  d = float_from_bits(largest) / 127.f;
+  inverse = 1.f / d;
+  // A scale whose inverse is infinite is 0 in half precision anyway.
+  return largest < 0x7f800000u && inverse < 0x1p127f;
+}
+[[gnu::always_inline]] inline float scale_32(float d) {
   const float rounded = half_to_float(float_to_half(d));
   return rounded < 65536.f ? rounded : d;  // beyond half precision: keep the value rather than make it infinite
 }
+[[gnu::always_inline]] inline bool inverse_256(uint32_t largest, float extreme, float& inverse) {
+  inverse = -127.f / extreme;
+  return largest < 0x7f800000u && inverse < 0x1p127f && inverse > -0x1p127f;
+}
+// Adding 1.5 * 2^23 leaves the nearest integer, ties to even, in the low bits.
+constexpr float kRounding = 12582912.f;
+constexpr int32_t kRoundingBits = 0x4b400000;
 
-float quantize_256(const float* x, int8_t* q) {
+template <>
+[[gnu::always_inline]] inline void Quants<32>::take(const float* x) {
+  const uint32_t largest = largest_bits<32>(x);
+  float d = 0, inverse = 0;
+  if (!inverse_32(largest, d, inverse)) return clear(largest);
+  for (int i = 0; i < 32; ++i) {
+    const float v = x[i] * inverse;
+    const auto whole = static_cast<int32_t>(v);
+    const float rest = v - static_cast<float>(whole);
+    q[i] = whole + (rest >= 0.5f) - (rest <= -0.5f);
+  }
+  scale = scale_32(d);
+}
+
+template <>
+[[gnu::always_inline]] inline void Quants<256>::take(const float* x) {
   const uint32_t largest = largest_bits<256>(x);
   int at = 0;
   while (at < 255 && (bits_of(x[at]) & 0x7fffffffu) != largest) ++at;
-  const float inverse = -127.f / x[at];
-  if (largest >= 0x7f800000u || !(inverse < 0x1p127f && inverse > -0x1p127f)) return unusable_block<256>(largest, q);
+  float inverse = 0;
+  if (!inverse_256(largest, x[at], inverse)) return clear(largest);
   for (int i = 0; i < 256; ++i) {
-    // Adding 1.5 * 2^23 leaves the nearest integer, ties to even, in the low bits.
-    const float v = x[i] * inverse + 12582912.f;
-    const int32_t nearest = static_cast<int32_t>(bits_of(v)) - 0x4b400000;
-    q[i] = static_cast<int8_t>(nearest < 127 ? nearest : 127);
+    const int32_t nearest = static_cast<int32_t>(bits_of(x[i] * inverse + kRounding)) - kRoundingBits;
+    q[i] = nearest < 127 ? nearest : 127;
   }
-  return 1.f / inverse;
+  scale = 1.f / inverse;
+}
+
+template <int kSize>
+float quantize_block(const float* x, int8_t* q) {
+  Quants<kSize> now;
+  now.take(x);
+  now.narrow(q);
+  return now.scale;
+}
+
+// An element is an outlier when its quant is larger than kFar times the mean magnitude of its block's. The largest is
+// 127, unless all are 0.
+constexpr int32_t kFar = 5;
+
+// The outliers of a block whose quants are q, and the block without them.
+template <int kSize>
+int64_t take_outliers(const float* x, const int8_t* q, int32_t size, int64_t most, float* rest, int32_t* at,
+                      float* whole) {
+  int64_t found = 0;
+  for (int i = 0; i < kSize; ++i) {
+    const bool far = found < most && (q[i] < 0 ? -q[i] : q[i]) * kSize > kFar * size;
+    rest[i] = far ? 0.f : x[i];
+    if (!far) continue;
+    at[found] = i;
+    whole[found++] = x[i];
+  }
+  return found;
+}
+
+template <class Q>
+int64_t tile_row(const float* x, int64_t blocks, const TileRow& to, int64_t most, int32_t* at, float* whole) {
+  constexpr int kSize = Q::kSize;
+  int64_t found = 0;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t place = b * to.rows;
+    int8_t* q = to.q + place * kSize;
+    Q now;
+    now.take(x + b * kSize);
+    now.narrow(q);
+    const int32_t size = now.size();
+    if (size > 0 && 127 * kSize > kFar * size && found < most) {
+      float rest[kSize];
+      const int64_t more = take_outliers<kSize>(x + b * kSize, q, size, most - found, rest, at + found, whole + found);
+      for (int64_t i = found; i < found + more; ++i) at[i] += static_cast<int32_t>(b * kSize);
+      found += more;
+      now.take(rest);
+      now.narrow(q);
+    }
+    to.scale[place] = now.scale;
+    if constexpr (kSize == 32) {
+      now.sums(to.sums + place);
+      to.minimum[place] = now.scale * static_cast<float>(to.sums[place]);
+    } else {
+      int32_t* sums = to.sums + 16 * place;
+      now.sums(sums);
+      for (int g = 0; g < 8; ++g) to.pairs[8 * place + g] = static_cast<int16_t>(sums[2 * g] + sums[2 * g + 1]);
+    }
+  }
+  return found;
 }
 
 // ---- products -------------------------------------------------------------------------------------------------------
@@ -176,8 +282,10 @@ constexpr DotKernels kPlain = {
     .tq1_0 = each_row<dot_ternary<TQ10>, TQ10::kBytes>,
     .tq2_0 = each_row<dot_ternary<TQ20>, TQ20::kBytes>,
     .mxfp4 = each_row<dot_32<Mxfp4>, Mxfp4::kBytes>,
-    .quantize_32 = quantize_32,
-    .quantize_256 = quantize_256,
+    .quantize_32 = quantize_block<32>,
+    .quantize_256 = quantize_block<256>,
+    .tile_row_32 = tile_row<Quants<32>>,
+    .tile_row_256 = tile_row<Quants<256>>,
 };
 
 }  // namespace

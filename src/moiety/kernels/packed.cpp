@@ -4,6 +4,7 @@
 #include <cstring>
 #include <iterator>
 #include <new>
+#include <vector>
 
 #include "moiety/base/error.h"
 #include "moiety/kernels/block_layout.h"
@@ -18,7 +19,7 @@ namespace {
 struct Packable {
   Format format;
   PackedLayout layout;
-  PackedProduct (PackedKernels::*products)[8];
+  PackedFormat PackedKernels::*kernels;
 };
 constexpr Packable kPackable[] = {
     {Format::Q8_0, kPackedQ8_0, &PackedKernels::q8_0}, {Format::Q4_0, kPackedQ4_0, &PackedKernels::q4_0},
@@ -106,10 +107,10 @@ void spread_scales(Format format, const uint8_t* p, int row, uint8_t* scales) {
   }
 }
 
-const PackedProduct* products(const Packable& p) {
+const PackedFormat& kernels(const Packable& p) {
 #if defined(__x86_64__)
-  if (isa() == Isa::Avx512) return packed_kernels_avx512().*p.products;
-  if (isa() == Isa::Avx2) return packed_kernels_avx2().*p.products;
+  if (isa() == Isa::Avx512) return packed_kernels_avx512().*p.kernels;
+  if (isa() == Isa::Avx2) return packed_kernels_avx2().*p.kernels;
 #endif
   fail("this machine has no products for packed rows of {}", info(p.format).name);
 }
@@ -166,7 +167,11 @@ void QuantizedTiles::resize(ActivationKind kind, int64_t n, int64_t cols) {
   minimum_at_ = scale_at_ + whole(4 * all);
   sums_at_ = minimum_at_ + whole(4 * all);
   pairs_at_ = sums_at_ + whole((block_ == 32 ? 4 : 64) * all);
-  const size_t bytes = pairs_at_ + (block_ == 32 ? 0 : whole(16 * all));
+  columns_at_ = pairs_at_ + (block_ == 32 ? 0 : whole(16 * all));
+  most_ = (cols + kShareWhole - 1) / kShareWhole;
+  const auto rows = static_cast<size_t>(tiles() * kRows), most = static_cast<size_t>(most_);
+  outliers_at_ = columns_at_ + whole(4 * (rows * most + static_cast<size_t>(tiles())));
+  const size_t bytes = outliers_at_ + 4 * rows * most * kRows;
   if (bytes > capacity_) {
     memory_.reset(static_cast<std::byte*>(::operator new[](bytes, std::align_val_t{64})));
     capacity_ = bytes;
@@ -176,40 +181,55 @@ void QuantizedTiles::resize(ActivationKind kind, int64_t n, int64_t cols) {
 QuantizedTiles::View QuantizedTiles::view(int64_t tile) const {
   const int64_t before = tile * kRows * blocks_;  // blocks of rows in front
   const std::byte* p = memory_.get();
-  return {reinterpret_cast<const int8_t*>(p) + before * block_, reinterpret_cast<const float*>(p + scale_at_) + before,
+  return {reinterpret_cast<const int8_t*>(p) + before * block_,
+          reinterpret_cast<const float*>(p + scale_at_) + before,
           reinterpret_cast<const float*>(p + minimum_at_) + before,
           reinterpret_cast<const int32_t*>(p + sums_at_) + before * (block_ == 32 ? 1 : 16),
-          reinterpret_cast<const int16_t*>(p + pairs_at_) + before * 8};
+          reinterpret_cast<const int16_t*>(p + pairs_at_) + before * 8,
+          *columns(tile),
+          columns(tile) + 1,
+          reinterpret_cast<const float*>(p + outliers_at_) + tile * kRows * most_ * kRows};
+}
+
+int32_t* QuantizedTiles::columns(int64_t tile) const {
+  return reinterpret_cast<int32_t*>(memory_.get() + columns_at_) + tile * (kRows * most_ + 1);
 }
 
 void QuantizedTiles::fill(int64_t tile, const float* x, int64_t stride, const int64_t* index) {
   const View v = view(tile);
   const int64_t count = rows(tile);
-  const QuantizeBlock quantize = quantizer(kind_);
+  const QuantizeTileRow quantize = tile_row_quantizer(kind_);
+  struct Whole {
+    int32_t column, row;
+    float value;
+  };
+  static thread_local std::vector<Whole> all;
+  static thread_local std::vector<int32_t> places;
+  static thread_local std::vector<float> values;
+  all.clear();
+  places.resize(static_cast<size_t>(most_));
+  values.resize(static_cast<size_t>(most_));
+  const int64_t each = block_ == 32 ? 1 : 16;  // sums of a block
   for (int64_t t = 0; t < count; ++t) {
     const int64_t i = tile * kRows + t;
-    const float* row = x + (index != nullptr ? index[i] : i) * stride;
-    for (int64_t b = 0; b < blocks_; ++b) {
-      const int64_t at = b * count + t;
-      auto* q = const_cast<int8_t*>(v.q) + at * block_;
-      const float scale = quantize(row + b * block_, q);
-      const_cast<float*>(v.scale)[at] = scale;
-      if (block_ == 32) {
-        int32_t sum = 0;
-        for (int e = 0; e < 32; ++e) sum += q[e];
-        const_cast<int32_t*>(v.sums)[at] = sum;
-        const_cast<float*>(v.minimum)[at] = scale * static_cast<float>(sum);
-        continue;
-      }
-      auto* sums = const_cast<int32_t*>(v.sums) + at * 16;
-      auto* pairs = const_cast<int16_t*>(v.pairs) + at * 8;
-      for (int g = 0; g < 16; ++g) {
-        int32_t sum = 0;
-        for (int e = 16 * g; e < 16 * g + 16; ++e) sum += q[e];
-        sums[g] = sum;
-      }
-      for (int g = 0; g < 8; ++g) pairs[g] = static_cast<int16_t>(sums[2 * g] + sums[2 * g + 1]);
+    const TileRow to{const_cast<int8_t*>(v.q) + t * block_, const_cast<float*>(v.scale) + t,
+                     const_cast<float*>(v.minimum) + t,     const_cast<int32_t*>(v.sums) + t * each,
+                     const_cast<int16_t*>(v.pairs) + t * 8, count};
+    const int64_t found =
+        quantize(x + (index != nullptr ? index[i] : i) * stride, blocks_, to, most_, places.data(), values.data());
+    for (int64_t k = 0; k < found; ++k)
+      all.push_back({places[static_cast<size_t>(k)], static_cast<int32_t>(t), values[static_cast<size_t>(k)]});
+  }
+  if (count > 1) std::sort(all.begin(), all.end(), [](const Whole& a, const Whole& b) { return a.column < b.column; });
+  int32_t* found = columns(tile);
+  auto* outliers = const_cast<float*>(v.outliers);
+  *found = 0;
+  for (size_t k = 0; k < all.size(); ++k) {
+    if (k == 0 || all[k].column != all[k - 1].column) {
+      found[++*found] = all[k].column;
+      std::fill_n(outliers + (*found - 1) * count, count, 0.f);
     }
+    outliers[(*found - 1) * count + all[k].row] = all[k].value;
   }
 }
 
@@ -238,7 +258,7 @@ void packed_products(Format format, const std::byte* packed, int64_t rows, int64
         "{} activations, quantized for {}, do not fit {} rows of {} columns", x.cols(),
         x.kind() == activation_kind(format) ? "this format" : "another format", info(format).name, cols);
   const int64_t blocks = cols / l.block, bytes = l.bytes(blocks);
-  const PackedProduct* product = products(p);
+  const PackedFormat& kernel = kernels(p);
   alignas(64) float out[QuantizedTiles::kRows * kPackedRows];
   if (first < last) ask(packed + first * bytes, std::min(bytes, kStart));
   for (int64_t g = first; g < last; ++g) {
@@ -246,7 +266,9 @@ void packed_products(Format format, const std::byte* packed, int64_t rows, int64
     const int64_t have = std::min(kPackedRows, rows - g * kPackedRows);
     for (int64_t tile = 0; tile < x.tiles(); ++tile) {
       const int64_t count = x.rows(tile);
-      product[count - 1](group, blocks, x.view(tile), out);
+      const QuantizedTiles::View view = x.view(tile);
+      kernel.product[count - 1](group, blocks, view, out);
+      if (view.whole > 0) kernel.columns[count - 1](group, blocks, view, out);
       for (int64_t t = 0; t < count; ++t)
         std::memcpy(y + (tile * QuantizedTiles::kRows + t) * stride + g * kPackedRows, out + t * kPackedRows,
                     static_cast<size_t>(have) * 4);

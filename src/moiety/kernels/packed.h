@@ -26,10 +26,14 @@ int64_t packed_group_bytes(Format format, int64_t cols);
 /// Packs group `group` of a matrix in its file's order; rows that are missing are zeros.
 void pack_group(Format format, const std::byte* blocks, int64_t rows, int64_t cols, int64_t group, std::byte* out);
 
-/// Rows of activations in 8 bits, as QuantizedRow rounds them, 8 rows side by side. Reusable.
+/// Rows of activations in 8 bits, as QuantizedRow rounds them, 8 rows side by side. Elements that lie far above the
+/// others of their block (more than 5 times the mean magnitude; at most one in 64 of a row, the first ones) stay in
+/// f32 beside them: one such element would make the steps of its whole block large, and most of the error of 8 bits
+/// comes from these blocks. A row's numbers do not depend on the rows beside it. Reusable.
 class QuantizedTiles {
  public:
   static constexpr int64_t kRows = 8;
+  static constexpr int64_t kShareWhole = 64;
   /// Room for n rows of `cols`; the rows themselves are filled tile by tile. Error: cols is no multiple of the block.
   void resize(ActivationKind kind, int64_t n, int64_t cols);
   int64_t tiles() const { return (n_ + kRows - 1) / kRows; }
@@ -41,11 +45,14 @@ class QuantizedTiles {
   void fill(int64_t tile, const float* x, int64_t stride, const int64_t* index = nullptr);
 
   struct View {
-    const int8_t* q;       ///< [blocks][rows][block]
-    const float* scale;    ///< [blocks][rows]
-    const float* minimum;  ///< [blocks][rows] scale times the sum of q (Blocks32)
-    const int32_t* sums;   ///< [blocks][rows] (Blocks32) or [blocks][rows][16] sums of 16 (Blocks256)
-    const int16_t* pairs;  ///< [blocks][rows][8] sums of 32 (Blocks256)
+    const int8_t* q;         ///< [blocks][rows][block]
+    const float* scale;      ///< [blocks][rows]
+    const float* minimum;    ///< [blocks][rows] scale times the sum of q (Blocks32)
+    const int32_t* sums;     ///< [blocks][rows] (Blocks32) or [blocks][rows][16] sums of 16 (Blocks256)
+    const int16_t* pairs;    ///< [blocks][rows][8] sums of 32 (Blocks256)
+    int64_t whole;           ///< columns in which some row has an element that is not among q
+    const int32_t* columns;  ///< [whole] ascending
+    const float* outliers;   ///< [whole][rows], 0 where a row has none
   };
   View view(int64_t tile) const;
 
@@ -57,7 +64,9 @@ class QuantizedTiles {
   size_t capacity_ = 0;
   ActivationKind kind_ = ActivationKind::Blocks32;
   int64_t n_ = 0, cols_ = 0, block_ = 32, blocks_ = 0;
-  size_t scale_at_ = 0, minimum_at_ = 0, sums_at_ = 0, pairs_at_ = 0;
+  int64_t most_ = 0;  // elements of a row that stay whole
+  size_t scale_at_ = 0, minimum_at_ = 0, sums_at_ = 0, pairs_at_ = 0, columns_at_ = 0, outliers_at_ = 0;
+  int32_t* columns(int64_t tile) const;  // how many, then which
 };
 
 /// Asks for the first bytes of groups from `first` on, for a product that comes soon.

@@ -8,6 +8,7 @@
 #if defined(__x86_64__)
 #include <utility>
 
+#include "moiety/kernels/packed_columns.h"
 #include "moiety/kernels/packed_kernels.h"
 #include "moiety/kernels/packed_layout.h"
 #include "moiety/kernels/vectors_avx2.h"
@@ -349,26 +350,50 @@ void product(const uint8_t* group, int64_t blocks, const View& x, float* out) {
   B::template run<T == 1>(group, blocks, x, T, out);
 }
 
-template <class B>
-constexpr void fill(PackedProduct (&to)[8]) {
+// Half of a column's rows.
+struct Eight {
+  static constexpr int64_t kRows = kHalf;
+  using Float = __m256;
+  static __m256i words(const uint8_t* p) { return quad(p); }
+  static __m256i bits(__m256i v, int64_t from, int mask) {
+    return _mm256_and_si256(_mm256_srl_epi32(v, _mm_cvtsi64_si128(from)), _mm256_set1_epi32(mask));
+  }
+  static __m256i joined(__m256i low, __m256i high) { return _mm256_or_si256(low, _mm256_slli_epi32(high, 4)); }
+  static __m256i less(__m256i v, int offset) { return _mm256_sub_epi32(v, _mm256_set1_epi32(offset)); }
+  static Float number(__m256i v) { return _mm256_cvtepi32_ps(v); }
+  static Float halves(const uint8_t* p) { return moiety::halves(p); }
+  static Float unsigned_bytes(const uint8_t* p) { return number(_mm256_cvtepu8_epi32(eight(p))); }
+  static Float signed_bytes(const uint8_t* p) { return number(_mm256_cvtepi8_epi32(eight(p))); }
+  static Float every_second(const uint8_t* p, int64_t which) {
+    return number(bits(_mm256_cvtepu16_epi32(load128(p)), 8 * which, 255));
+  }
+  static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  static Float fms(Float a, Float b, Float c) { return _mm256_fmsub_ps(a, b, c); }
+  static Float all(float v) { return _mm256_set1_ps(v); }
+  static Float load(const float* p) { return _mm256_load_ps(p); }
+  static void store(float* p, Float v) { _mm256_store_ps(p, v); }
+};
+
+template <class B, PackedLayout l>
+constexpr PackedFormat of() {
+  PackedFormat f{};
   [&]<int... T>(std::integer_sequence<int, T...>) {
-    ((to[T] = product<B, T + 1>), ...);
+    ((f.product[T] = product<B, T + 1>), ...);
   }
   (std::make_integer_sequence<int, 8>());
+  fill_columns<Eight, l>(f.columns);
+  return f;
 }
 
-constexpr PackedKernels kKernels = [] {
-  PackedKernels k{};
-  fill<Blocks32<Bytes>>(k.q8_0);
-  fill<Blocks32<Nibbles40>>(k.q4_0);
-  fill<Blocks32<Nibbles41>>(k.q4_1);
-  fill<Blocks32<FiveBits50>>(k.q5_0);
-  fill<Blocks32<FiveBits51>>(k.q5_1);
-  fill<BlocksK<false>>(k.q4_k);
-  fill<BlocksK<true>>(k.q5_k);
-  fill<BlocksQ6_K>(k.q6_k);
-  return k;
-}();
+constexpr PackedKernels kKernels{.q8_0 = of<Blocks32<Bytes>, kPackedQ8_0>(),
+                                 .q4_0 = of<Blocks32<Nibbles40>, kPackedQ4_0>(),
+                                 .q4_1 = of<Blocks32<Nibbles41>, kPackedQ4_1>(),
+                                 .q5_0 = of<Blocks32<FiveBits50>, kPackedQ5_0>(),
+                                 .q5_1 = of<Blocks32<FiveBits51>, kPackedQ5_1>(),
+                                 .q4_k = of<BlocksK<false>, kPackedQ4_K>(),
+                                 .q5_k = of<BlocksK<true>, kPackedQ5_K>(),
+                                 .q6_k = of<BlocksQ6_K, kPackedQ6_K>()};
 
 }  // namespace
 

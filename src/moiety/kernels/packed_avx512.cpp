@@ -5,6 +5,7 @@
 #include <cstring>
 #include <utility>
 
+#include "moiety/kernels/packed_columns.h"
 #include "moiety/kernels/packed_kernels.h"
 #include "moiety/kernels/packed_layout.h"
 
@@ -58,25 +59,31 @@ struct Bytes {
   }
 };
 
-// The high halves of bytes are used as they are, 16 times too large, which an exact shift of the sum takes back.
+// For a few rows the high halves of bytes are used as they are, 16 times too large, which an exact shift of their own
+// sum takes back; for more a shift of the weights is cheaper.
 struct Nibbles {
   template <int T>
   [[gnu::always_inline]] static void sums(const uint8_t* q, const uint8_t*, const int8_t* a, __m512i (&sums)[T]) {
     const __m512i mask = _mm512_set1_epi8(15);
-    __m512i high[T];
+    constexpr bool few = T < 4;
+    __m512i high[few ? T : 1];
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) sums[t] = high[t] = _mm512_setzero_si512();
+    for (int t = 0; t < T; ++t) sums[t] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int t = 0; few && t < T; ++t) high[t] = _mm512_setzero_si512();
 #pragma GCC unroll 4
     for (int z = 0; z < 4; ++z) {
-      const __m512i both = quad(q + 64 * z), low = _mm512_and_si512(both, mask), top = _mm512_andnot_si512(mask, both);
+      const __m512i both = quad(q + 64 * z), low = _mm512_and_si512(both, mask);
+      const __m512i top = few ? _mm512_andnot_si512(mask, both) : _mm512_and_si512(_mm512_srli_epi32(both, 4), mask);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
         sums[t] = _mm512_dpbusd_epi32(sums[t], low, four(a + 32 * t + 4 * z));
-        high[t] = _mm512_dpbusd_epi32(high[t], top, four(a + 32 * t + 16 + 4 * z));
+        __m512i& to = few ? high[few ? t : 0] : sums[t];
+        to = _mm512_dpbusd_epi32(to, top, four(a + 32 * t + 16 + 4 * z));
       }
     }
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) sums[t] = _mm512_add_epi32(sums[t], _mm512_srai_epi32(high[t], 4));
+    for (int t = 0; few && t < T; ++t) sums[t] = _mm512_add_epi32(sums[t], _mm512_srai_epi32(high[t], 4));
   }
 };
 struct Nibbles40 : Nibbles {
@@ -279,25 +286,60 @@ void blocks_q6_k(const uint8_t* group, int64_t blocks, const View& x, float* out
   for (int t = 0; t < T; ++t) _mm512_store_ps(out + 16 * t, total[t]);
 }
 
-template <class F, int... T>
-constexpr void each32(PackedProduct (&to)[8], std::integer_sequence<int, T...>) {
-  ((to[T] = blocks32<F, T + 1>), ...);
+// All 16 rows of a column.
+struct Sixteen {
+  static constexpr int64_t kRows = 16;
+  using Float = __m512;
+  static __m512i words(const uint8_t* p) { return _mm512_load_si512(p); }
+  static __m512i bits(__m512i v, int64_t from, int mask) {
+    return _mm512_and_si512(_mm512_srl_epi32(v, _mm_cvtsi64_si128(from)), _mm512_set1_epi32(mask));
+  }
+  static __m512i joined(__m512i low, __m512i high) { return _mm512_or_si512(low, _mm512_slli_epi32(high, 4)); }
+  static __m512i less(__m512i v, int offset) { return _mm512_sub_epi32(v, _mm512_set1_epi32(offset)); }
+  static Float number(__m512i v) { return _mm512_cvtepi32_ps(v); }
+  static Float halves(const uint8_t* p) { return moiety::halves(p); }
+  static Float unsigned_bytes(const uint8_t* p) { return number(bytes16(p)); }
+  static Float signed_bytes(const uint8_t* p) {
+    return number(_mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static Float every_second(const uint8_t* p, int64_t which) {
+    const __m512i pairs = _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(p)));
+    return number(bits(pairs, 8 * which, 255));
+  }
+  static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+  static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  static Float fms(Float a, Float b, Float c) { return _mm512_fmsub_ps(a, b, c); }
+  static Float all(float v) { return _mm512_set1_ps(v); }
+  static Float load(const float* p) { return _mm512_load_ps(p); }
+  static void store(float* p, Float v) { _mm512_store_ps(p, v); }
+};
+
+template <class F>
+constexpr PackedFormat of32() {
+  PackedFormat f{};
+  [&]<int... T>(std::integer_sequence<int, T...>) {
+    ((f.product[T] = blocks32<F, T + 1>), ...);
+  }
+  (std::make_integer_sequence<int, 8>());
+  fill_columns<Sixteen, F::kLayout>(f.columns);
+  return f;
 }
 
 constexpr PackedKernels kKernels = [] {
-  PackedKernels k{};
-  constexpr auto all = std::make_integer_sequence<int, 8>();
-  each32<Bytes>(k.q8_0, all);
-  each32<Nibbles40>(k.q4_0, all);
-  each32<Nibbles41>(k.q4_1, all);
-  each32<FiveBits50>(k.q5_0, all);
-  each32<FiveBits51>(k.q5_1, all);
+  PackedKernels k{.q8_0 = of32<Bytes>(),
+                  .q4_0 = of32<Nibbles40>(),
+                  .q4_1 = of32<Nibbles41>(),
+                  .q5_0 = of32<FiveBits50>(),
+                  .q5_1 = of32<FiveBits51>()};
   [&]<int... T>(std::integer_sequence<int, T...>) {
-    ((k.q4_k[T] = blocks_k<false, T + 1>), ...);
-    ((k.q5_k[T] = blocks_k<true, T + 1>), ...);
-    ((k.q6_k[T] = blocks_q6_k<T + 1>), ...);
+    ((k.q4_k.product[T] = blocks_k<false, T + 1>), ...);
+    ((k.q5_k.product[T] = blocks_k<true, T + 1>), ...);
+    ((k.q6_k.product[T] = blocks_q6_k<T + 1>), ...);
   }
-  (all);
+  (std::make_integer_sequence<int, 8>());
+  fill_columns<Sixteen, kPackedQ4_K>(k.q4_k.columns);
+  fill_columns<Sixteen, kPackedQ5_K>(k.q5_k.columns);
+  fill_columns<Sixteen, kPackedQ6_K>(k.q6_k.columns);
   return k;
 }();
 

@@ -7,9 +7,17 @@ namespace moiety {
 /// One group of 16 rows times one tile: out [rows of the tile][16].
 using PackedProduct = void (*)(const uint8_t* group, int64_t blocks, const QuantizedTiles::View& x, float* out);
 
+/// Adds to out [rows of the tile][16] what elements of activations that were kept whole add: x.outliers[u] times the
+/// group's column x.columns[u].
+using PackedColumns = PackedProduct;
+
 /// By rows of the tile less one.
+struct PackedFormat {
+  PackedProduct product[8];
+  PackedColumns columns[8];
+};
 struct PackedKernels {
-  PackedProduct q8_0[8], q4_0[8], q4_1[8], q5_0[8], q5_1[8], q4_k[8], q5_k[8], q6_k[8];
+  PackedFormat q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k;
 };
 
 const PackedKernels& packed_kernels_avx2();

@@ -1,0 +1,86 @@
+#pragma once
+// Single columns of packed groups, for activations that stay in f32 (internal to kernels/; included by packed_avx2.cpp
+// and packed_avx512.cpp, whose V computes for some rows at a time). Everything is in an unnamed namespace so that no
+// copy is shared between them.
+#include <cstdint>
+#include <utility>
+
+#include "moiety/kernels/packed_kernels.h"
+#include "moiety/kernels/packed_layout.h"
+
+namespace moiety {
+namespace {
+
+// Where the quant of element e of a block stands: in quad `quad`, in the low or high halves of bytes if it has four
+// bits there; and the bits above, if any, at bit `bit` of byte e % 4 of quad `above`.
+struct ColumnPlace {
+  int64_t quad, top, above, bit;
+};
+template <PackedLayout l>
+ColumnPlace place_of(int64_t e) {
+  if constexpr (l.block == 32) {
+    if constexpr (l.quants == 512) return {e / 4, 0, 0, 0};
+    return {e % 16 / 4, e / 16, 0, e / 4};
+  } else if constexpr (l.min) {  // Q4_K, Q5_K
+    return {8 * (e / 64) + e % 32 / 4, e % 64 / 32, e % 32 / 4, e / 32};
+  } else {  // Q6_K
+    return {e % 128 / 4, e / 128, e % 64 / 4, 2 * (e / 64)};
+  }
+}
+
+// Column e of block b of the rows that V takes from `first` on, as they are stored: quants times scale, minimums.
+template <class V, PackedLayout l>
+[[gnu::always_inline]] inline typename V::Float column_values(const uint8_t* group, int64_t blocks, int64_t b,
+                                                              int64_t e, int64_t first) {
+  const ColumnPlace p = place_of<l>(e);
+  const int64_t byte = 8 * (e % 4);
+  const auto word = V::words(group + l.quants_at(blocks) + b * l.quants + 64 * p.quad + 4 * first);
+  auto q = V::bits(word, byte + 4 * p.top, l.quants == 512 ? 255 : 15);
+  if constexpr (l.high > 0) {
+    const auto above = V::words(group + l.high_at(blocks) + b * l.high + 64 * p.above + 4 * first);
+    constexpr int kBits = l.scales > 0 && !l.min ? 3 : 1;
+    q = V::joined(q, V::bits(above, byte + p.bit, kBits));
+  }
+  const auto value = V::number(V::less(q, l.offset));
+  const uint8_t* halves = group + b * (l.min ? 64 : 32) + 2 * first;
+  const auto scale = V::halves(halves);
+  if constexpr (l.scales == 0) {
+    if constexpr (l.min) return V::fma(scale, value, V::halves(halves + 32));
+    return V::mul(scale, value);
+  } else {
+    const uint8_t* scales = group + l.scales_at(blocks) + b * l.scales;
+    if constexpr (!l.min) return V::mul(V::mul(scale, V::signed_bytes(scales + 16 * (e / 16) + first)), value);
+    const int64_t g = e / 32;
+    const auto minimum =
+        V::mul(V::halves(halves + 32), V::every_second(scales + 128 + 32 * (g / 2) + 2 * first, g % 2));
+    return V::fms(V::mul(scale, V::unsigned_bytes(scales + 16 * g + first)), value, minimum);
+  }
+}
+
+template <class V, PackedLayout l, int T>
+void columns(const uint8_t* group, int64_t blocks, const QuantizedTiles::View& x, float* out) {
+  for (int64_t first = 0; first < kPackedRows; first += V::kRows) {
+    typename V::Float sums[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) sums[t] = V::load(out + kPackedRows * t + first);
+    for (int64_t u = 0; u < x.whole; ++u) {
+      const int64_t column = x.columns[u];
+      const auto w = column_values<V, l>(group, blocks, column / l.block, column % l.block, first);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) sums[t] = V::fma(w, V::all(x.outliers[u * T + t]), sums[t]);
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) V::store(out + kPackedRows * t + first, sums[t]);
+  }
+}
+
+template <class V, PackedLayout l>
+constexpr void fill_columns(PackedColumns (&to)[8]) {
+  [&]<int... T>(std::integer_sequence<int, T...>) {
+    ((to[T] = columns<V, l, T + 1>), ...);
+  }
+  (std::make_integer_sequence<int, 8>());
+}
+
+}  // namespace
+}  // namespace moiety
