@@ -93,7 +93,7 @@ int finish(const Options& o, json report, std::chrono::steady_clock::time_point 
 // The positions of images in place of the tokens of texts.
 int run_image_routing(const Options& o) {
   const auto start = std::chrono::steady_clock::now();
-  const auto checkpoint = Checkpoint::open(o.common.model);
+  const auto checkpoint = open_checkpoint(o.common);
   check(is_vision(checkpoint->config()), "{} is no vision model that moiety has saved: it reads --text",
         o.common.model);
   const auto model = load_vision(*checkpoint, {o.common.dtype, torch::Device(o.common.device)});

@@ -217,7 +217,7 @@ int run_images(const EvalArguments& a) {
   check(a.texts.empty() && a.choices.empty() && a.sweep.empty(),
         "--images measures a vision model, --text and --choices a language model");
   keep_freed_memory();
-  const auto checkpoint = Checkpoint::open(a.model);
+  const auto checkpoint = open_checkpoint(a);
   check(is_vision(checkpoint->config()), "{} is no vision model that moiety has saved (its model_type is {})", a.model,
         checkpoint->config().value("model_type", json()).dump());
   const auto model = load_vision(*checkpoint, {a.dtype, torch::Device(a.device)});

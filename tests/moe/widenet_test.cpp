@@ -104,7 +104,7 @@ TEST(WideNet, SharedTensorsGetTheSumOfAllBlocksGradients) {
     const auto& shared = stack->blocks()[static_cast<size_t>(i)];
     Mixture layer(std::dynamic_pointer_cast<Mixture>(shared.ffn)->router, own);
     Pass inner;
-    h = h + shared.attention->forward(norms[static_cast<size_t>(i)].first->forward(h));
+    h = h + shared.attention->forward(norms[static_cast<size_t>(i)].first->forward(h), inner);
     h = h + layer.forward(norms[static_cast<size_t>(i)].second->forward(h), inner);
   }
   h.backward(grad);

@@ -111,6 +111,27 @@ def load_again(folder):
     print(f"test images: WideNet {100 * report['accuracy']:.1f} %, ViT in bf16 {100 * vit['accuracy']:.1f} %")
 
 
+def adapters(folder):
+    """Parts beside the matrices of the ViT learn alone: a small folder that opens over its base, resumes, and, a LoRA, merges."""
+    test = IMAGES / "t10k-images-idx3-ubyte.gz"
+    accuracy = lambda *model: json.loads(moiety("eval", *model, "--images", test, "--limit", 1000, "--json", cwd=folder))["images"][0]["accuracy"]
+    base = (folder / "vit/last/model.safetensors").read_bytes()
+    for name, part in [("lora", "{slug: lora, rank: 4}"), ("mora", "{slug: mora, rank: 4, top_k: 4, target: [q_proj, v_proj, up_proj]}")]:
+        settings = ["--set", f"parts=[{part}]", "--set", "model={checkpoint: vit/last}", "--set", "train.steps=30"]
+        result = train(run_file(folder, name), *settings, "--json", cwd=folder)
+        assert result.returncode == 0, result.stderr
+        assert sorted(p.name for p in (folder / name / "last").iterdir() if p.is_file()) == ["adapter_config.json", "adapter_model.safetensors"]
+        config = json.loads((folder / name / "last/adapter_config.json").read_text())
+        assert config["peft_type"] == "MOIETY" and config["base_model_name_or_path"] == "vit/last", config
+        assert accuracy(f"{name}/last") == accuracy("vit/last", "--adapter", f"{name}/last") > 0.6
+    assert base == (folder / "vit/last/model.safetensors").read_bytes(), "the base has changed"
+    moiety("merge", "lora/last", "-o", "merged", cwd=folder)
+    assert abs(accuracy("merged") - accuracy("lora/last")) < 0.003
+    routed = subprocess.run([MOIETY, "merge", "mora/last", "-o", "never"], cwd=folder, text=True, capture_output=True)
+    assert routed.returncode == 1 and "token" in routed.stderr, routed.stderr
+    print("adapters of the ViT open over their base; LoRA merges")
+
+
 def two_processes(folder):
     """Without dropout and noise the steps of two processes are those of one, up to the order of sums."""
     calm = ["train.steps=12", "train.accumulate=2", "model.config.dropout=0", "model.config.moe.dropout=0", "model.config.moe.noise=false",
@@ -173,6 +194,7 @@ def main():
         folder = Path(name)
         kill_and_resume(folder)
         load_again(folder)
+        adapters(folder)
         two_processes(folder)
         wrong_input(folder)
 

@@ -284,11 +284,14 @@ namespace {
 
 // ---- A checkpoint with more tensors ----
 
-// What stands before "layers." in the names of a base.
+// What stands before "layers." in the names of a base; nothing before the "blocks." of a vision model.
 std::string front_of(const Checkpoint& base) {
-  for (const TensorInfo& t : base.tensors())
+  bool inner = false;
+  for (const TensorInfo& t : base.tensors()) {
     if (const size_t at = t.name.find("embed_tokens.weight"); at != std::string::npos) return t.name.substr(0, at);
-  return "model.";
+    inner = inner || t.name.rfind("model.", 0) == 0;
+  }
+  return inner ? "model." : "";
 }
 
 int64_t number(const json& config, const char* key, int64_t otherwise) {
@@ -728,6 +731,7 @@ std::optional<AsPeft> as_peft(const json& parts, const std::vector<AdapterTensor
     if (is_replaced(t.name)) continue;
     if (t.name.rfind(front, 0) != 0) return {};
     const std::string rest = t.name.substr(front.size());
+    if (rest.rfind("layers.", 0) != 0) return {};  // no model of transformers
     std::smatch m;
     if (!std::regex_match(rest, m, shape_of)) continue;
     const int64_t layer = std::stoll(m[1]);

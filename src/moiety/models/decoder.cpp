@@ -11,7 +11,7 @@
 #include "moiety/base/text.h"
 #include "moiety/io/moduleformer_names.h"
 #include "moiety/io/peft.h"
-#include "moiety/io/regex.h"
+#include "moiety/models/model_parts.h"
 #include "moiety/models/token_blocks.h"
 #include "moiety/models/weights_source.h"
 #include "moiety/moe/mixture.h"
@@ -438,35 +438,6 @@ std::shared_ptr<FeedForwardBase> make_mixture(WeightsSource& w, const string& la
   return mixture;
 }
 
-class NamedWeights : public PartWeights {
- public:
-  NamedWeights(WeightsSource& source, string prefix) : source_(source), prefix_(std::move(prefix)) {}
-  bool has(const string& name) const override { return source_.has(prefix_ + name, false); }
-  torch::Tensor get(const string& name, std::vector<int64_t> shape, const Init& init) override {
-    return source_.tensor(prefix_ + name, std::move(shape), init);
-  }
-  torch::Tensor optional(const string& name, std::vector<int64_t> shape, const Init& init) override {
-    return source_.tensor(prefix_ + name, std::move(shape), init, /*optional=*/true);
-  }
-
- private:
-  WeightsSource& source_;
-  string prefix_;
-};
-
-// Parts by (site, layer), and what they share.
-struct ModelParts {
-  std::vector<PartEntry> entries;
-  size_t layers = 0;
-  std::map<string, std::any> shared;
-  std::set<string> beside;  // "layers.3.q_proj NAME" of parts beside matrices
-  const PartEntry* at(const string& site, int64_t layer) const {
-    for (const PartEntry& e : entries)
-      if (e.site == site && std::binary_search(e.layers.begin(), e.layers.end(), layer)) return &e;
-    return nullptr;
-  }
-};
-
 DenseLayer dense_layer(WeightsSource& w, const string& at, const DecoderConfig& c) {
   const int64_t d = c.hidden, f = c.intermediate;
   if (w.random() || !c.gated) return {};
@@ -510,15 +481,8 @@ auto make_part(const PartEntry& entry, WeightsSource& w, const string& layer, co
   }
 }
 
-// A matrix that parts may stand beside; those that read one input have one `input`.
-struct Matrix {
-  string name, half;  // "q_proj" of "self_attn"
-  int input;
-  Linear linear;
-};
-
-std::vector<Matrix> matrices_of(const AttentionBase& attention, const FeedForwardBase& ffn) {
-  std::vector<Matrix> out;
+std::vector<SiteMatrix> matrices_of(const AttentionBase& attention, const FeedForwardBase& ffn) {
+  std::vector<SiteMatrix> out;
   const auto add = [&](const char* name, int input, const Linear& linear) {
     if (!linear.is_empty()) out.push_back({name, input < 4 ? "self_attn" : "mlp", input, linear});
   };
@@ -543,117 +507,11 @@ std::vector<Matrix> matrices_of(const AttentionBase& attention, const FeedForwar
   return out;
 }
 
-// Matrices of experts that parts may stand beside.
-struct Stack {
-  string name;
-  std::vector<LinearStackImpl*> stacks;
-};
-
-std::vector<Stack> stacks_of(const FeedForwardBase& ffn) {
+std::vector<SiteStack> stacks_of(const FeedForwardBase& ffn) {
   const auto* m = dynamic_cast<const Mixture*>(&ffn);
   auto* e = m == nullptr ? nullptr : dynamic_cast<GatedExperts*>(m->experts.get());
   if (e == nullptr) return {};
   return {{"experts.gate_up_proj", {e->gate.get(), e->up.get()}}, {"experts.down_proj", {e->down.get()}}};
-}
-
-// Whether one of the targets means a matrix: by its name, or, for targets that are no names, a regular expression that
-// matches the whole path.
-bool is_pattern(const string& target) {
-  return target.find_first_of("*+?()[]|^$\\") != string::npos;
-}
-
-bool targeted(const std::vector<string>& targets, const string& name, const string& path) {
-  return std::any_of(targets.begin(), targets.end(), [&](const string& t) {
-    if (t == name || (t == "all" && name.find('.') == string::npos)) return true;
-    if (!is_pattern(t)) return false;
-    // Adapters of others bring patterns: the steps of a match are bounded.
-    const Regex whole("\\A(?:" + t + ")\\z", "target '" + shown(t) + "'");
-    size_t begin = 0, end = 0;
-    return Regex::Matches(whole, path).next(begin, end);
-  });
-}
-
-// Parts at the site `linear` of one layer.
-void attach_parts(WeightsSource& w, const string& layer, int64_t index, ModelParts& parts,
-                  const AttentionBase& attention, const FeedForwardBase& ffn) {
-  for (PartEntry& entry : parts.entries) {
-    if (entry.site != "linear" || !std::binary_search(entry.layers.begin(), entry.layers.end(), index)) continue;
-    const auto all = matrices_of(attention, ffn);
-    const auto stacks = stacks_of(ffn);
-    const auto path = [&](const string& half, const string& name) { return "model." + layer + half + "." + name; };
-    std::vector<string> names;
-    std::vector<Matrix> chosen;
-    std::vector<Stack> chosen_stacks;
-    for (const Matrix& m : all) {
-      names.push_back(m.name);
-      if (targeted(entry.targets, m.name, path(m.half, m.name))) chosen.push_back(m);
-    }
-    for (const Stack& s : stacks) {
-      names.push_back(s.name);
-      if (targeted(entry.targets, s.name, path("mlp", s.name))) chosen_stacks.push_back(s);
-    }
-    for (const string& target : entry.targets) {
-      check(target == "all" || is_pattern(target) || std::find(names.begin(), names.end(), target) != names.end(),
-            "part {}: layer {} has no matrix '{}' that a part could stand beside; it has {}", entry.slug, index,
-            shown(target), names.empty() ? "none" : list_of(names, "and"));
-    }
-    // A pattern may mean some layers only.
-    if (chosen.empty() && chosen_stacks.empty()) continue;
-    entry.placed = true;
-    const auto& maker = factory<MakeBeside>(get_method("part", entry.slug));
-    const string last = entry.name.empty() ? "" : entry.name + ".";
-    const auto guarded = [&](const string& place, const auto& make) {
-      try {
-        check(parts.beside.insert(layer + place + " " + entry.name).second,
-              "something stands beside the matrix already; parts with a `name` each can share it");
-        make();
-      } catch (const Error& e) {
-        fail("part {} at {} of layer {}: {}", entry.slug, place, index, e.what());
-      }
-    };
-    NamedWeights model(w, "");
-    for (size_t begin = 0; begin < chosen.size();) {
-      size_t end = begin + 1;
-      while (maker.per_input && end < chosen.size() && chosen[end].input == chosen[begin].input) ++end;
-      std::vector<Matrix> group(chosen.begin() + static_cast<int64_t>(begin),
-                                chosen.begin() + static_cast<int64_t>(end));
-      string place;
-      for (const Matrix& m : group) place += (place.empty() ? "" : "+") + m.name;
-      NamedWeights own(w, layer + "adapters." + last + place + "."), targets(w, layer + "adapters." + last);
-      LinearSite site{.layer = index,
-                      .layers = static_cast<int64_t>(parts.layers),
-                      .targets = {},
-                      .own = own,
-                      .all = targets,
-                      .model = model,
-                      .shared = parts.shared};
-      for (Matrix& m : group)
-        site.targets.push_back({m.name, path(m.half, m.name), m.linear->in(), m.linear->out(), m.linear.get()});
-      for (size_t i = 1; i < group.size(); ++i) guarded(group[i].name, [] {});
-      guarded(group[0].name, [&] {
-        const auto beside = maker.make(site, entry.settings);
-        for (Matrix& m : group) m.linear->attach(beside);
-      });
-      begin = end;
-    }
-    for (const Stack& s : chosen_stacks) {
-      guarded(s.name, [&] {
-        check(maker.make_stack != nullptr, "it cannot stand beside the matrices of experts");
-        NamedWeights own(w, layer + "adapters." + last + s.name + ".");
-        StackSite site{.layer = index,
-                       .layers = static_cast<int64_t>(parts.layers),
-                       .name = s.name,
-                       .path = path("mlp", s.name),
-                       .experts = s.stacks[0]->count(),
-                       .in = s.stacks[0]->in(),
-                       .stacks = s.stacks,
-                       .own = own,
-                       .shared = parts.shared};
-        const auto made = maker.make_stack(site, entry.settings);
-        for (size_t i = 0; i < made.size(); ++i) s.stacks[i]->attach(made[i]);
-      });
-    }
-  }
 }
 
 std::shared_ptr<Block> make_block(WeightsSource& w, int64_t index, const DecoderConfig& c, ModelParts& parts,
@@ -706,7 +564,7 @@ std::shared_ptr<Block> make_block(WeightsSource& w, int64_t index, const Decoder
     ffn = make_mixture(w, layer, c, index);
   else
     ffn = make_feed_forward(w, layer + "mlp.", c, c.intermediate);
-  attach_parts(w, layer, index, parts, *attention, *ffn);
+  attach_parts(w, {layer, "model." + layer, index}, parts, matrices_of(*attention, *ffn), stacks_of(*ffn));
   return std::make_shared<Block>(c.placement, c.residual_scale, attention, ffn, before_attention, after_attention,
                                  before_ffn, after_ffn);
 }
@@ -743,7 +601,7 @@ std::vector<PartEntry> parts_of(const nlohmann::json& json, const DecoderConfig&
 std::shared_ptr<CausalModel> assemble(WeightsSource& w, const nlohmann::json& json, const DecoderConfig& c) {
   std::vector<std::shared_ptr<const Rope>> ropes;
   for (const RopeConfig& r : c.ropes) ropes.push_back(std::make_shared<const Rope>(r));
-  ModelParts parts{parts_of(json, c), c.layers.size(), {}, {}};
+  ModelParts parts{parts_of(json, c), static_cast<int64_t>(c.layers.size()), {}, {}};
   w.biases_learn = biases_learn(moiety::parts_of(json));
   const auto embed = w.linear("embed_tokens", c.hidden, c.vocab, false);
   std::vector<std::shared_ptr<Block>> blocks;
@@ -751,10 +609,7 @@ std::shared_ptr<CausalModel> assemble(WeightsSource& w, const nlohmann::json& js
     blocks.push_back(make_block(w, static_cast<int64_t>(i), c, parts, ropes));
   const string final_norm =
       c.norm == NormKind::layer_plain ? "norm" : w.pick({"norm.weight", "final_layernorm.weight"});
-  for (const PartEntry& entry : parts.entries)
-    check(entry.site != "linear" || entry.placed,
-          "part {}: no layer has a matrix that its targets ({}) name and a part could stand beside", entry.slug,
-          list_of(entry.targets, "and"));
+  check_placed(parts);
   const auto norm = make_norm(w, final_norm.substr(0, final_norm.find('.')), {c.hidden}, c.norm, c.norm_eps);
   Linear head = embed;
   if (!c.tied) head = w.linear("lm_head", c.hidden, c.vocab, c.head_bias);

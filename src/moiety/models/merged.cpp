@@ -11,6 +11,7 @@
 #include "moiety/io/overlay.h"
 #include "moiety/io/peft.h"
 #include "moiety/models/model.h"
+#include "moiety/models/vision.h"
 #include "moiety/models/weights_source.h"
 #include "moiety/nn/part.h"
 #include "moiety/nn/weights.h"
@@ -51,9 +52,19 @@ TensorView finite_view(const torch::Tensor& sum, const Checkpoint& before, const
 
 // Everything that the model stores, merged, in the base's formats.
 std::shared_ptr<const Checkpoint> merged(std::shared_ptr<const Checkpoint> adapted, json config, bool backwards) {
-  const std::shared_ptr<CausalModel> model = load_causal(*adapted);
+  std::shared_ptr<torch::nn::Module> model;
+  std::vector<StoredTensor> all;
+  if (is_vision(adapted->config())) {
+    const auto vision = load_vision(*adapted);
+    all = vision->stored();
+    model = vision;
+  } else {
+    const auto causal = load_causal(*adapted);
+    all = causal->stored();
+    model = causal;
+  }
   std::map<std::string, std::function<torch::Tensor()>> values;
-  for (auto& stored : model->stored()) values[stored.name] = std::move(stored.value);
+  for (auto& stored : all) values[stored.name] = std::move(stored.value);
   std::vector<OverlayTensor> tensors;
   std::set<std::string> removed;
   for (const TensorInfo& t : adapted->tensors()) {
@@ -85,7 +96,8 @@ std::shared_ptr<const Checkpoint> without_parts(std::shared_ptr<const Checkpoint
   json config = adapted->config();
   const json list = config.value("moiety", json::object()).value("parts", json::array());
   json rest = json::array();
-  const auto layers = config.value("num_hidden_layers", int64_t{0});
+  const int64_t layers = is_vision(config) ? parse_vision_config(config, adapted->path().string()).blocks
+                                           : config.value("num_hidden_layers", int64_t{0});
   const auto entries = parse_parts(config, layers);
   for (size_t i = 0; i < entries.size(); ++i)
     if (entries[i].site != "linear") rest.push_back(list[i]);

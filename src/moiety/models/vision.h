@@ -37,12 +37,14 @@ struct VisionConfig {
 /// Patches by a strided convolution, a position of zeros in front that is no parameter, trained positions, blocks, a
 /// last norm, the mean over all positions, a dense layer with tanh, and one to the classes. Kernels start as Keras
 /// does it: uniform within sqrt(6 / (fan in + fan out)), experts each by its own fans; biases 0, in feed-forward layers
-/// N(0, 1e-6); positions N(0, 0.02).
+/// N(0, 1e-6); positions N(0, 0.02). Parts at the site `linear` stand beside q_proj, k_proj, v_proj and o_proj of
+/// attention and up_proj and down_proj of dense layers; blocks that share a matrix share what stands beside it.
 class VisionModel : public torch::nn::Module {
  public:
   /// New and trainable, from torch's random state. Throws Error for a config that does not fit together.
   explicit VisionModel(VisionConfig config);
-  VisionModel(VisionConfig config, WeightsSource& weights);
+  /// `parts`: a list as `moiety.parts` of its config.json, or null. Error for parts at other sites than `linear`.
+  VisionModel(VisionConfig config, WeightsSource& weights, nlohmann::json parts = nullptr);
   /// images [B, channels, image, image] f32, about -1 to 1 -> logits [B, classes] f32. Capacity couples the images of a
   /// batch; a capacity factor of infinity does not. Error for images of another shape.
   torch::Tensor forward(const torch::Tensor& images, Pass& pass);
@@ -50,14 +52,17 @@ class VisionModel : public torch::nn::Module {
   torch::Tensor embed(const torch::Tensor& images);
   WideNet& body() { return *body_; }
   torch::Tensor read_out(const torch::Tensor& positions);
+  /// What read_out() classifies: [B, T, hidden] -> the mean of the normed positions [B, hidden], f32.
+  torch::Tensor pooled(const torch::Tensor& positions);
   const VisionConfig& config() const { return config_; }
-  /// What its config.json holds: `model_type` and the keys of VisionConfig.
+  /// What its config.json holds: `model_type`, the keys of VisionConfig and `moiety.parts`.
   nlohmann::json json() const;
   /// All tensors by their names in a checkpoint; what blocks share is there once.
   const std::vector<StoredTensor>& stored() const { return stored_; }
 
  private:
   VisionConfig config_;
+  nlohmann::json parts_;
   torch::Dtype dtype_ = torch::kFloat32;  // what is computed in
   torch::Tensor patches_, patches_bias_, positions_;
   std::shared_ptr<WideNet> body_;
@@ -73,7 +78,11 @@ VisionConfig parse_vision_config(const nlohmann::json& config, const std::string
 /// Throws Error: missing, misshapen and left-over tensors (naming them); a checkpoint that shares otherwise than the
 /// config, or has norms for another number of blocks.
 std::shared_ptr<VisionModel> load_vision(const Checkpoint& checkpoint, const LoadOptions& options = {});
+/// The same with other parts: a list as `moiety.parts`, or null. Those that the checkpoint lacks start new.
+std::shared_ptr<VisionModel> load_vision(const Checkpoint& checkpoint, const nlohmann::json& parts,
+                                         const LoadOptions& options);
 /// New, from torch's random state.
-std::shared_ptr<VisionModel> make_vision(VisionConfig config, const LoadOptions& options = {});
+std::shared_ptr<VisionModel> make_vision(VisionConfig config, const LoadOptions& options = {},
+                                         const nlohmann::json& parts = nullptr);
 
 }  // namespace moiety

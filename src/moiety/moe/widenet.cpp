@@ -11,6 +11,7 @@
 #include "moiety/base/error.h"
 #include "moiety/base/registry.h"
 #include "moiety/moe/topk.h"
+#include "moiety/nn/beside.h"
 #include "moiety/nn/part.h"
 #include "moiety/nn/recompute.h"
 
@@ -74,13 +75,15 @@ BidirectionalAttention::BidirectionalAttention(Linear a, Linear b, Linear c, Lin
   o = register_module("o", std::move(d));
 }
 
-torch::Tensor BidirectionalAttention::forward(const torch::Tensor& x, const torch::Tensor& mask) {
+torch::Tensor BidirectionalAttention::forward(const torch::Tensor& x, Pass& pass) {
   const int64_t rows = x.size(0), time = x.size(1);
   const auto split = [&](const torch::Tensor& t) { return t.view({rows, time, heads_, -1}).transpose(1, 2); };
-  const auto allowed =
-      mask.defined() ? std::optional<torch::Tensor>(mask.to(torch::kBool).view({rows, 1, 1, time})) : std::nullopt;
-  const auto y = at::scaled_dot_product_attention(split(q(x)), split(k(x)), split(v(x)), allowed);
-  return o(y.transpose(1, 2).reshape({rows, time, -1}));
+  const auto allowed = pass.mask.defined()
+                           ? std::optional<torch::Tensor>(pass.mask.to(torch::kBool).view({rows, 1, 1, time}))
+                           : std::nullopt;
+  const auto read = project({q, k, v}, x, pass);
+  const auto y = at::scaled_dot_product_attention(split(read[0]), split(read[1]), split(read[2]), allowed);
+  return project(o, y.transpose(1, 2).reshape({rows, time, -1}), pass);
 }
 
 namespace {
@@ -118,7 +121,7 @@ namespace {
 // What one block needs to run again later.
 std::function<torch::Tensor(const torch::Tensor&, Pass&)> body_of(WideNetBlock b, double dropout, bool training) {
   return [b = std::move(b), dropout, training](const torch::Tensor& input, Pass& now) {
-    const auto y = b.attention->forward(b.before_attention->forward(input), now.mask);
+    const auto y = b.attention->forward(b.before_attention->forward(input), now);
     const auto u = input + (dropout > 0.0 ? torch::dropout(y, dropout, training) : y);
     return u + b.ffn->forward(b.before_ffn->forward(u), now);
   };

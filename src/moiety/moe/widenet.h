@@ -44,12 +44,13 @@ class CapacityRouter : public Router {
   torch::Tensor noise;
 };
 
-/// Attention of all positions to all, with biases; no positions, no mask but the padding's.
+/// Attention of all positions to all, with biases; no positions, no mask but the padding's. Parts may stand beside its
+/// matrices.
 class BidirectionalAttention : public torch::nn::Module {
  public:
   BidirectionalAttention(Linear q, Linear k, Linear v, Linear o, int64_t heads);
-  /// x [B, T, d]; padding [B, T] bool (true: real) or undefined.
-  torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& mask = {});
+  /// x [B, T, d] -> [B, T, d]; keys where the pass's mask is false are not looked at.
+  torch::Tensor forward(const torch::Tensor& x, Pass& pass);
   Linear q{nullptr}, k{nullptr}, v{nullptr}, o{nullptr};
 
  private:

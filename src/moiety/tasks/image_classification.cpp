@@ -10,6 +10,7 @@
 #include "moiety/base/files.h"
 #include "moiety/base/random.h"
 #include "moiety/base/registry.h"
+#include "moiety/io/peft.h"
 #include "moiety/nn/tasks.h"
 #include "moiety/train/open_run.h"
 
@@ -161,7 +162,6 @@ class ImageTask : public TrainTask {
       : config_(config), settings_(parse<ImageTaskConfig>(config.task, "task")) {
     const ModelConfig& m = config.model;
     check(m.tokenizer.empty() && m.chat_template.empty(), "model: images have neither a tokenizer nor a chat template");
-    check(config.parts.is_null(), "parts take sites of a decoder; a vision model has its mixture in model.config.moe");
     check(dump(config.routing) == dump(RoutingConfig()),
           "routing: the mixture of a vision model has a rule of its own; model.config.moe holds its settings");
     torch::manual_seed(static_cast<uint64_t>(config.train.seed));
@@ -170,18 +170,25 @@ class ImageTask : public TrainTask {
     options.device = context.device;
     options.trainable = true;
     if (!m.checkpoint.empty()) {
-      const auto checkpoint = Checkpoint::open(m.checkpoint);
+      const std::shared_ptr<const Checkpoint> checkpoint = Checkpoint::open(m.checkpoint);
       check(is_vision(checkpoint->config()), "{} is no vision model that moiety has saved (its model_type is {})",
             m.checkpoint, checkpoint->config().value("model_type", json()).dump());
       names_ = class_names(checkpoint->config());
-      model_ = context.weights ? load_vision(*checkpoint, options)
-                               : make_vision(parse_vision_config(checkpoint->config(), m.checkpoint), options);
+      parts_ = config.parts.is_null() ? parts_of(checkpoint->config()) : config.parts;
+      options.frozen_base = adapts(config, *checkpoint);
+      if (options.frozen_base) {
+        adapted_ = checkpoint;
+        adapted_name_ = base_name(m.checkpoint);
+      }
+      model_ = context.weights ? load_vision(*checkpoint, parts_, options)
+                               : make_vision(parse_vision_config(checkpoint->config(), m.checkpoint), options, parts_);
       return;
     }
     const bool file = m.config.is_string();
     const std::string where = file ? m.config.get<std::string>() : "model.config";
     const json given = file ? parse_json(read_text(where), where) : m.config;
-    model_ = make_vision(parse_vision_config(given, where), options);
+    parts_ = config.parts.is_null() ? parts_of(given) : config.parts;
+    model_ = make_vision(parse_vision_config(given, where), options, parts_);
   }
 
   std::string unit() const override { return "image"; }
@@ -240,6 +247,7 @@ class ImageTask : public TrainTask {
   }
 
   void write(const std::filesystem::path& folder, const std::string& dtype) const override {
+    if (adapted_) return write_stored_adapter(folder, model_->stored(), parts_, *adapted_, adapted_name_);
     json config = model_->json();
     config["dtype"] = dtype_name(dtype);
     if (!names_.empty()) config["class_names"] = names_;
@@ -276,6 +284,9 @@ class ImageTask : public TrainTask {
   TrainConfig config_;
   ImageTaskConfig settings_;
   std::shared_ptr<VisionModel> model_;
+  json parts_;                                 // beside its matrices; null: none
+  std::shared_ptr<const Checkpoint> adapted_;  // they are all that learns: an adapter of this is written
+  std::string adapted_name_;
   std::vector<std::string> names_;  // of classes
   std::unique_ptr<ImageRows> rows_;
   std::optional<HeldOut> held_out_;

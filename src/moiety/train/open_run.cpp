@@ -138,13 +138,17 @@ bool stands_beside(const json& parts) {
   return std::all_of(parts.begin(), parts.end(), stands_beside_matrices);
 }
 
-// What an adapter of this model is to call its base.
+}  // namespace
+
+bool adapts(const TrainConfig& config, const Checkpoint& checkpoint) {
+  return stands_beside(config.parts.is_null() ? parts_of(checkpoint.config()) : config.parts) &&
+         config.train.train.empty();
+}
+
 std::string base_name(const std::string& location) {
   const fs::path path = resolve_model(location);
   return is_adapter(path) ? adapter_base(path) : location;
 }
-
-}  // namespace
 
 std::string parameter_name(const std::string& name) {
   static const std::regex layer("^layer([0-9]+)\\."), block("^body\\.block([0-9]+)_");
@@ -157,8 +161,7 @@ OpenRun open_run(const TrainConfig& config, torch::Device device, const fs::path
   bool adapting = false;
   if (!config.model.checkpoint.empty()) {
     checkpoint = Checkpoint::open(config.model.checkpoint);
-    adapting = stands_beside(config.parts.is_null() ? parts_of(checkpoint->config()) : config.parts) &&
-               config.train.train.empty();
+    adapting = adapts(config, *checkpoint);
     if (adapting && checkpoint->config().value("moiety_rope_interleaved", false))
       for (const auto& part : config.parts.is_array() ? config.parts : json::array())
         check(!part.contains("adapters"),
@@ -300,29 +303,29 @@ void write_stored(const fs::path& folder, const std::vector<StoredTensor>& tenso
   writer.finish();
 }
 
-namespace {
-
-void write_run_adapter(const fs::path& folder, const OpenRun& run) {
+void write_stored_adapter(const fs::path& folder, const std::vector<StoredTensor>& all, const json& parts,
+                          const Checkpoint& base, const std::string& base_name) {
   const torch::NoGradGuard frozen;
-  const bool biases = biases_learn(parts_of(run.config));
+  const bool biases = biases_learn(parts);
   std::vector<AdapterTensor> tensors;
-  for (const StoredTensor& stored : run.model->stored()) {
+  for (const StoredTensor& stored : all) {
     if (stored.name.find(".adapters.") == std::string::npos &&
-        !(biases && is_bias(stored.name) && run.adapted->has(stored.name)))
+        !(biases && is_bias(stored.name) && base.has(stored.name)))
       continue;
     const auto t = stored.value().detach().to(torch::kCPU, torch::kFloat32).contiguous();
     tensors.push_back({stored.name, t.sizes().vec(),
                        std::vector<float>(t.const_data_ptr<float>(), t.const_data_ptr<float>() + t.numel())});
   }
-  write_adapter(folder, parts_of(run.config), std::move(tensors), *run.adapted, run.adapted_name);
-  const auto chat = run.files.find("chat_template.jinja");
-  if (chat != run.files.end()) write_file(folder / chat->first, chat->second);
+  write_adapter(folder, parts, std::move(tensors), base, base_name);
 }
 
-}  // namespace
-
 void write_model(const fs::path& folder, const OpenRun& run, const std::string& dtype) {
-  if (run.adapted) return write_run_adapter(folder, run);
+  if (run.adapted) {
+    write_stored_adapter(folder, run.model->stored(), parts_of(run.config), *run.adapted, run.adapted_name);
+    const auto chat = run.files.find("chat_template.jinja");
+    if (chat != run.files.end()) write_file(folder / chat->first, chat->second);
+    return;
+  }
   json config = run.config;
   config.erase("torch_dtype");
   config.erase("quantization_config");

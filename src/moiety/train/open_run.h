@@ -36,6 +36,12 @@ struct OpenRun {
 OpenRun open_run(const TrainConfig& config, torch::Device device, const std::filesystem::path& scratch,
                  bool weights = true);
 
+/// Whether parts beside the matrices of a frozen base are all that a run learns, so that it writes an adapter: all of
+/// `parts` (null: those that the checkpoint has) stand there, and the run does not say itself what learns.
+bool adapts(const TrainConfig& config, const Checkpoint& checkpoint);
+/// What an adapter of the model at `location` is to call its base: that of an adapter, or the location itself.
+std::string base_name(const std::string& location);
+
 /// Name of a parameter or buffer as patterns see it: that of the module tree, with "layers.3." for block 3 of a
 /// decoder and "blocks.3." for what block 3 of a vision model was the first to have.
 std::string parameter_name(const std::string& name);
@@ -50,6 +56,11 @@ void write_stored(const std::filesystem::path& folder, const std::vector<StoredT
                   const std::string& dtype);
 /// `dtype` as config.json spells it: "float32", "bfloat16", "float16".
 std::string dtype_name(const std::string& dtype);
+
+/// Writes what stands beside the matrices of `base` as an adapter: tensors of `parts` among `stored`, and the base's
+/// biases where a part trains them.
+void write_stored_adapter(const std::filesystem::path& folder, const std::vector<StoredTensor>& stored,
+                          const nlohmann::json& parts, const Checkpoint& base, const std::string& base_name);
 
 /// Writes the model into `folder` as transformers reads it, or its adapter alone, as PEFT does where it can. `dtype`:
 /// f32, bf16, f16, of a model.
