@@ -8,9 +8,7 @@
 #include "moiety/io/peft.h"
 #include "moiety/models/merged.h"
 #include "moiety/models/vision.h"
-#include "moiety/tasks/image_classification.h"
 #include "moiety/train/open_run.h"
-#include "moiety/train/trainer.h"
 
 namespace moiety {
 namespace {

@@ -11,6 +11,7 @@
 #include "moiety/base/text.h"
 #include "moiety/io/moduleformer_names.h"
 #include "moiety/io/peft.h"
+#include "moiety/models/image_tokens.h"
 #include "moiety/models/model_parts.h"
 #include "moiety/models/token_blocks.h"
 #include "moiety/models/weights_source.h"
@@ -699,7 +700,7 @@ torch::Tensor Decoder::hidden(const torch::Tensor& ids, Pass& pass) {
   check(ids.dim() == 2 && ids.scalar_type() == torch::kInt64, "token ids must be int64 [batch, time]");
   const int64_t batch = ids.size(0), tokens = ids.size(1), past = pass.cache ? pass.cache->length() : 0;
   check(tokens > 0 && batch > 0, "a pass needs at least one token");
-  auto x = embedded(ids);
+  auto x = with_placed_vectors(embedded(ids), pass);
   const auto whole = ids.options().dtype(torch::kInt64);
   const auto past_mask = pass.cache ? pass.cache->mask() : torch::Tensor();
   torch::Tensor padding;
