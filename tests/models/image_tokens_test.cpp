@@ -9,6 +9,7 @@
 namespace moiety {
 namespace {
 
+using nlohmann::json;
 using torch::Tensor;
 
 std::shared_ptr<CausalModel> model(bool trainable = false) {
@@ -114,6 +115,36 @@ TEST(PlacedVectors, GetTheGradientAlsoOfBlocksThatRunAgain) {
     EXPECT_GT(once[i].abs().max().item<double>(), 0.0);
     EXPECT_LT((once[i] - again[i]).abs().max().item<double>(), 1e-5);
   }
+}
+
+TEST(PlacedVectors, AreTokensToRoutersAndTheirLosses) {
+  torch::manual_seed(5);
+  const json mole = {{"slug", "llava-mole"}, {"experts", 3},   {"rank", 2},
+                     {"coef", 1.0},          {"dropout", 0.0}, {"target", {"gate_proj", "up_proj", "down_proj"}}};
+  const auto m = make_causal(model_with(json::array({mole})), {.dtype = "f32"});
+  m->eval();
+  const auto ids = torch::randint(40, {2, 6}, torch::kInt64);
+  const auto vectors = embeddings(*m, ids.narrow(1, 0, 4)).reshape({8, 16});
+  const auto balance = [&](bool placed, const Tensor& mask) {
+    Trace trace;
+    Pass pass;
+    pass.training = true;
+    pass.trace = &trace;
+    pass.mask = mask;
+    auto row = ids.clone();
+    if (placed) {
+      row.narrow(1, 0, 4).fill_(0);
+      place_vectors(pass, front(2, 6, 4), vectors);
+    }
+    m->forward(row, pass);
+    EXPECT_EQ(trace.records.at(0).routing.experts.size(0), 12);
+    return pass.losses.at(0).second.item<double>();
+  };
+  const auto text_only = torch::zeros({2, 6}, torch::kBool);
+  text_only.narrow(1, 4, 2).fill_(true);
+  EXPECT_EQ(balance(true, {}), balance(false, {}));
+  // It would be another number without the image.
+  EXPECT_NE(balance(true, {}), balance(true, text_only));
 }
 
 TEST(PlacedVectors, SayWhatDoesNotFit) {
