@@ -416,8 +416,8 @@ Study study() {
       {"mole-prob", "the same, times the probability", false},
       {"lora-wide", "LoRA of rank 25 beside the feed-forward layer: the trained parameters of the experts", false},
       {"lora-twice", "LoRA of rank 8, twice the steps", false}};
-  s.metrics = {{"answers", "answers, %", 1},
-               {"answer_bits", "answers, bits a byte", 4},
+  s.metrics = {{"answer_bits", "answers, bits a byte", 4},
+               {"answers", "right, %", 1},
                {"a", "Python, bits a byte", 4},
                {"b", "German", 4},
                {"c", "Japanese", 4},
