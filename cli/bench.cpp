@@ -184,17 +184,27 @@ class Bench {
     const double limit = limits() ? bandwidth() : 0.0;
     std::vector<double> rates;
     auto cache = open_.model->make_cache();
-    if (o_.depth > 0) feed(random_ids(batch, o_.depth), &cache);
+    const auto fill = [&] {
+      if (o_.depth > 0) feed(random_ids(batch, o_.depth), &cache);
+    };
+    fill();
+    int64_t cache_bytes = 0;
     for (int64_t r = 0; r < o_.repetitions; ++r) {
       const auto ids = random_ids(batch, tokens);
       const auto start = Clock::now();
       for (int64_t t = 0; t < tokens; ++t) feed(ids.narrow(1, t, 1).contiguous(), &cache);
       rates.push_back(static_cast<double>(batch * tokens) / seconds_since(start));
-      cache.crop(o_.depth);
+      cache_bytes = cache.bytes();
+      if (cache.can_crop(o_.depth)) {
+        cache.crop(o_.depth);
+      } else {
+        cache.crop(0);
+        fill();
+      }
     }
     json row = result("generate", tokens, batch, Times(rates));
     if (o_.depth > 0) row["depth"] = o_.depth;
-    row["cache_bytes"] = cache.bytes();
+    row["cache_bytes"] = cache_bytes;
     if (limits() && batch == 1) {
       const double reached = work_.bytes * row["best_tokens_per_second"].get<double>();
       row["gigabytes_per_second"] = reached * 1e-9;

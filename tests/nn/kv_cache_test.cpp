@@ -173,6 +173,39 @@ TEST(KvCache, ErrorsSayWhatIsHeld) {
   EXPECT_THROW(cache.append(0, k3, v3), Error);
 }
 
+TEST(KvCache, StatesOfFinishedPassesCount) {
+  KvCache cache(1, {Format::Q8_0, Format::Q8_0});
+  const auto held = [](double value) { return std::vector<Tensor>{torch::full({2, 3}, value)}; };
+  EXPECT_TRUE(cache.state(0, 2).empty());
+  cache.set_state(0, held(1), 4);
+  EXPECT_TRUE(cache.state(0, 2).empty());  // the pass still runs
+  cache.advance(4, {}, torch::tensor({4, 4}, torch::kInt64));
+  EXPECT_TRUE(torch::equal(cache.state(0, 2)[0], held(1)[0]));
+  EXPECT_NE(message_of([&] { cache.state(0, 3); }).find("holds 2 rows but this pass has 3"), std::string::npos);
+  EXPECT_NE(message_of([&] { cache.state(5, 2); }).find("no state"), std::string::npos);
+  cache.set_state(0, held(2), 2);
+  cache.advance(2, {}, torch::tensor({6, 6}, torch::kInt64));
+  EXPECT_EQ(cache.bytes(), 2 * 6 * 4);
+  auto fork = cache.fork();
+  fork.crop(4);
+  EXPECT_TRUE(torch::equal(fork.state(0, 2)[0], held(1)[0]));
+  EXPECT_TRUE(torch::equal(cache.state(0, 2)[0], held(2)[0]));
+  EXPECT_TRUE(cache.can_crop(0));
+  EXPECT_FALSE(cache.can_crop(2));
+  EXPECT_FALSE(cache.can_crop(7));
+  EXPECT_THROW(cache.crop(2), Error);
+  EXPECT_EQ(cache.length(), 6);
+  // Of a pass that ended in an error.
+  cache.set_state(0, held(3), 5);
+  EXPECT_TRUE(torch::equal(cache.state(0, 2)[0], held(2)[0]));
+  cache.crop(6);
+  EXPECT_TRUE(torch::equal(cache.state(0, 2)[0], held(2)[0]));
+  cache.select(torch::tensor({1}, torch::kInt64));
+  EXPECT_EQ(cache.state(0, 1)[0].size(0), 1);
+  cache.crop(0);
+  EXPECT_TRUE(cache.state(0, 7).empty());
+}
+
 RC_GTEST_PROP(KvCache, WhatIsKeptIsAsNearAsTheFormatAllows, ()) {
   torch::manual_seed(*rc::gen::inRange<uint64_t>(0, 1 << 20));
   const auto format = *rc::gen::element(Format::BF16, Format::F16, Format::Q8_0);

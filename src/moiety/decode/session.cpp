@@ -95,6 +95,7 @@ torch::Tensor Session::restart(const std::vector<std::vector<int64_t>>& pieces, 
       common = differ.first - pieces[row].begin();
     }
   }
+  if (!cache_.can_crop(common)) common = 0;
   if (reused) *reused = common * static_cast<int64_t>(pieces.size());
   if (common == 0) {
     clear();

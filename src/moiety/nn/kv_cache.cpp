@@ -130,6 +130,23 @@ std::pair<torch::Tensor, torch::Tensor> KvCache::append(int64_t slot, const torc
   return {keys.widened(k.scalar_type()), values.widened(v.scalar_type())};
 }
 
+std::vector<torch::Tensor> KvCache::state(int64_t slot, int64_t rows) const {
+  if (length_ == 0) return {};
+  const Slot s = slot < static_cast<int64_t>(slots_.size()) ? slots_[slot] : Slot();
+  // A pass that ended in an error has left a state behind tokens that do not count.
+  const State& kept = s.now.length > length_ ? s.before : s.now;
+  check(kept.length == length_ && !kept.tensors.empty(), "the cache holds no state behind its {} tokens", length_);
+  check(kept.tensors[0].size(0) == rows, "the cache holds {} rows but this pass has {}", kept.tensors[0].size(0), rows);
+  return kept.tensors;
+}
+
+void KvCache::set_state(int64_t slot, std::vector<torch::Tensor> state, int64_t tokens) {
+  if (slot >= static_cast<int64_t>(slots_.size())) slots_.resize(slot + 1);
+  Slot& s = slots_[slot];
+  if (s.now.length <= length_) s.before = std::move(s.now);
+  s.now = {std::move(state), length_ + tokens};
+}
+
 void KvCache::advance(int64_t tokens, const torch::Tensor& mask, const torch::Tensor& next_position) {
   length_ += tokens;
   mask_ = mask;
@@ -138,7 +155,16 @@ void KvCache::advance(int64_t tokens, const torch::Tensor& mask, const torch::Te
 
 void KvCache::crop(int64_t length) {
   check(length >= 0 && length <= length_, "the cache holds {} tokens and cannot be cropped to {}", length_, length);
-  for (Slot& s : slots_) s.length = std::min(s.length, length);  // also what a pass left that ended in an error
+  check(
+      can_crop(length),
+      "the cache holds {} tokens and cannot be cropped to {}: layers that keep a state in place of keys and values can "
+      "only begin anew",
+      length_, length);
+  for (Slot& s : slots_) {
+    s.length = std::min(s.length, length);  // also what a pass left that ended in an error
+    if (s.now.length > length) s.now = length > 0 ? std::move(s.before) : State();
+    if (s.before.length >= length) s.before = State();
+  }
   if (length == length_) return;
   if (next_.defined()) {
     const auto gone = mask_.defined() ? mask_.slice(1, length).sum(1) : torch::full_like(next_, length_ - length);
@@ -148,18 +174,28 @@ void KvCache::crop(int64_t length) {
   length_ = length;
 }
 
+bool KvCache::can_crop(int64_t length) const {
+  if (length < 0 || length > length_) return false;
+  return length == 0 || std::all_of(slots_.begin(), slots_.end(), [&](const Slot& s) {
+           return s.now.tensors.empty() || s.now.length == length || s.before.length == length;
+         });
+}
+
 void KvCache::select(const torch::Tensor& rows) {
-  for (Slot& s : slots_)
+  for (Slot& s : slots_) {
     if (s.k.data.defined()) {
       s.k.data = s.k.data.index_select(0, rows);
       s.v.data = s.v.data.index_select(0, rows);
     }
+    for (State* state : {&s.now, &s.before})
+      for (torch::Tensor& t : state->tensors) t = t.index_select(0, rows);
+  }
   if (mask_.defined()) mask_ = mask_.index_select(0, rows);
   if (next_.defined()) next_ = next_.index_select(0, rows);
 }
 
 KvCache KvCache::fork() const {
-  KvCache copy = *this;
+  KvCache copy = *this;  // states are replaced and never written to: copies may share them
   for (Slot& s : copy.slots_)
     if (s.k.data.defined()) {
       s.k.data = s.k.data.clone();
@@ -170,8 +206,11 @@ KvCache KvCache::fork() const {
 
 int64_t KvCache::bytes() const {
   int64_t total = 0;
-  for (const Slot& s : slots_)
+  for (const Slot& s : slots_) {
     if (s.k.data.defined()) total += static_cast<int64_t>(s.k.data.nbytes() + s.v.data.nbytes());
+    for (const State* state : {&s.now, &s.before})
+      for (const torch::Tensor& t : state->tensors) total += static_cast<int64_t>(t.nbytes());
+  }
   return total;
 }
 

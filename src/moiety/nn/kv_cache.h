@@ -1,6 +1,6 @@
 #pragma once
 // Keys and values of past tokens, one slot per attention call of a pass (normally one per block; repeats have their
-// own).
+// own). A layer that keeps a state in place of keys and values has it in its slot, too.
 #include <torch/types.h>
 
 #include <cstdint>
@@ -48,6 +48,12 @@ class KvCache {
   /// The same, and what is held as numbers [B, H, S, D] of the type of k and v: views where it is kept so.
   std::pair<torch::Tensor, torch::Tensor> append(int64_t slot, const torch::Tensor& k, const torch::Tensor& v);
 
+  /// What a recurrent layer left in `slot` behind the tokens of finished passes: tensors [B, ...], as they were set,
+  /// whatever the formats; none before the first pass. Error: another number of rows than before.
+  std::vector<torch::Tensor> state(int64_t slot, int64_t rows) const;
+  /// Its state behind `tokens` more. The one that this pass began with is kept besides, so that it can be undone.
+  void set_state(int64_t slot, std::vector<torch::Tensor> state, int64_t tokens);
+
   int64_t length() const { return length_; }  ///< tokens of finished passes
   /// Which of the past tokens are real, [B, length] bool; undefined when all are. Maintained by the model.
   const torch::Tensor& mask() const { return mask_; }
@@ -56,15 +62,23 @@ class KvCache {
   /// Called once by the model when a pass of `tokens` tokens is over.
   void advance(int64_t tokens, const torch::Tensor& mask, const torch::Tensor& next_position);
 
-  void crop(int64_t length);               ///< forgets all tokens from `length` on
+  /// Forgets all tokens from `length` on. Error unless can_crop(length): a state cannot be taken apart.
+  void crop(int64_t length);
+  /// Keys and values can go back to any length; states to 0 and to where the last pass began.
+  bool can_crop(int64_t length) const;
   void select(const torch::Tensor& rows);  ///< keeps rows [B'] int64, in that order (beams, finished sequences)
   KvCache fork() const;                    ///< an independent copy
   int64_t bytes() const;
 
  private:
+  struct State {
+    std::vector<torch::Tensor> tensors;
+    int64_t length = 0;  // tokens that it has read
+  };
   struct Slot {
     CacheRows k, v;  // data [B, H, capacity, D]
     int64_t length = 0;
+    State now, before;  // of a recurrent layer
   };
   std::vector<Slot> slots_;
   CacheFormats formats_;
