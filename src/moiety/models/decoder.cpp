@@ -484,26 +484,18 @@ auto make_part(const PartEntry& entry, WeightsSource& w, const string& layer, co
 
 std::vector<SiteMatrix> matrices_of(const AttentionBase& attention, const FeedForwardBase& ffn) {
   std::vector<SiteMatrix> out;
-  const auto add = [&](const char* name, int input, const Linear& linear) {
-    if (!linear.is_empty()) out.push_back({name, input < 4 ? "self_attn" : "mlp", input, linear});
+  const auto add = [&](const string& half, const NamedMatrix& m, int first) {
+    if (!m.linear.is_empty()) out.push_back({m.name, half, first + m.input, m.linear});
   };
-  if (const auto* a = dynamic_cast<const Attention*>(&attention)) {
-    add("q_proj", 0, a->parts.q);
-    add("k_proj", 0, a->parts.k);
-    add("v_proj", 0, a->parts.v);
-    add("o_proj", 1, a->parts.o);
-  } else if (const auto* l = dynamic_cast<const LatentAttention*>(&attention)) {
-    add("q_proj", 0, l->parts.q);
-    add("q_a_proj", 0, l->parts.q_a);
-    add("kv_a_proj_with_mqa", 0, l->parts.kv_a);
-    add("q_b_proj", 1, l->parts.q_b);
-    add("kv_b_proj", 2, l->parts.kv_b);
-    add("o_proj", 3, l->parts.o);
+  int inputs = 0;
+  for (const NamedMatrix& m : attention.matrices()) {
+    add("self_attn", m, 0);
+    inputs = std::max(inputs, m.input + 1);
   }
   if (const auto* f = dynamic_cast<const FeedForward*>(&ffn)) {
-    add("gate_proj", 4, f->gate);
-    add("up_proj", 4, f->up);
-    add("down_proj", 5, f->down);
+    for (const NamedMatrix& m :
+         {NamedMatrix{"gate_proj", 0, f->gate}, {"up_proj", 0, f->up}, {"down_proj", 1, f->down}})
+      add("mlp", m, inputs);
   }
   return out;
 }

@@ -20,7 +20,8 @@ struct LoadOptions {
   /// Private copies of all float tensors that ask for gradients, instead of read-only mapped ones. They are f32
   /// whatever `dtype` computes in: optimizers need the digits.
   bool trainable = false;
-  /// With `trainable`: only what parts bring is trainable. The rest is held as for inference, blocks stay blocks.
+  /// With `trainable`: only what parts beside matrices bring is trainable. The rest is held as for inference, blocks
+  /// stay blocks.
   bool frozen_base = false;
   /// Matrices of experts stay in their file, one Linear each that is never read unless it is used (offload/).
   bool leave_experts = false;

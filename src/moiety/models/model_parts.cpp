@@ -18,6 +18,13 @@ const PartEntry* ModelParts::at(const string& site, int64_t layer) const {
   return nullptr;
 }
 
+Linear NamedWeights::linear(const string& name, int64_t in, int64_t out, const Init& init, const Init& bias) {
+  Linear made = PartWeights::linear(name, in, out, init, bias);
+  source_.store(prefix_ + name + ".weight", [made] { return stored_matrix(made); });
+  if (bias) source_.store(prefix_ + name + ".bias", [made] { return stored_bias(made); });
+  return made;
+}
+
 namespace {
 
 // Whether one of the targets means a matrix: by its name, or, for targets that are no names, a regular expression that
@@ -76,7 +83,7 @@ void attach_parts(WeightsSource& w, const LayerName& at, ModelParts& parts, cons
         fail("part {} at {} of layer {}: {}", entry.slug, place, index, e.what());
       }
     };
-    NamedWeights model(w, "");
+    NamedWeights model(w, "", true);
     for (size_t begin = 0; begin < chosen.size();) {
       size_t end = begin + 1;
       while (maker.per_input && end < chosen.size() && chosen[end].input == chosen[begin].input) ++end;
@@ -84,7 +91,7 @@ void attach_parts(WeightsSource& w, const LayerName& at, ModelParts& parts, cons
                                     chosen.begin() + static_cast<int64_t>(end));
       string place;
       for (const SiteMatrix& m : group) place += (place.empty() ? "" : "+") + m.name;
-      NamedWeights own(w, layer + "adapters." + last + place + "."), targets(w, layer + "adapters." + last);
+      NamedWeights own(w, layer + "adapters." + last + place + ".", true), targets(w, layer + "adapters." + last, true);
       LinearSite site{.layer = index,
                       .layers = parts.layers,
                       .targets = {},
@@ -104,7 +111,7 @@ void attach_parts(WeightsSource& w, const LayerName& at, ModelParts& parts, cons
     for (const SiteStack& s : chosen_stacks) {
       guarded(s.name, [&] {
         check(maker.make_stack != nullptr, "it cannot stand beside the matrices of experts");
-        NamedWeights own(w, layer + "adapters." + last + s.name + ".");
+        NamedWeights own(w, layer + "adapters." + last + s.name + ".", true);
         StackSite site{.layer = index,
                        .layers = parts.layers,
                        .name = s.name,

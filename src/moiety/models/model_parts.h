@@ -12,21 +12,24 @@
 
 namespace moiety {
 
-/// Tensors of a part by names behind `prefix` ("layers.3.mlp.").
+/// Tensors of a part by names behind `prefix` ("layers.3.mlp."). `beside`: of a part beside matrices.
 class NamedWeights : public PartWeights {
  public:
-  NamedWeights(WeightsSource& source, std::string prefix) : source_(source), prefix_(std::move(prefix)) {}
+  NamedWeights(WeightsSource& source, std::string prefix, bool beside = false)
+      : source_(source), prefix_(std::move(prefix)), beside_(beside) {}
   bool has(const std::string& name) const override { return source_.has(prefix_ + name, false); }
   torch::Tensor get(const std::string& name, std::vector<int64_t> shape, const Init& init) override {
-    return source_.tensor(prefix_ + name, std::move(shape), init);
+    return source_.tensor(prefix_ + name, std::move(shape), init, /*optional=*/false, beside_);
   }
   torch::Tensor optional(const std::string& name, std::vector<int64_t> shape, const Init& init) override {
-    return source_.tensor(prefix_ + name, std::move(shape), init, /*optional=*/true);
+    return source_.tensor(prefix_ + name, std::move(shape), init, /*optional=*/true, beside_);
   }
+  Linear linear(const std::string& name, int64_t in, int64_t out, const Init& init, const Init& bias) override;
 
  private:
   WeightsSource& source_;
   std::string prefix_;
+  bool beside_;
 };
 
 /// Parts by (site, layer), and what they share.

@@ -178,12 +178,12 @@ torch::Tensor WeightsSource::tensor(const std::string& name, std::vector<int64_t
 }
 
 torch::Tensor WeightsSource::tensor(const std::string& name, std::vector<int64_t> shape,
-                                    const std::function<void(torch::Tensor)>& init, bool optional) {
+                                    const std::function<void(torch::Tensor)>& init, bool optional, bool beside) {
+  const bool learns = beside ? options_.trainable : trainable();
   torch::Tensor t;
   if (has(name, false)) {
     const auto v = view(name, shape);
-    t = (is_block(v.format) ? dequantize(v) : as_tensor(v))
-            .to(options_.device, options_.trainable ? torch::kFloat32 : dtype_);
+    t = (is_block(v.format) ? dequantize(v) : as_tensor(v)).to(options_.device, learns ? torch::kFloat32 : dtype_);
   } else {
     check(random() || may_create || optional, "{}: the model needs tensor '{}' {}, which is not there",
           random() ? "" : checkpoint_->path().string(), full(name), shape);
@@ -192,7 +192,7 @@ torch::Tensor WeightsSource::tensor(const std::string& name, std::vector<int64_t
     init(t);
     t = t.to(parameter_dtype());
   }
-  if (options_.trainable) t = leaf(t);
+  if (learns) t = leaf(t);
   store(name, [t] { return t; });
   return t;
 }

@@ -48,10 +48,10 @@ class WeightsSource {
 
   /// A float tensor of exactly this shape (decoded when it is blocks). `fill`: what random initialisation puts there.
   torch::Tensor tensor(const std::string& name, std::vector<int64_t> shape, double fill);
-  /// One of a part: filled by `init` when it is not stored; Error then unless may_create, random() or `optional`. What
-  /// of a frozen base is trainable is these.
+  /// One of a part: filled by `init` when it is not stored; Error then unless may_create, random() or `optional`.
+  /// `beside`: of a part beside matrices, which alone is trainable where the base is frozen.
   torch::Tensor tensor(const std::string& name, std::vector<int64_t> shape,
-                       const std::function<void(torch::Tensor)>& init, bool optional = false);
+                       const std::function<void(torch::Tensor)>& init, bool optional = false, bool beside = false);
   bool may_create = false;
   /// Beside a frozen base its biases learn, too.
   bool biases_learn = false;

@@ -177,6 +177,15 @@ torch::Tensor attend(const torch::Tensor& q, const CacheRows& k, const CacheRows
   return rows.size() == 1 ? rows[0] : torch::cat(rows);
 }
 
+std::vector<NamedMatrix> Attention::matrices() const {
+  return {{"q_proj", 0, parts.q}, {"k_proj", 0, parts.k}, {"v_proj", 0, parts.v}, {"o_proj", 1, parts.o}};
+}
+
+std::vector<NamedMatrix> LatentAttention::matrices() const {
+  return {{"q_proj", 0, parts.q},     {"q_a_proj", 0, parts.q_a},   {"kv_a_proj_with_mqa", 0, parts.kv_a},
+          {"q_b_proj", 1, parts.q_b}, {"kv_b_proj", 2, parts.kv_b}, {"o_proj", 3, parts.o}};
+}
+
 Attention::Attention(AttentionParts p) : parts(std::move(p)) {
   register_module("q_proj", parts.q);
   register_module("k_proj", parts.k);

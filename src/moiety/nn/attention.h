@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "moiety/nn/linear.h"
 #include "moiety/nn/norm.h"
@@ -53,9 +54,18 @@ torch::Tensor attend(const torch::Tensor& q, const torch::Tensor& k, const torch
 torch::Tensor attend(const torch::Tensor& q, const CacheRows& k, const CacheRows& v, const AttentionContext& context,
                      const AttentionOptions& options);
 
+/// A matrix that parts at the site `linear` may stand beside.
+struct NamedMatrix {
+  const char* name;  ///< "q_proj"
+  int input;         ///< which of the layer's inputs it reads: matrices of one input share it and stand side by side
+  Linear linear;
+};
+
 /// An attention site: x [B, T, d] -> [B, T, d].
 class AttentionBase : public torch::nn::Module {
  public:
+  /// Its matrices that parts may stand beside; it multiplies by these through project().
+  virtual std::vector<NamedMatrix> matrices() const { return {}; }
   virtual torch::Tensor forward(const torch::Tensor& x, const AttentionContext& context, Pass& pass) = 0;
 };
 
@@ -73,6 +83,7 @@ struct AttentionParts {
 class Attention : public AttentionBase {
  public:
   explicit Attention(AttentionParts parts);
+  std::vector<NamedMatrix> matrices() const override;
   torch::Tensor forward(const torch::Tensor& x, const AttentionContext& context, Pass& pass) override;
   AttentionParts parts;
 };
@@ -91,6 +102,7 @@ struct LatentAttentionParts {
 class LatentAttention : public AttentionBase {
  public:
   explicit LatentAttention(LatentAttentionParts parts);
+  std::vector<NamedMatrix> matrices() const override;
   torch::Tensor forward(const torch::Tensor& x, const AttentionContext& context, Pass& pass) override;
   LatentAttentionParts parts;
 };

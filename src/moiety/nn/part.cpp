@@ -28,9 +28,13 @@ Init constant_init(double value) {
   return [value](torch::Tensor t) { t.fill_(value); };
 }
 
-Linear PartWeights::linear(const std::string& name, int64_t in, int64_t out, bool bias, const Init& init) {
+Linear PartWeights::linear(const std::string& name, int64_t in, int64_t out, const Init& init, const Init& bias) {
   auto weight = get(name + ".weight", {out, in}, init);
-  return bias ? Linear(weight, get(name + ".bias", {out}, constant_init(0.0))) : Linear(weight);
+  return bias ? Linear(weight, get(name + ".bias", {out}, bias)) : Linear(weight);
+}
+
+Linear PartWeights::linear(const std::string& name, int64_t in, int64_t out, bool bias, const Init& init) {
+  return linear(name, in, out, init, bias ? constant_init(0.0) : nullptr);
 }
 
 LinearStack PartWeights::stack(const std::string& name, int64_t count, int64_t in, int64_t out, bool bias,

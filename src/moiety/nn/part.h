@@ -34,6 +34,10 @@ class PartWeights {
   virtual torch::Tensor get(const std::string& name, std::vector<int64_t> shape, const Init& init) = 0;
   /// The same for a tensor that checkpoints of the part may lack: `init` fills it there, too.
   virtual torch::Tensor optional(const std::string& name, std::vector<int64_t> shape, const Init& init) = 0;
+  /// A matrix NAME.weight and, unless its init is null, NAME.bias. Parts may stand beside it, and are merged into what
+  /// is saved of it.
+  virtual Linear linear(const std::string& name, int64_t in, int64_t out, const Init& init, const Init& bias);
+  /// The same; a bias starts at 0.
   Linear linear(const std::string& name, int64_t in, int64_t out, bool bias, const Init& init);
   LinearStack stack(const std::string& name, int64_t count, int64_t in, int64_t out, bool bias, const Init& init);
 };
