@@ -152,6 +152,31 @@ json parts_of(const json& config) {
   return own != config.end() && own->is_object() ? own->value("parts", json()) : json();
 }
 
+namespace {
+
+// Known to stand at another site: what nobody knows may stand beside matrices.
+bool stands_elsewhere(const json& part) {
+  if (!part.is_object() || !part.contains("slug") || !part["slug"].is_string()) return false;
+  return (part.contains("site") || !find_methods(part["slug"].get<std::string>()).empty()) &&
+         !stands_beside_matrices(part);
+}
+
+}  // namespace
+
+json other_parts_of(const json& config) {
+  json rest = json::array();
+  for (const auto& part : parts_of(config))
+    if (!stands_beside_matrices(part)) rest.push_back(part);
+  return rest;
+}
+
+json parts_beside(const json& config, const json& parts) {
+  if (!parts.is_array() || !std::all_of(parts.begin(), parts.end(), stands_beside_matrices)) return parts;
+  json all = other_parts_of(config);
+  all.insert(all.end(), parts.begin(), parts.end());
+  return all;
+}
+
 bool is_bias(const std::string& name) {
   const size_t dot = name.rfind('.');
   return name.find("bias", dot == std::string::npos ? 0 : dot + 1) != std::string::npos;
@@ -589,7 +614,7 @@ std::shared_ptr<const Checkpoint> with_adapters(std::shared_ptr<const Checkpoint
   for (const AdapterChoice& choice : adapters) {
     const json description = read_config(choice.folder);
     std::string name;
-    if (adapters.size() > 1 || !parts.empty()) {
+    if (adapters.size() > 1 || !std::all_of(parts.begin(), parts.end(), stands_elsewhere)) {
       for (const char c : fs::absolute(choice.folder).lexically_normal().filename().string())
         name += std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '-' || c == '_' ? c : '_';
       if (name.empty()) name = "adapter";
@@ -684,13 +709,10 @@ std::shared_ptr<const Checkpoint> open_adapter(const fs::path& folder, std::shar
   }
   // What stood beside the base's matrices is what was trained on: the adapter takes its place.
   if (json own = base->config(); own.contains("moiety") && own["moiety"].contains("parts")) {
-    json rest = json::array();
     std::set<std::string> removed;
     for (const TensorInfo& t : base->tensors())
       if (t.name.find(".adapters.") != std::string::npos) removed.insert(t.name);
-    for (const auto& part : own["moiety"]["parts"])
-      if (!stands_beside_matrices(part)) rest.push_back(part);
-    own["moiety"]["parts"] = rest;
+    own["moiety"]["parts"] = other_parts_of(own);
     if (!removed.empty()) base = overlay(std::move(base), std::move(own), {}, removed);
   }
   return with_adapters(std::move(base), {{folder, 1.0}});

@@ -62,6 +62,11 @@ bool stands_beside_matrices(const nlohmann::json& part);
 
 /// The list `moiety.parts` of a model's config; null where it has none.
 nlohmann::json parts_of(const nlohmann::json& config);
+/// That list without those that stand beside matrices, as an array.
+nlohmann::json other_parts_of(const nlohmann::json& config);
+/// The parts of a model when `parts` are named for it: where all of them stand beside matrices, what the model has at
+/// other sites stays, in front of them.
+nlohmann::json parts_beside(const nlohmann::json& config, const nlohmann::json& parts);
 /// Whether a tensor or parameter of this name is a bias, by its last part, as PEFT tells them.
 bool is_bias(const std::string& name);
 /// Whether a LoRA of these parts trains all biases of its base (`bias: all`).
@@ -74,8 +79,8 @@ struct AdapterChoice {
   std::filesystem::path folder;
   double strength = 1.0;  ///< times what it adds; 1 for systems other than LoRA and FlyLoRA
 };
-/// `base` with these adapters: one has no name, several are called by their folders. Throws Error naming adapter and
-/// tensor where they do not fit or hold numbers that are not finite.
+/// `base` with these adapters: one alone has no name, others are called by their folders. Throws Error naming adapter
+/// and tensor where they do not fit or hold numbers that are not finite.
 std::shared_ptr<const Checkpoint> with_adapters(std::shared_ptr<const Checkpoint> base,
                                                 const std::vector<AdapterChoice>& adapters);
 /// Where the base of an adapter lies: as the adapter names it, or as seen from its folder. Throws Error: it names none.
@@ -92,9 +97,9 @@ struct AdapterTensor {
   std::vector<int64_t> shape;
   std::vector<float> values;
 };
-/// Writes the parts that stand beside matrices: as PEFT reads it where they are one LoRA that it knows, else in the
-/// same layout with a section `moiety`. `base_name`: what the user calls the base. Returns whether PEFT reads it.
-/// Throws Error, and writes nothing, for numbers that are not finite.
+/// Writes the parts that stand beside matrices: as PEFT reads it where they are one LoRA that it knows, else
+/// in the same layout with a section `moiety`. `base_name`: what the user calls the base. Returns whether PEFT reads
+/// it. Throws Error, and writes nothing, for numbers that are not finite.
 bool write_adapter(const std::filesystem::path& folder, const nlohmann::json& parts, std::vector<AdapterTensor> tensors,
                    const Checkpoint& base, const std::string& base_name);
 

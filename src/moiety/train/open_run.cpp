@@ -132,17 +132,20 @@ std::set<std::string> matched(const std::vector<std::string>& patterns, const st
 
 namespace {
 
-// All parts stand beside matrices, so that the model itself need not learn.
-bool stands_beside(const json& parts) {
-  if (!parts.is_array() || parts.empty()) return false;
-  return std::all_of(parts.begin(), parts.end(), stands_beside_matrices);
+// All parts that a run brings stand beside matrices, so that the model itself need not learn. An adapter brings what it
+// has added to its base.
+bool stands_beside(const TrainConfig& config, const json& model) {
+  const json own = parts_of(model);
+  if (config.parts.is_null() && is_adapter(resolve_model(config.model.checkpoint)))
+    return std::any_of(own.begin(), own.end(), stands_beside_matrices);
+  const json& parts = config.parts.is_null() ? own : config.parts;
+  return parts.is_array() && !parts.empty() && std::all_of(parts.begin(), parts.end(), stands_beside_matrices);
 }
 
 }  // namespace
 
 bool adapts(const TrainConfig& config, const Checkpoint& checkpoint) {
-  return stands_beside(config.parts.is_null() ? parts_of(checkpoint.config()) : config.parts) &&
-         config.train.train.empty();
+  return stands_beside(config, checkpoint.config()) && config.train.train.empty();
 }
 
 std::string base_name(const std::string& location) {
@@ -197,7 +200,7 @@ OpenRun open_run(const TrainConfig& config, torch::Device device, const fs::path
   for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id"})
     if (!run.generation_config.contains(key) && run.config.contains(key) && !run.config[key].is_null())
       run.generation_config[key] = run.config[key];
-  if (!config.parts.is_null()) run.config["moiety"]["parts"] = config.parts;
+  if (!config.parts.is_null()) run.config["moiety"]["parts"] = parts_beside(run.config, config.parts);
   prepare_routing(run.config, config.routing);
   torch::manual_seed(static_cast<uint64_t>(config.train.seed));
   LoadOptions options;
@@ -316,7 +319,10 @@ void write_stored_adapter(const fs::path& folder, const std::vector<StoredTensor
     tensors.push_back({stored.name, t.sizes().vec(),
                        std::vector<float>(t.const_data_ptr<float>(), t.const_data_ptr<float>() + t.numel())});
   }
-  write_adapter(folder, parts, std::move(tensors), base, base_name);
+  json beside = json::array();
+  for (const json& part : parts)
+    if (stands_beside_matrices(part)) beside.push_back(part);
+  write_adapter(folder, beside, std::move(tensors), base, base_name);
 }
 
 void write_model(const fs::path& folder, const OpenRun& run, const std::string& dtype) {
