@@ -10,25 +10,29 @@
 #include <vector>
 
 #include "moe/moe_tools.h"
+#include "moiety/io/peft.h"
 #include "moiety/models/model.h"
 #include "moiety/nn/beside.h"
 
 namespace moiety {
 
-/// A tiny dense model with parts.
+/// A tiny dense model with parts, behind those of `more`.
 inline nlohmann::json model_with(nlohmann::json parts, const nlohmann::json& more = nlohmann::json::object()) {
-  nlohmann::json config = {{"model_type", "llama"},       {"vocab_size", 40},
-                           {"hidden_size", 16},           {"intermediate_size", 24},
-                           {"num_hidden_layers", 2},      {"num_attention_heads", 4},
-                           {"num_key_value_heads", 2},    {"max_position_embeddings", 64},
-                           {"tie_word_embeddings", true}, {"moiety", {{"parts", std::move(parts)}}}};
+  nlohmann::json config = {{"model_type", "llama"},      {"vocab_size", 40},
+                           {"hidden_size", 16},          {"intermediate_size", 24},
+                           {"num_hidden_layers", 2},     {"num_attention_heads", 4},
+                           {"num_key_value_heads", 2},   {"max_position_embeddings", 64},
+                           {"tie_word_embeddings", true}};
   config.update(more);
+  for (auto& part : parts) config["moiety"]["parts"].push_back(std::move(part));
   return config;
 }
 
-/// The same config without its parts.
+/// The same config without its parts beside matrices.
 inline nlohmann::json without_parts(nlohmann::json config) {
+  auto rest = other_parts_of(config);
   config.erase("moiety");
+  if (!rest.empty()) config["moiety"]["parts"] = std::move(rest);
   return config;
 }
 

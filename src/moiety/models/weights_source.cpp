@@ -179,7 +179,7 @@ torch::Tensor WeightsSource::tensor(const std::string& name, std::vector<int64_t
 
 torch::Tensor WeightsSource::tensor(const std::string& name, std::vector<int64_t> shape,
                                     const std::function<void(torch::Tensor)>& init, bool optional, bool beside) {
-  const bool learns = beside ? options_.trainable : trainable();
+  const bool learns = (beside ? options_.trainable : trainable()) || (is_bias(name) && learns_biases());
   torch::Tensor t;
   if (has(name, false)) {
     const auto v = view(name, shape);

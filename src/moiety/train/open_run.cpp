@@ -270,7 +270,7 @@ std::vector<Slot> trained_slots(torch::nn::Module& model, const TrainConfig& con
     slot.lr = config.optimizer.lr;
     const bool embedding = name.find("embed") != std::string::npos;
     const bool vector = parameter.dim() < 2 || name.find("norm") != std::string::npos ||
-                        name.find("bias") != std::string::npos || name.ends_with(".scales");
+                        name.find("bias") != std::string::npos || name.ends_with(".scales") || name.ends_with(".A_log");
     slot.weight_decay = embedding || vector ? 0.0 : config.optimizer.weight_decay;
     for (const auto& [regex, group] : groups) {
       if (!std::regex_search(name, regex)) continue;
