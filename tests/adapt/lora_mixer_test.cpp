@@ -376,6 +376,92 @@ TEST(LoraMixerInModel, LearnsBesideAFrozenModelAndIsSaved) {
   check_in_model(mixer({{"stage", "hard_soft"}, {"router_scope", "block"}}));
 }
 
+// ---- Beside state-space layers ----
+
+const json kSsm = {{"moiety", {{"parts", {{{"slug", "mamba"}, {"state", 4}}}}}}};
+
+json ssm_mixer(const json& more = json::object()) {
+  json part = mixer({{"target", {"in_proj", "x_proj", "dt_proj", "out_proj"}}});
+  part.update(more);
+  return part;
+}
+
+TEST(LoraMixerInModel, LearnsBesideStateSpaceLayers) {
+  check_in_model(ssm_mixer(), {}, kSsm);
+  check_in_model(ssm_mixer({{"stage", "hard_soft"}, {"router_scope", "block"}}), {}, kSsm);
+}
+
+TEST(LoraMixerInModel, EveryStageBesideStateSpaceLayers) {
+  torch::manual_seed(15);
+  const auto ids = torch::arange(12, torch::kInt64).view({2, 6});
+  const auto base = make_causal(without_parts(model_with({}, kSsm)));
+  const auto model = [&](const json& settings) {
+    auto made = make_causal(model_with(json::array({ssm_mixer(settings)}), kSsm));
+    copy_stored(*base, *made);
+    return made;
+  };
+  const auto hard = model({{"stage", "hard"}});
+  // B is 0 in all experts.
+  EXPECT_TRUE(torch::equal(logits_of(*hard, ids, labels()), logits_of(*base, ids)));
+  stir(*hard);
+  const auto by_label = logits_of(*hard, ids, labels());
+  EXPECT_GT(distance(by_label, logits_of(*base, ids)), 1e-4);
+  EXPECT_LT(distance(by_label[0], logits_of(*hard, ids.slice(0, 0, 1), labels().slice(0, 0, 1))[0]), 1e-5);
+  // A router that is sure of the label's expert.
+  const auto sure = model({{"stage", "soft"}, {"top_k", 1}});
+  copy_stored(*hard, *sure);
+  struct OfLabel : Edit {
+    void logits(const Site&, const Pass&, Tensor& logits) override {
+      logits = torch::zeros_like(logits);
+      logits.view({2, -1, 3})[0].select(-1, 2).fill_(1e4);
+      logits.view({2, -1, 3})[1].select(-1, 0).fill_(1e4);
+    }
+  };
+  const torch::NoGradGuard frozen;
+  for (const bool training : {false, true}) {
+    Pass pass;
+    pass.edits = {std::make_shared<OfLabel>()};
+    pass.training = training;
+    EXPECT_LT(distance(sure->forward(ids, pass), by_label), 1e-5);
+  }
+  // Eight sites, each with a router of its own.
+  Trace trace;
+  Pass traced;
+  traced.trace = &trace;
+  sure->forward(ids, traced);
+  std::set<std::string> sites;
+  for (const auto& r : trace.records) sites.insert(r.site.site);
+  EXPECT_EQ(sites, (std::set<std::string>{"dt_proj", "in_proj", "out_proj", "x_proj"}));
+  EXPECT_EQ(trace.records.size(), 8u);
+}
+
+TEST(LoraMixerInModel, FrozenExpertsBesideStateSpaceLayersStay) {
+  torch::manual_seed(16);
+  const auto model =
+      make_causal(model_with(json::array({ssm_mixer({{"freeze_experts", true}})}), kSsm), {.trainable = true});
+  stir(*model);
+  Pass pass;
+  train_pass(*model, torch::arange(12, torch::kInt64).view({2, 6}), pass).backward();
+  for (const auto& p : model->named_parameters()) {
+    if (p.key().find(".adapter") == std::string::npos) continue;
+    EXPECT_EQ(p.value().requires_grad(), p.key().find("router") != std::string::npos) << p.key();
+    if (p.value().requires_grad()) {
+      EXPECT_GT(p.value().grad().abs().max().item<double>(), 0.0) << p.key();
+    }
+  }
+}
+
+TEST(LoraMixerInModel, TargetsThatAModelLacksAreAnError) {
+  EXPECT_NE(message_of([] {
+              make_causal(model_with(json::array({ssm_mixer()})));
+            }).find("has no matrix 'in_proj' that a part could stand beside; it has q_proj"),
+            std::string::npos);
+  EXPECT_NE(message_of([] {
+              make_causal(model_with(json::array({mixer()}), kSsm));
+            }).find("has no matrix 'q_proj' that a part could stand beside; it has in_proj"),
+            std::string::npos);
+}
+
 TEST(LoraMixerInModel, LearnsByLabelsToo) {
   // The router does not learn then, but it is there.
   torch::manual_seed(14);

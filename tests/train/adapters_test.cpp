@@ -116,6 +116,47 @@ TEST_P(Adapters, GoOnBitForBit) {
   for (const auto& [name, value] : whole) EXPECT_TRUE(torch::equal(value, stopped.at(name))) << name;
 }
 
+// A base with a part at another site: that is the base's own, the adapter holds what stands beside.
+TEST(AdaptersOfParts, StandBesideStateSpaceLayers) {
+  const TemporaryFolder folder("moiety-test");
+  auto base = tiny::run(folder, "base", 2);
+  base.model.config["hidden_size"] = 32;
+  base.model.config["intermediate_size"] = 64;
+  base.parts = json::array({{{"slug", "mamba"}, {"state", 4}}});
+  Trainer(base).run();
+  write_file(folder / "upper.txt", "ONE TWO THREE FOUR FIVE SIX\nSEVEN EIGHT NINE TEN\n" + tiny::text(60));
+  json part = part_of("lora-mixer");
+  part["target"] = {"in_proj", "x_proj", "dt_proj", "out_proj"};
+  const auto before = read_tensors(folder / "base" / "last" / "model.safetensors");
+  Trainer hard(beside(folder, "hard", part, 3));
+  hard.run();
+  const auto written = read_tensors(folder / "hard" / "last" / "adapter_model.safetensors");
+  for (const auto& [name, value] : before) EXPECT_EQ(written.count(name), 0u) << name;
+  EXPECT_EQ(written.count("layers.0.adapters.x_proj.experts.lora_A"), 1u);
+  const auto config = parse_json(read_text(folder / "hard" / "last" / "adapter_config.json"), "adapter_config.json");
+  EXPECT_EQ(config.at("moiety").at("parts").size(), 1u);
+  EXPECT_TRUE(
+      torch::equal(logits(*load_causal(*Checkpoint::open((folder / "hard" / "last").string()))), logits(hard.model())));
+  // The second stage goes on from the first, and nothing else moves.
+  part["stage"] = "soft";
+  part["freeze_experts"] = true;
+  auto soft = beside(folder, "soft", part, 2);
+  soft.model.checkpoint = (folder / "hard" / "last").string();
+  Trainer(soft).run();
+  const auto routed = read_tensors(folder / "soft" / "last" / "adapter_model.safetensors");
+  for (const auto& [name, value] : routed)
+    EXPECT_EQ(torch::equal(value, written.at(name)), name.find("router") == std::string::npos) << name;
+  // LoRA can be merged.
+  Trainer lora(beside(folder, "lora", {{"slug", "lora"}, {"rank", 2}, {"target", "all"}}, 2));
+  lora.run();
+  const auto merged = merged_checkpoint(Checkpoint::open((folder / "lora" / "last").string()));
+  const auto with = logits(lora.model());
+  EXPECT_LT((logits(*load_causal(*merged)) - with).abs().max().item<double>(), 1e-4);
+  EXPECT_GT(
+      (logits(*load_causal(*Checkpoint::open((folder / "base" / "last").string()))) - with).abs().max().item<double>(),
+      1e-5);
+}
+
 INSTANTIATE_TEST_SUITE_P(All, Adapters,
                          testing::Values("lora", "mola", "llava-mole", "dynmole", "loramoe", "lora-mixer", "smora",
                                          "mora", "flylora", "adamoe-linear"),

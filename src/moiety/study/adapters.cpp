@@ -92,15 +92,17 @@ fs::path kept_for_all(const StudyCell& cell, const char* what, const json& setti
 
 }  // namespace
 
-fs::path adapter_base(const StudyCell& cell, int64_t seed) {
+fs::path adapter_base(const StudyCell& cell, int64_t seed, const json& parts) {
   const auto recipe = adapter_recipe();
   const int64_t steps = cell.budget.full() ? kBaseSteps : kShortBaseSteps;
+  json settings = recipe.settings();
+  if (!parts.is_null()) settings["parts"] = parts;
   const auto folder =
-      kept_for_all(cell, "adapter-base", recipe.settings(), fmt::format("{}-{}", steps, seed), [&](const fs::path& to) {
+      kept_for_all(cell, "adapter-base", settings, fmt::format("{}-{}", steps, seed), [&](const fs::path& to) {
         StudyCell own = cell;
         own.folder = to;
         own.seed = seed;
-        train_language(own, {.recipe = recipe, .steps = steps});
+        train_language(own, {.recipe = recipe, .parts = parts, .steps = steps});
       });
   return folder / "run" / "last";
 }

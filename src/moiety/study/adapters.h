@@ -26,7 +26,8 @@ nlohmann::json adapter_settings();
 std::string adapter_setup();
 
 /// The folder of the base model of a seed; trained by the first cell of any study that asks, then kept for all.
-std::filesystem::path adapter_base(const StudyCell& cell, int64_t seed);
+/// `parts`: what it has in place of what the family has.
+std::filesystem::path adapter_base(const StudyCell& cell, int64_t seed, const nlohmann::json& parts = nullptr);
 
 /// The folder of what that base becomes on one kind of text: a whole model, or the folder of a LoRA adapter (rank 8,
 /// beside all matrices). Trained by the first cell of any study that asks, then kept for all.
@@ -37,7 +38,7 @@ std::string adapter_expert_setup();
 
 struct Adaptation {
   std::filesystem::path model;      ///< a base, or what another run has left in it
-  nlohmann::json parts;             ///< null: every parameter of the model learns
+  nlohmann::json parts;             ///< beside the base's own; null: every parameter of the model learns
   std::vector<std::string> kinds;   ///< of text, in even shares unless `shares` says otherwise
   std::vector<double> shares;       ///< of each kind
   std::vector<int64_t> labels;      ///< of each kind; empty: none
