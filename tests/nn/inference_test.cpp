@@ -162,7 +162,7 @@ TEST(Inference, AStreamedMatrixComputesByTheFormatOfItsCopy) {
   file.data = *data;
   file.owner = data;
   Linear streamed(file);
-  streamed->streamed = true;
+  streamed->stream();
   auto place = std::make_shared<LinearImpl::Place>();
   place->packed = std::make_shared<const PackedMatrix>(copy);
   streamed->put(place);

@@ -82,6 +82,24 @@ TEST_P(BlockFormats, ManyRowsAreRoundedWherePackedProductsRun) {
   EXPECT_EQ(torch::equal(y, linear(x)), !packed);
 }
 
+TEST(LinearStack, KindsOfPackedMatricesFollowWhatChanges) {
+  if (!can_pack(Format::Q8_0)) GTEST_SKIP() << "this machine has no products of packed rows";
+  std::vector<Linear> matrices{Linear(stored(Format::Q8_0, kOut, kIn)), Linear(stored(Format::Q4_K, kOut, kIn))};
+  LinearStack stack(matrices);
+  for (int i = 0; i < 2; ++i) {
+    const auto kinds = stack->packed_kinds();
+    ASSERT_TRUE(kinds);
+    EXPECT_EQ(*kinds, (std::vector<ActivationKind>{ActivationKind::Blocks32, ActivationKind::Blocks256}));
+  }
+  matrices[1]->stream();
+  EXPECT_FALSE(stack->packed_kinds());
+
+  EXPECT_FALSE(LinearStack(2, kIn, kOut)->packed_kinds());
+  EXPECT_FALSE(LinearStack(std::vector<Linear>{Linear(stored(Format::F32, kOut, kIn))})->packed_kinds());
+  EXPECT_FALSE(LinearStack(std::vector<Linear>{Linear(stored(Format::Q8_0, kOut, kIn))}, torch::zeros({1, kOut}))
+                   ->packed_kinds());
+}
+
 TEST_P(BlockFormats, SeveralMatricesOnOneInputEqualEachAlone) {
   torch::NoGradGuard frozen;
   const auto bias = torch::randn({kOut});

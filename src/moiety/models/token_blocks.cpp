@@ -47,7 +47,7 @@ struct MatrixPlan {
   const float* bias = nullptr;
   bool can(Linear l) {
     linear = l.get();
-    if (!l->packs() || l->streamed || !l->attached().empty()) return false;
+    if (!l->packs() || l->streamed() || !l->attached().empty()) return false;
     if (!l->bias.defined()) return true;
     if (!plain_f32(l->bias)) return false;
     bias = l->bias.const_data_ptr<float>();
@@ -92,14 +92,9 @@ struct MixturePlan {
     times = experts->act() == nullptr ? nullptr : gate_times(experts->act());
     if (times == nullptr) return false;
     if (experts->adapted()) return false;
-    for (LinearStack* s : {&experts->gate, &experts->up, &experts->down}) {
-      if ((*s)->bias.defined() || static_cast<int64_t>((*s)->matrices().size()) != router->experts()) return false;
-      for (const Linear& l : (*s)->matrices())
-        if (!l->packs() || l->streamed || !l->attached().empty() || l->bias.defined()) return false;
-    }
-    for (int64_t e = 0; e < router->experts(); ++e)
-      if (!alike(experts->gate->matrices()[static_cast<size_t>(e)], experts->up->matrices()[static_cast<size_t>(e)]))
-        return false;
+    const auto gate = experts->gate->packed_kinds(), up = experts->up->packed_kinds();
+    if (!gate || !up || !experts->down->packed_kinds() || *gate != *up) return false;
+    if (static_cast<int64_t>(gate->size()) != router->experts()) return false;
     if (m.shared) {
       if (!shared.can(*m.shared)) return false;
       if (!m.shared_gate.is_empty()) {

@@ -17,11 +17,13 @@ void LinearImpl::attach(std::shared_ptr<Beside> beside) {
   if (place == 0)
     register_module(attached_.empty() ? "adapter" : fmt::format("adapter{}", attached_.size() + 1), beside);
   attached_.push_back({std::move(beside), place});
+  ++changes_;
 }
 
 void LinearStackImpl::attach(std::shared_ptr<BesideStack> beside) {
   check(!beside_, "something stands beside the matrices of these experts already");
   beside_ = register_module("adapter", std::move(beside));
+  ++LinearImpl::changes_;
 }
 
 torch::Tensor Beside::merged(const torch::Tensor&, int64_t) const {

@@ -2,6 +2,7 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "moiety/base/error.h"
@@ -171,6 +172,12 @@ BlockArithmetic block_arithmetic() {
   return current;
 }
 
+std::atomic<uint64_t> LinearImpl::changes_{1};
+
+uint64_t matrices_changed() {
+  return LinearImpl::changes_;
+}
+
 LinearImpl::LinearImpl(int64_t in, int64_t out, bool with_bias) : in_(in), out_(out) {
   weight = register_parameter("weight", initial({out, in}, in));
   if (with_bias) bias = register_parameter("bias", initial({out}, in));
@@ -189,8 +196,13 @@ LinearImpl::LinearImpl(const TensorView& blocks, torch::Tensor b)
   if (b.defined()) bias = register_parameter("bias", b, b.requires_grad());
 }
 
+void LinearImpl::stream() {
+  streamed_ = true;
+  ++changes_;
+}
+
 bool LinearImpl::pack() {
-  if (streamed || !packs()) return false;
+  if (streamed_ || !packs()) return false;
   std::call_once(pack_once_, [&] { packed_ = std::make_shared<const PackedMatrix>(*blocks_); });
   return true;
 }
@@ -198,7 +210,7 @@ bool LinearImpl::pack() {
 const PackedMatrix* LinearImpl::packed_for(const torch::Tensor& x) {
   if (!blocks_ || exact || !x.device().is_cpu() || !may_shorten({x})) return nullptr;
   // A copy may have another format than the file's matrix.
-  if (streamed) return place_ ? place_->packed.get() : nullptr;
+  if (streamed_) return place_ ? place_->packed.get() : nullptr;
   return pack() ? packed_.get() : nullptr;
 }
 
@@ -250,7 +262,7 @@ std::vector<torch::Tensor> multiply_all(std::initializer_list<Linear> matrices, 
   std::vector<torch::Tensor> out;
   std::vector<DenseMatrix> dense;
   for (Linear m : many_rows(x) ? matrices : std::initializer_list<Linear>{}) {
-    const bool plain = m->mapped() && !m->quantized() && !m->streamed;
+    const bool plain = m->mapped() && !m->quantized() && !m->streamed();
     const DenseMatrix matrix{plain ? as_tensor(*m->mapped()) : m->weight, m->bias};
     if (matrix.weight.defined() && runs_dense(x, matrix)) dense.push_back(matrix);
   }
@@ -293,14 +305,14 @@ torch::Tensor LinearImpl::multiply(const torch::Tensor& x) {
   if (!blocks_) return plain(weight);
   if (const PackedMatrix* packed = packed_for(x))
     return finished(*this, times_packed({&packed, 1}, x)[0], x.scalar_type());
-  if (streamed) {
+  if (streamed_) {
     check(place_ != nullptr, "'{}' stays on disk and is not in memory now", blocks_->name);
     check(!place_->packed, "'{}' is streamed from disk in a form that only computes without a gradient", blocks_->name);
     if (place_->weight.defined()) return plain(place_->weight);
   } else if (!is_block(blocks_->format)) {
     return plain(as_tensor(*blocks_));
   }
-  const auto& blocks = streamed ? place_->blocks : blocks_;
+  const auto& blocks = streamed_ ? place_->blocks : blocks_;
   auto shape = x.sizes().vec();
   shape.back() = out_;
   const bool graph = torch::GradMode::is_enabled() && x.requires_grad();
@@ -358,6 +370,22 @@ LinearStackImpl::LinearStackImpl(std::vector<Linear> matrices, torch::Tensor b)
     register_module(std::to_string(e), matrices_[e]);
   }
   if (b.defined()) bias = register_parameter("bias", b, b.requires_grad());
+}
+
+std::shared_ptr<const std::vector<ActivationKind>> LinearStackImpl::packed_kinds() {
+  const uint64_t now = matrices_changed();
+  const std::lock_guard<std::mutex> guard(packed_kinds_lock_);
+  if (packed_kinds_at_ == now) return packed_kinds_;
+  packed_kinds_ = nullptr;
+  packed_kinds_at_ = now;
+  const bool all = !beside_ && !bias.defined() && std::all_of(matrices_.begin(), matrices_.end(), [](const Linear& l) {
+    return l->packs() && !l->streamed() && l->attached().empty() && !l->bias.defined();
+  });
+  if (!all || matrices_.empty()) return nullptr;
+  std::vector<ActivationKind> kinds;
+  for (const Linear& l : matrices_) kinds.push_back(activation_kind(l->mapped()->format));
+  packed_kinds_ = std::make_shared<const std::vector<ActivationKind>>(std::move(kinds));
+  return packed_kinds_;
 }
 
 torch::Tensor LinearStackImpl::forward(int64_t index, const torch::Tensor& x) {

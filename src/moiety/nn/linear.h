@@ -5,12 +5,15 @@
 #include <torch/nn/pimpl.h>
 #include <torch/types.h>
 
+#include <atomic>
+#include <cstdint>
 #include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <vector>
 
 #include "moiety/io/tensor_view.h"
+#include "moiety/kernels/dot.h"
 
 namespace moiety {
 
@@ -55,10 +58,12 @@ class LinearImpl : public torch::nn::Module {
     std::shared_ptr<const PackedMatrix> packed;
     torch::Tensor weight;
   };
-  /// Products read the matrix from here until the next call; null: from nowhere. Whoever streams it sets `streamed`.
+  /// Products read the matrix from here until the next call; null: from nowhere. Whoever does this calls stream().
   void put(std::shared_ptr<const Place> place) { place_ = std::move(place); }
-  /// The matrix is in memory only while it has a place: products without one are an Error, the mapped file is not read.
-  bool streamed = false;
+  /// From now on the matrix is in memory only while it has a place: products without one are an Error, the mapped file
+  /// is not read.
+  void stream();
+  bool streamed() const { return streamed_; }
   /// Blocks only: packs the matrix now where products would; whether it is packed.
   bool pack();
   /// Whether products may run on packed blocks: false for float weights, `exact`, a format or machine without them.
@@ -82,9 +87,15 @@ class LinearImpl : public torch::nn::Module {
   std::once_flag pack_once_;
   std::shared_ptr<const PackedMatrix> packed_;
   std::shared_ptr<const Place> place_;
+  bool streamed_ = false;
   std::vector<Attached> attached_;
+  static std::atomic<uint64_t> changes_;
+  friend class LinearStackImpl;
+  friend uint64_t matrices_changed();
 };
 TORCH_MODULE(Linear);
+/// How often a matrix of this program was attached to or streamed, and once more: never 0.
+uint64_t matrices_changed();
 
 /// Several matrices, each alone, times one input, which is prepared for them once: x [..., in] -> [..., out] of each,
 /// in x's dtype.
@@ -112,6 +123,10 @@ class LinearStackImpl : public torch::nn::Module {
   const std::shared_ptr<BesideStack>& beside() const { return beside_; }
   /// The separate matrices; none for a stacked tensor.
   std::vector<Linear>& matrices() { return matrices_; }
+  /// How activations go with each matrix, [E], when all are separate and run as packed blocks and nothing else: nothing
+  /// beside them, no bias, not streamed. Null otherwise. Looked up once, and again when some matrix has been attached
+  /// to or streamed: the objects of many experts lie scattered in memory.
+  std::shared_ptr<const std::vector<ActivationKind>> packed_kinds();
 
   torch::Tensor weight;  ///< [E, out, in]; undefined when the matrices are separate
   torch::Tensor bias;    ///< [E, out], or undefined
@@ -120,6 +135,9 @@ class LinearStackImpl : public torch::nn::Module {
   int64_t count_, in_, out_;
   std::vector<Linear> matrices_;
   std::shared_ptr<BesideStack> beside_;
+  std::mutex packed_kinds_lock_;
+  std::shared_ptr<const std::vector<ActivationKind>> packed_kinds_;
+  uint64_t packed_kinds_at_ = 0;  // matrices_changed() when they were looked up
 };
 TORCH_MODULE(LinearStack);
 

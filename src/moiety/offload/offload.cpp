@@ -79,7 +79,7 @@ void keep_resident(Decoder& model) {
     auto* linear = dynamic_cast<LinearImpl*>(module.get());
     if (linear == nullptr || linear->mapped() == nullptr) continue;
     const auto data = linear->mapped()->data;
-    if (!in_file(data.data()) || linear->streamed) continue;
+    if (!in_file(data.data()) || linear->streamed()) continue;
     const bool looked_up = linear == model.embed.get();
     if (!looked_up || model.head.get() == model.embed.get()) {
       read_pages(data);
@@ -450,7 +450,7 @@ std::shared_ptr<Offload> Offload::attach(CausalModel& causal, const Checkpoint& 
   for (size_t l = 0; l < sites.size(); ++l) {
     const MixtureSite& s = sites[l];
     for (LinearStack stack : stacks_of(*s.experts))
-      for (auto& matrix : stack->matrices()) matrix->streamed = true;
+      for (auto& matrix : stack->matrices()) matrix->stream();
     routers.push_back(router_of(s, *model, setup.top_k));
     const bool silu = (model->parsed.act == "silu" || model->parsed.act == "swish") && !model->parsed.moe.clamped;
     s.mixture->experts = std::make_shared<OffloadedExperts>(s.experts, out, static_cast<int64_t>(l), silu);
@@ -519,7 +519,7 @@ std::shared_ptr<Offload> Offload::over(const std::vector<std::shared_ptr<GatedEx
                  .router_hash = {}};
   for (const auto& experts : layers)
     for (LinearStack stack : stacks_of(*experts))
-      for (auto& matrix : stack->matrices()) matrix->streamed = true;
+      for (auto& matrix : stack->matrices()) matrix->stream();
   out->routers_ = std::make_shared<StackedRouters>(std::vector<StackedRouters::Layer>());
   out->needs_ = [](const OffloadWork&) { return MemoryPlan(); };
   out->start({});
