@@ -59,8 +59,8 @@ def perplexity():
             return f"{100 * (runs[name]['perplexity'] / runs['moiety f32']['perplexity'] - 1):+.3f} %" if name in runs else ""
 
         lines.append(f"| {m['name']} | {number('moiety')} | {number('moiety f32')} | {number('llama.cpp')} | {against('moiety')} | {against('llama.cpp')} |")
-    t, scored = record["text"], [m["runs"]["moiety"]["scored"] for m in record["models"]]
-    lines += ["", f"{t['source']}, {t['bytes']} bytes, {min(scored)} to {max(scored)} tokens scored, windows of {record['context']} tokens ({record['method']}); {where(record)}."]
+    t, scored = record["text"], sorted({m["runs"]["moiety"]["scored"] for m in record["models"]})
+    lines += ["", f"{t['source']}, {t['bytes']} bytes, {' and '.join(str(n) for n in scored)} tokens scored, windows of {record['context']} tokens ({record['method']}); {where(record)}."]
     return lines
 
 

@@ -6,7 +6,7 @@
     python3 tools/peer_perplexity.py --models smollm2 --text FILE --context 512
 
 All three score the same windows (see peer_llama.py). transformers dequantizes the weights and computes in f32. llama.cpp rounds all
-activations to 8 bits for its block formats and keeps the cache in f16; that alone moves it by more than half a percent. moiety rounds most
+activations to 8 bits for its block formats and keeps the cache in f16, which moves its perplexity, too. moiety rounds most
 of them; "moiety f32" is moiety on the same weights written out as f32, from which its kernels must differ by no more than 0.1 % on 10,000
 tokens or more, and from llama.cpp by no more than 1 %. Exit code 1 when they do, 77 without llama-cpp-python (tools/setup.sh peer).
 """
