@@ -196,6 +196,8 @@ int32_t* QuantizedTiles::columns(int64_t tile) const {
 }
 
 void QuantizedTiles::fill(int64_t tile, const float* x, int64_t stride, const int64_t* index) {
+  int32_t* found = columns(tile);
+  *found = 0;
   const View v = view(tile);
   const int64_t count = rows(tile);
   const QuantizeTileRow quantize = tile_row_quantizer(kind_);
@@ -215,15 +217,13 @@ void QuantizedTiles::fill(int64_t tile, const float* x, int64_t stride, const in
     const TileRow to{const_cast<int8_t*>(v.q) + t * block_, const_cast<float*>(v.scale) + t,
                      const_cast<float*>(v.minimum) + t,     const_cast<int32_t*>(v.sums) + t * each,
                      const_cast<int16_t*>(v.pairs) + t * 8, count};
-    const int64_t found =
+    const int64_t kept =
         quantize(x + (index != nullptr ? index[i] : i) * stride, blocks_, to, most_, places.data(), values.data());
-    for (int64_t k = 0; k < found; ++k)
+    for (int64_t k = 0; k < kept; ++k)
       all.push_back({places[static_cast<size_t>(k)], static_cast<int32_t>(t), values[static_cast<size_t>(k)]});
   }
   if (count > 1) std::sort(all.begin(), all.end(), [](const Whole& a, const Whole& b) { return a.column < b.column; });
-  int32_t* found = columns(tile);
   auto* outliers = const_cast<float*>(v.outliers);
-  *found = 0;
   for (size_t k = 0; k < all.size(); ++k) {
     if (k == 0 || all[k].column != all[k - 1].column) {
       found[++*found] = all[k].column;
