@@ -190,6 +190,30 @@ TEST_F(AttendByTasks, EqualsTheDefinitionInBf16) {
   }
 }
 
+// In f32 with operands rounded to bf16, where a machine multiplies these faster; never under a graph.
+TEST_F(AttendByTasks, MayRoundWhatItMultiplies) {
+  for (const Case& c : cases()) {
+    SCOPED_TRACE(c.name);
+    const auto in = inputs(c);
+    const auto ctx = context(c);
+    AttentionOptions options{.scale = 0.3, .window = c.window, .softcap = c.softcap, .sinks = in.sinks};
+    const auto attended = [&](bool round) {
+      options.round_operands = round;
+      return attend_by_tasks(in.q, in.k, in.v, ctx.allowed(c.window), ctx.causal(), options);
+    };
+    in.q.requires_grad_(true);
+    EXPECT_TRUE(torch::equal(attended(true), attended(false)));
+    const torch::NoGradGuard frozen;
+    for_each_isa([&] {
+      const auto exact = attended(false), rounded = attended(true);
+      EXPECT_EQ(rounded.scalar_type(), torch::kFloat32);
+      const double off = (rounded - exact).abs().max().item<double>();
+      EXPECT_LT(off, 2e-2 * exact.abs().max().item<double>());
+      EXPECT_EQ(off > 0.0, isa() == Isa::Avx512);
+    });
+  }
+}
+
 TEST_F(AttendByTasks, SeesAllKeysWithoutARule) {
   Case c{.tokens = 70, .past = 30};
   const auto in = inputs(c);

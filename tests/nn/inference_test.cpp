@@ -13,6 +13,7 @@
 #include "moiety/nn/packed.h"
 #include "moiety/nn/packed_gated.h"
 #include "moiety/nn/rope.h"
+#include "threads.h"
 
 namespace moiety {
 namespace {
@@ -185,17 +186,21 @@ TEST(Inference, GatedLayersInBlocksEqualTheirMatricesOneByOne) {
   }
 }
 
-TEST(Inference, ExpertsInBlocksEqualTheLoopOverThem) {
-  torch::manual_seed(7);
-  const torch::NoGradGuard frozen;
+GatedExperts four_experts() {
   std::vector<Linear> gate, up, down;
   for (int e = 0; e < 4; ++e) {
     gate.push_back(blocks(32, 64));
     up.push_back(blocks(32, 64));
     down.push_back(blocks(64, 32));
   }
-  GatedExperts experts{LinearStack(gate), LinearStack(up), LinearStack(down), activation("silu")};
-  for (const int64_t n : {1, 3, 40}) {
+  return {LinearStack(gate), LinearStack(up), LinearStack(down), activation("silu")};
+}
+
+TEST(Inference, ExpertsInBlocksEqualTheLoopOverThem) {
+  torch::manual_seed(7);
+  const torch::NoGradGuard frozen;
+  GatedExperts experts = four_experts();
+  for (const int64_t n : {1, 3, 40, 300}) {
     Routing routing;
     routing.experts = torch::randint(-1, 3, {n, 2}, torch::kInt64);  // expert 3 is never chosen, -1 is an unused slot
     routing.gates = torch::rand({n, 2});
@@ -204,6 +209,28 @@ TEST(Inference, ExpertsInBlocksEqualTheLoopOverThem) {
     const auto expected = d.reduce(experts.forward(d.gather(x), d.counts), n);
     const double size = std::max(1e-3, expected.abs().max().item<double>());
     EXPECT_LT(distance(experts.mix(x, d), expected), 1e-5 * size) << n;
+  }
+}
+
+// Many rows go through an expert part by part, few through one matrix of all experts after another.
+TEST(Inference, ARowsExpertsDoNotDependOnTheRowsBesideIt) {
+  torch::manual_seed(8);
+  const torch::NoGradGuard frozen;
+  GatedExperts experts = four_experts();
+  const int64_t n = 301;
+  Routing routing;
+  routing.experts = torch::randint(0, 4, {n, 2}, torch::kInt64);
+  routing.gates = torch::rand({n, 2});
+  const auto x = torch::randn({n, 64});
+  for (const int threads : {1, 2}) {
+    const test::Threads limited(threads);
+    const auto all = experts.mix(x, Dispatch::of(routing, 4));
+    for (const int64_t row : {0, 7, 150, 300}) {
+      Routing one;
+      one.experts = routing.experts.narrow(0, row, 1);
+      one.gates = routing.gates.narrow(0, row, 1);
+      EXPECT_TRUE(torch::equal(experts.mix(x.narrow(0, row, 1), Dispatch::of(one, 4))[0], all[row])) << row;
+    }
   }
 }
 

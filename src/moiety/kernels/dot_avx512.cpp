@@ -309,6 +309,9 @@ struct Quants32 {
   [[gnu::always_inline]] int32_t size() const {
     return all(_mm256_sad_epu8(_mm256_abs_epi8(q), _mm256_setzero_si256()));
   }
+  [[gnu::always_inline]] void larger(int32_t bound, uint64_t* bits) const {
+    *bits = _mm256_cmpgt_epu8_mask(_mm256_abs_epi8(q), _mm256_set1_epi8(static_cast<char>(bound)));
+  }
   [[gnu::always_inline]] void sums(int32_t* to) const {
     const __m256i by_8 = _mm256_sad_epu8(_mm256_xor_si256(q, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
     *to = all(by_8) - 32 * 128;
@@ -362,6 +365,11 @@ struct Quants256 {
     for (int i = 0; i < 4; ++i)
       by_8 = _mm512_add_epi64(by_8, _mm512_sad_epu8(_mm512_abs_epi8(q[i]), _mm512_setzero_si512()));
     return static_cast<int32_t>(_mm512_reduce_add_epi64(by_8));
+  }
+  [[gnu::always_inline]] void larger(int32_t bound, uint64_t* bits) const {
+    const __m512i limit = _mm512_set1_epi8(static_cast<char>(bound));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) bits[i] = _mm512_cmpgt_epu8_mask(_mm512_abs_epi8(q[i]), limit);
   }
   [[gnu::always_inline]] void sums(int32_t* to) const {
 #pragma GCC unroll 4

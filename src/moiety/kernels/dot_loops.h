@@ -45,6 +45,11 @@ struct Quants {
     for (int i = 0; i < kSize; ++i) sum += q[i] < 0 ? -q[i] : q[i];
     return sum;
   }
+  /// Bit i of the words: whether the magnitude of element i is above `bound` >= 0.
+  [[gnu::always_inline]] void larger(int32_t bound, uint64_t* bits) const {
+    for (int word = 0; word < (kSize + 63) / 64; ++word) bits[word] = 0;
+    for (int i = 0; i < kSize; ++i) bits[i / 64] |= static_cast<uint64_t>(q[i] > bound || q[i] < -bound) << (i % 64);
+  }
   /// The sum, or sums of 16.
   [[gnu::always_inline]] void sums(int32_t* to) const {
     constexpr int kEach = kSize == 32 ? 32 : 16;
@@ -120,21 +125,6 @@ float quantize_block(const float* x, int8_t* q) {
 // 127, unless all are 0.
 constexpr int32_t kFar = 5;
 
-// The outliers of a block whose quants are q, and the block without them.
-template <int kSize>
-int64_t take_outliers(const float* x, const int8_t* q, int32_t size, int64_t most, float* rest, int32_t* at,
-                      float* whole) {
-  int64_t found = 0;
-  for (int i = 0; i < kSize; ++i) {
-    const bool far = found < most && (q[i] < 0 ? -q[i] : q[i]) * kSize > kFar * size;
-    rest[i] = far ? 0.f : x[i];
-    if (!far) continue;
-    at[found] = i;
-    whole[found++] = x[i];
-  }
-  return found;
-}
-
 template <class Q>
 int64_t tile_row(const float* x, int64_t blocks, const TileRow& to, int64_t most, int32_t* at, float* whole) {
   constexpr int kSize = Q::kSize;
@@ -147,10 +137,17 @@ int64_t tile_row(const float* x, int64_t blocks, const TileRow& to, int64_t most
     now.narrow(q);
     const int32_t size = now.size();
     if (size > 0 && 127 * kSize > kFar * size && found < most) {
+      uint64_t far[(kSize + 63) / 64];
+      now.larger(kFar * size / kSize, far);
       float rest[kSize];
-      const int64_t more = take_outliers<kSize>(x + b * kSize, q, size, most - found, rest, at + found, whole + found);
-      for (int64_t i = found; i < found + more; ++i) at[i] += static_cast<int32_t>(b * kSize);
-      found += more;
+      std::memcpy(rest, x + b * kSize, sizeof rest);
+      for (int word = 0; word < (kSize + 63) / 64; ++word)
+        for (uint64_t bits = far[word]; bits != 0 && found < most; bits &= bits - 1) {
+          const int i = 64 * word + __builtin_ctzll(bits);
+          at[found] = static_cast<int32_t>(b * kSize + i);
+          whole[found++] = rest[i];
+          rest[i] = 0.f;
+        }
       now.take(rest);
       now.narrow(q);
     }

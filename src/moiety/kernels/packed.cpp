@@ -269,9 +269,12 @@ void packed_products(Format format, const std::byte* packed, int64_t rows, int64
       const QuantizedTiles::View view = x.view(tile);
       kernel.product[count - 1](group, blocks, view, out);
       if (view.whole > 0) kernel.columns[count - 1](group, blocks, view, out);
-      for (int64_t t = 0; t < count; ++t)
-        std::memcpy(y + (tile * QuantizedTiles::kRows + t) * stride + g * kPackedRows, out + t * kPackedRows,
-                    static_cast<size_t>(have) * 4);
+      float* to = y + tile * QuantizedTiles::kRows * stride + g * kPackedRows;
+      if (have == kPackedRows)  // of a known size: no call
+        for (int64_t t = 0; t < count; ++t) std::memcpy(to + t * stride, out + t * kPackedRows, kPackedRows * 4);
+      else
+        for (int64_t t = 0; t < count; ++t)
+          std::memcpy(to + t * stride, out + t * kPackedRows, static_cast<size_t>(have) * 4);
     }
   }
 }

@@ -508,33 +508,37 @@ class TokenRun {
         }
   }
 
-  // Packs the matrices of chosen experts that are not packed yet, and brings the rows that each takes into 8 bits. One
-  // row is the same for all of them.
+  // The packed matrices of the chosen experts, and the rows that each takes in 8 bits. One row is the same for all of
+  // them.
   void gather(Team::Member& m, Own& own, const MixturePlan& p) {
     const auto units = static_cast<int64_t>(own.units.size());
+    GatedExperts& all = *p.experts;
     const auto matrix = [&](LinearStack& s, int64_t e) {
       const PackedMatrix* packed = s->matrices()[static_cast<size_t>(e)]->packed_for(input_);
       check(packed != nullptr, "a matrix of expert {} cannot be packed", e);
       return packed;
     };
-    GatedExperts& all = *p.experts;
-    for (int64_t i = 0, end = 0; m.take(3 * units, 1, i, end);) {
-      const Unit& u = own.units[static_cast<size_t>(i / 3)];
-      if (u.expert >= 0) matrix(i % 3 == 0 ? all.gate : i % 3 == 1 ? all.up : all.down, u.expert);
-      if (i % 3 != 0 || rows_ == 1 || u.tokens == nullptr) continue;
-      QuantizedTiles& t = shared_->in[static_cast<size_t>(i / 3)];
-      t.resize(activation_kind(matrix(all.gate, u.expert)->format()), u.count, d_);
-      for (int64_t tile = 0; tile < t.tiles(); ++tile) t.fill(tile, own.source, d_, u.tokens);
+    // What is not packed yet is packed by who comes first: each begins with experts of its own.
+    for (int64_t i = 0; i < units; ++i) {
+      Unit& u = own.units[static_cast<size_t>((i + m.index() * units / m.count()) % units)];
+      if (u.expert < 0) continue;
+      u.gate = matrix(all.gate, u.expert);
+      u.up = matrix(all.up, u.expert);
+      u.down = matrix(all.down, u.expert);
     }
-    m.next();
-    m.wait();
+    if (rows_ > 1) {
+      for (int64_t i = 0, end = 0; m.take(units, 1, i, end);) {
+        const Unit& u = own.units[static_cast<size_t>(i)];
+        if (u.tokens == nullptr) continue;
+        QuantizedTiles& t = shared_->in[static_cast<size_t>(i)];
+        t.resize(activation_kind(u.gate->format()), u.count, d_);
+        for (int64_t tile = 0; tile < t.tiles(); ++tile) t.fill(tile, own.source, d_, u.tokens);
+      }
+      m.next();
+      m.wait();
+    }
     for (int64_t i = 0; i < units; ++i) {
       Unit& u = own.units[static_cast<size_t>(i)];
-      if (u.expert >= 0) {
-        u.gate = matrix(all.gate, u.expert);
-        u.up = matrix(all.up, u.expert);
-        u.down = matrix(all.down, u.expert);
-      }
       u.x = rows_ == 1 || u.tokens == nullptr ? input(own, *u.gate) : &shared_->in[static_cast<size_t>(i)];
     }
   }

@@ -227,12 +227,14 @@ torch::Tensor Attention::forward(const torch::Tensor& x, const AttentionContext&
     k = parts.rope->rotate(k, angles);
   }
   if (parts.norm_after_rope) norm();
+  AttentionOptions options = parts.options;
+  options.round_operands = parts.o->packs();
   torch::Tensor y;
   if (pass.cache) {
     const auto [keys, values] = pass.cache->store(pass.slot, k, v);
-    y = attend(q, keys, values, context, parts.options);
+    y = attend(q, keys, values, context, options);
   } else {
-    y = attend(q, k, v, context, parts.options);
+    y = attend(q, k, v, context, options);
   }
   return project(parts.o, y.transpose(1, 2).reshape({batch, tokens, -1}), pass);
 }
@@ -271,8 +273,9 @@ torch::Tensor LatentAttention::forward(const torch::Tensor& x, const AttentionCo
   const auto k =
       torch::cat({kv.narrow(-1, 0, parts.nope_dim), k_rope.expand({batch, heads, total, parts.rope_dim})}, -1);
   const auto v = kv.narrow(-1, parts.nope_dim, parts.v_dim);
-  const auto y = attend(torch::cat({q.narrow(-1, 0, parts.nope_dim), q_rope}, -1), k, v, context,
-                        {.scale = parts.scale, .window = 0, .softcap = 0.0, .sinks = {}});
+  const auto y =
+      attend(torch::cat({q.narrow(-1, 0, parts.nope_dim), q_rope}, -1), k, v, context,
+             {.scale = parts.scale, .window = 0, .softcap = 0.0, .sinks = {}, .round_operands = parts.o->packs()});
   return project(parts.o, y.transpose(1, 2).reshape({batch, tokens, -1}), pass);
 }
 

@@ -46,6 +46,9 @@ struct AttentionOptions {
   int64_t window = 0;    ///< 0: unlimited
   double softcap = 0.0;  ///< logits = cap * tanh(logits / cap); 0: off
   torch::Tensor sinks;   ///< [H]: a learned logit that takes probability and gives nothing (gpt-oss)
+  /// Without a graph f32 operands of many queries may be rounded to bf16; scores, softmax and sums stay in f32. For
+  /// layers whose matrices round their activations to 8 bits, beside which this does not show.
+  bool round_operands = false;
 };
 torch::Tensor attend(const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v,
                      const AttentionContext& context, const AttentionOptions& options);

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "moiety/kernels/cpu.h"
 #include "moiety/kernels/matmul.h"
 #include "moiety/kernels/softmax.h"
 #include "moiety/nn/elements.h"
@@ -168,7 +169,7 @@ class Room {
 
 struct Scratch {
   Room<float> scores, dp, sums, keys, values;
-  Room<uint16_t> p, ds;
+  Room<uint16_t> q, p, ds;
 };
 
 Scratch& scratch() {
@@ -202,7 +203,8 @@ Tensor like_rows(int64_t batch, int64_t heads, int64_t tokens, int64_t size, con
   return torch::empty_strided({batch, heads, tokens, size}, {tokens * heads * size, size, heads * size, 1}, options);
 }
 
-template <class T>
+// `P` is the type that is multiplied in: bf16 also over f32, which is rounded block by block.
+template <class T, class P>
 class Forward {
  public:
   Forward(const Problem& p, const Sight& sight, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& sinks,
@@ -232,27 +234,31 @@ class Forward {
     const int64_t n = view.keys.size(), stride = padded(n), key = view.keys.first;
     Scratch& own = scratch();
     float* scores = own.scores.get(rows * stride);
-    Bits<T>* p = nullptr;
+    Bits<P>* p = nullptr;
     float* sums = nullptr;
     int64_t sums_stride = v_.size;
-    if constexpr (std::is_same_v<T, float>) {
-      p = scores, sums = out_.at(b, h, first), sums_stride = out_.stride;
-    } else {
-      p = own.p.get(rows * stride), sums = own.sums.get(rows * v_.size);
-    }
+    if constexpr (std::is_same_v<P, float>)
+      p = scores;
+    else
+      p = own.p.get(rows * stride);
+    if constexpr (std::is_same_v<T, float>)
+      sums = out_.at(b, h, first), sums_stride = out_.stride;
+    else
+      sums = own.sums.get(rows * v_.size);
+    const auto q = queries(b, h, first, rows, own);
     for (const Rectangle& part : view.parts)
-      matmul(part.rows, part.keys, q_.size, q_.view(b, h, first + part.row), k_.view(b, shared, key + part.key, true),
-             scores + part.row * stride + part.key, stride);
+      matmul(part.rows, part.keys, q_.size, {q.data + part.row * q.stride, q.stride},
+             k_.view(b, shared, key + part.key, true), scores + part.row * stride + part.key, stride);
     float factors[kQueries];
     for (int64_t r = 0; r < rows; ++r) {
       const auto& [range, seen] = view.rows[r];
       const int64_t from = range.first, count = range.size();
-      Bits<T>* to = p + r * stride;
+      Bits<P>* to = p + r * stride;
       const SoftmaxSums s =
           softmax_row({count, p_.scale, p_.softcap, seen}, scores + r * stride + from,
                       sinks_ != nullptr ? sinks_[h] : -std::numeric_limits<float>::infinity(), to + from);
-      std::fill(to, to + from, Bits<T>{});
-      std::fill(to + from + count, to + n, Bits<T>{});
+      std::fill(to, to + from, Bits<P>{});
+      std::fill(to + from + count, to + n, Bits<P>{});
       factors[r] = s.factor;
       log_sums_[(b * p_.heads + h) * p_.tokens + first + r] = s.log_sum;
     }
@@ -264,6 +270,17 @@ class Forward {
              v_.view(b, shared, key + part.key), sums + part.row * sums_stride, sums_stride,
              cleared || &part != &view.parts[0]);
     for (int64_t r = 0; r < rows; ++r) scale_row(sums + r * sums_stride, factors[r], out_.at(b, h, first + r), v_.size);
+  }
+
+  // The queries of a block in the type that is multiplied in.
+  MatrixView<Bits<P>> queries(int64_t b, int64_t h, int64_t first, int64_t rows, Scratch& own) const {
+    if constexpr (std::is_same_v<T, P>) {
+      return q_.view(b, h, first);
+    } else {
+      uint16_t* rounded = own.q.get(rows * q_.size);
+      for (int64_t r = 0; r < rows; ++r) scale_row(q_.at(b, h, first + r), 1.f, rounded + r * q_.size, q_.size);
+      return {rounded, q_.size};
+    }
   }
 
   const Problem& p_;
@@ -453,12 +470,20 @@ Tensor plain_sinks(const Tensor& sinks) {
 }
 
 std::pair<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& allowed, bool causal,
-                                  const Tensor& sinks, double scale, double softcap) {
+                                  const Tensor& sinks, double scale, double softcap, bool round_operands) {
   const Problem p(q, k, scale, softcap);
   const Sight sight(allowed, causal, p.tokens, p.length);
   const auto out = like_rows(p.batch, p.heads, p.tokens, v.size(3), q.options());
   const auto log_sums = torch::empty({p.batch, p.heads, p.tokens}, torch::kFloat32);
-  by_type(q, [&](auto one) { Forward<decltype(one)>(p, sight, q, k, v, plain_sinks(sinks), out, log_sums).run(); });
+  const auto run = [&]<class T, class P>(T, P) {
+    Forward<T, P>(p, sight, q, k, v, plain_sinks(sinks), out, log_sums).run();
+  };
+  if (q.scalar_type() == torch::kBFloat16)
+    run(at::BFloat16{}, at::BFloat16{});
+  else if (round_operands && isa() == Isa::Avx512)
+    run(float{}, at::BFloat16{});
+  else
+    run(float{}, float{});
   return {out, log_sums};
 }
 
@@ -468,7 +493,7 @@ class Attend : public torch::autograd::Function<Attend> {
                         const std::optional<Tensor>& given_sinks, const std::optional<Tensor>& given_allowed,
                         bool causal, double scale, double softcap) {
     const Tensor sinks = given_sinks.value_or(Tensor()), allowed = given_allowed.value_or(Tensor());
-    const auto [out, log_sums] = moiety::forward(q, k, v, allowed, causal, sinks, scale, softcap);
+    const auto [out, log_sums] = moiety::forward(q, k, v, allowed, causal, sinks, scale, softcap, false);
     context->save_for_backward({q, k, v, sinks, allowed, out, log_sums});
     context->saved_data["causal"] = causal;
     context->saved_data["scale"] = scale;
@@ -520,7 +545,8 @@ bool runs_by_tasks(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
 Tensor attend_by_tasks(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& allowed, bool causal,
                        const AttentionOptions& options) {
   if (may_shorten({q, k, v, options.sinks}))
-    return forward(q, k, v, allowed, causal, options.sinks, options.scale, options.softcap).first;
+    return forward(q, k, v, allowed, causal, options.sinks, options.scale, options.softcap, options.round_operands)
+        .first;
   const auto given = [](const Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; };
   return Attend::apply(q, k, v, given(options.sinks), given(allowed), causal, options.scale, options.softcap);
 }

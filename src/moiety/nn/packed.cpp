@@ -19,7 +19,7 @@ namespace {
 
 // Multiplications below which a second thread costs more than it saves.
 constexpr int64_t kAlone = 200'000;
-constexpr int64_t kPieces = 6;  // of a thread's share: threads that are held up do not hold up the others
+constexpr int64_t kShares = 2;  // of what is left, for each thread: those that are held up do not hold up the others
 
 // Matrices lie one behind another in large pages where the system has them: a token reads all of them, and with pages
 // of 4 KiB the processor is held up by looking these up.
@@ -81,19 +81,24 @@ void run_jobs(std::span<const PackedJob> jobs) {
     for (const PackedJob& j : jobs) run(j, 0, j.matrix->groups());
     return;
   }
+  // Ever smaller pieces, side by side in memory, so that all threads end together.
   struct Piece {
     size_t job;
     int64_t first, last;
   };
   static thread_local std::vector<Piece> pieces;
   pieces.clear();
-  const int64_t share = std::max<int64_t>(work / (threads * kPieces), kAlone / 4);
+  int64_t left = work;
   for (size_t i = 0; i < jobs.size(); ++i) {
     const PackedJob& j = jobs[i];
-    const int64_t group = kPackedRows * j.matrix->cols() * std::max<int64_t>(1, j.x->size());
-    const int64_t groups = j.matrix->groups(),
-                  parts = std::clamp<int64_t>((group * groups + share / 2) / share, 1, groups);
-    for (int64_t p = 0; p < parts; ++p) pieces.push_back({i, groups * p / parts, groups * (p + 1) / parts});
+    const int64_t group = std::max<int64_t>(1, kPackedRows * j.matrix->cols() * j.x->size()), all = j.matrix->groups();
+    for (int64_t first = 0; first < all;) {
+      const int64_t share = std::max(left / (threads * kShares), kAlone / 4);
+      const int64_t n = std::clamp<int64_t>(share / group, 1, all - first);
+      pieces.push_back({i, first, first + n});
+      first += n;
+      left -= n * group;
+    }
   }
   const auto& all = pieces;  // of the calling thread
   run_tasks(static_cast<int64_t>(all.size()), [&](int64_t i) {

@@ -2,9 +2,12 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
+
 #include "moiety/base/error.h"
 #include "moiety/kernels/token.h"
 #include "moiety/nn/parallel.h"
+#include "moiety/nn/tasks.h"
 
 namespace moiety {
 namespace {
@@ -21,12 +24,80 @@ QuantizedTiles& sized(std::vector<QuantizedTiles>& all, size_t& used, Activation
   return t;
 }
 
+// Some pairs of one expert, which a task takes through all three matrices: what lies between these stays in the second
+// cache, and threads meet once instead of after every matrix.
+struct Part {
+  size_t expert;
+  int64_t begin, rows;
+};
+constexpr int64_t kPartRows = 32;                 // the weights are read again for every part
+constexpr int64_t kBetween = int64_t{512} << 10;  // bytes of a part's gate and up rows
+constexpr int64_t kTile = QuantizedTiles::kRows;
+
+// Largest first and the last ones small, so that all threads end together; none where whole matrices one after another
+// are better.
+std::vector<Part> parts_of(std::span<const int64_t> counts, int64_t width) {
+  std::vector<Part> parts;
+  if (kPartRows * width * 2 * static_cast<int64_t>(sizeof(float)) > kBetween) return parts;
+  int64_t begin = 0;
+  for (size_t e = 0; e < counts.size(); begin += counts[e], ++e) {
+    const int64_t tiles = (counts[e] + kTile - 1) / kTile, n = (counts[e] + kPartRows - 1) / kPartRows;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t first = tiles * i / n * kTile, last = std::min(tiles * (i + 1) / n * kTile, counts[e]);
+      parts.push_back({e, begin + first, last - first});
+    }
+  }
+  if (static_cast<int64_t>(parts.size()) < many_tasks()) return {};
+  std::stable_sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.rows > b.rows; });
+  const std::vector<Part> last(parts.end() - many_tasks() / 2, parts.end());
+  parts.resize(parts.size() - last.size());
+  for (const Part& part : last)
+    for (int64_t at = 0; at < part.rows; at += kTile)
+      parts.push_back({part.expert, part.begin + at, std::min(kTile, part.rows - at)});
+  return parts;
+}
+
+void run_part(const Part& part, const PackedGated& m, const torch::Tensor& x, const int64_t* tokens,
+              const Combine& combine, float* y, int64_t out_width) {
+  struct Own {
+    QuantizedTiles in[2], between;
+    torch::Tensor rows;
+  };
+  static thread_local Own own;
+  const int64_t n = part.rows, width = m.up->rows();
+  if (!own.rows.defined() || own.rows.numel() < 2 * n * width)
+    own.rows = torch::empty({2 * kPartRows * width}, torch::kFloat32);
+  const auto rows = own.rows.narrow(0, 0, 2 * n * width).view({2, n, width});
+  const auto g = rows.select(0, 0), u = rows.select(0, 1);
+  const auto fill = [](QuantizedTiles& t, const float* from, int64_t stride, const int64_t* index) {
+    for (int64_t i = 0; i < t.tiles(); ++i) t.fill(i, from, stride, index);
+  };
+  const auto multiply = [](const PackedMatrix& matrix, const QuantizedTiles& t, float* to, int64_t stride) {
+    packed_products(matrix.format(), matrix.data(), matrix.rows(), matrix.cols(), 0, matrix.groups(), t, to, stride);
+  };
+  bool filled[2] = {false, false};
+  for (const auto& [matrix, to] : {std::pair(m.gate, g), std::pair(m.up, u)}) {
+    const ActivationKind kind = activation_kind(matrix->format());
+    const int which = kind == ActivationKind::Blocks32 ? 0 : 1;
+    if (!filled[which]) {
+      own.in[which].resize(kind, n, matrix->cols());
+      fill(own.in[which], x.const_data_ptr<float>() + (tokens == nullptr ? part.begin * x.size(1) : 0), x.size(1),
+           tokens == nullptr ? nullptr : tokens + part.begin);
+      filled[which] = true;
+    }
+    multiply(*matrix, own.in[which], to.data_ptr<float>(), width);
+  }
+  const auto h = combine(g, u).contiguous();
+  own.between.resize(activation_kind(m.down->format()), n, width);
+  fill(own.between, h.const_data_ptr<float>(), width, nullptr);
+  multiply(*m.down, own.between, y + part.begin * out_width, out_width);
+}
+
 }  // namespace
 
 torch::Tensor packed_gated(const torch::Tensor& x, std::span<const PackedGated> experts,
                            std::span<const int64_t> counts, const int64_t* tokens, const Combine& combine) {
   check(experts.size() == counts.size(), "counts of {} experts do not fit {}", counts.size(), experts.size());
-  static thread_local Tiles memory;
   int64_t pairs = 0, width = 0, out_width = 0;
   for (size_t e = 0; e < experts.size(); ++e) {
     pairs += counts[e];
@@ -35,9 +106,18 @@ torch::Tensor packed_gated(const torch::Tensor& x, std::span<const PackedGated> 
     out_width = experts[e].down->rows();
   }
   if (pairs == 0) return torch::zeros({0, x.size(1)}, x.options());
+  auto y = torch::empty({pairs, out_width}, x.options());
+  if (const auto parts = parts_of(counts, width); !parts.empty()) {
+    run_tasks(static_cast<int64_t>(parts.size()), [&](int64_t i) {
+      const Part& part = parts[static_cast<size_t>(i)];
+      run_part(part, experts[part.expert], x, tokens, combine, y.data_ptr<float>(), out_width);
+    });
+    return y;
+  }
   auto g = torch::empty({pairs, width}, x.options()), u = torch::empty({pairs, width}, x.options());
   float *gate = g.data_ptr<float>(), *up = u.data_ptr<float>();
 
+  static thread_local Tiles memory;
   // Reserved, for jobs point into them.
   memory.in.reserve(2 * experts.size());
   memory.between.reserve(experts.size());
@@ -68,7 +148,6 @@ torch::Tensor packed_gated(const torch::Tensor& x, std::span<const PackedGated> 
   run_jobs(jobs);
 
   const auto h = combine(g, u).contiguous();
-  auto y = torch::empty({pairs, out_width}, x.options());
   fills.clear();
   jobs.clear();
   used = 0;
