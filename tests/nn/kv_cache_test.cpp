@@ -6,6 +6,7 @@
 #include <torch/torch.h>
 
 #include <cmath>
+#include <tuple>
 
 #include "message_of.h"
 #include "moiety/base/error.h"
@@ -160,6 +161,27 @@ TEST(KvCache, SlotsGrowOnDemandAndDifferInLength) {
   EXPECT_EQ(cache.append(1, k.narrow(2, 0, 1), v.narrow(2, 0, 1)).first.size(2), 1);
   EXPECT_EQ(cache.append(4, k, v).second.size(2), 6);
   EXPECT_GT(cache.bytes(), 0);
+}
+
+// What a caller writes at the place of a new position is what the cache holds there.
+TEST(KvCache, PlacesAreWhereTheRowsLie) {
+  for (const Kept format : {Kept{}, Kept{Format::F16}, Kept{Format::Q8_0}}) {
+    KvCache cache(1, {format, format});
+    const auto [k, v] = keys_values(2, 70, 32, 64);
+    cache.append(0, k, v);
+    const auto [key_place, value_place] = cache.extend_in_place(0, 2, kHeads, 1, 32, 64, k.options());
+    EXPECT_EQ(key_place.length, 71);
+    const auto [one_k, one_v] = keys_values(2, 1, 32, 64);
+    for (int64_t b = 0; b < 2; ++b)
+      for (int64_t h = 0; h < kHeads; ++h)
+        for (const auto& [place, from, size] : {std::tuple(key_place, one_k, 32), std::tuple(value_place, one_v, 64)})
+          quantize_row(place.format, from[b][h][0].const_data_ptr<float>(),
+                       place.at(b, h) + 70 * row_bytes(place.format, size), size);
+    const auto [none_k, none_v] = keys_values(2, 0, 32, 64);
+    const auto [keys, values] = cache.append(0, none_k, none_v);
+    EXPECT_TRUE(torch::equal(keys, torch::cat({rounded(k, format), rounded(one_k, format)}, 2)));
+    EXPECT_TRUE(torch::equal(values, torch::cat({rounded(v, format), rounded(one_v, format)}, 2)));
+  }
 }
 
 TEST(KvCache, ErrorsSayWhatIsHeld) {

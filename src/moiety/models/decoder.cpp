@@ -671,15 +671,50 @@ int64_t Decoder::experts(int64_t block) const {
 }
 
 torch::Tensor Decoder::embedded(const torch::Tensor& ids) {
-  if (ids.device().is_cpu()) {
-    const auto [low, high] = at::aminmax(ids);
-    check(low.item<int64_t>() >= 0 && high.item<int64_t>() < parsed.vocab,
-          "token ids must lie between 0 and {}; found {} to {}", parsed.vocab - 1, low.item<int64_t>(),
-          high.item<int64_t>());
+  if (ids.device().is_cpu() && ids.numel() > 0) {
+    const auto all = ids.contiguous();
+    const int64_t* first = all.const_data_ptr<int64_t>();
+    const auto [low, high] = std::minmax_element(first, first + all.numel());
+    check(*low >= 0 && *high < parsed.vocab, "token ids must lie between 0 and {}; found {} to {}", parsed.vocab - 1,
+          *low, *high);
   }
   const auto x = embed->rows(ids, dtype_);
   return parsed.embedding_scale != 1.0 ? x * torch::scalar_tensor(parsed.embedding_scale, x.options()) : x;
 }
+
+namespace {
+
+// Positions [B, T] of new tokens that all count, behind `next` [B], or behind `past` ones where that is undefined.
+torch::Tensor behind(const torch::Tensor& ids, const torch::Tensor& next, int64_t past) {
+  const int64_t batch = ids.size(0), tokens = ids.size(1);
+  const auto whole = ids.options().dtype(torch::kInt64);
+  if (!ids.is_cpu() || (next.defined() && !next.is_contiguous())) {
+    const auto counted = torch::arange(tokens, whole).unsqueeze(0).expand({batch, tokens});
+    return next.defined() ? counted + next.unsqueeze(1) : counted + past;
+  }
+  // By loops: a decoded token comes here, and torch's operations are not in the caches behind all the weights.
+  auto positions = torch::empty({batch, tokens}, whole);
+  int64_t* to = positions.data_ptr<int64_t>();
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t first = next.defined() ? next.const_data_ptr<int64_t>()[b] : past;
+    for (int64_t t = 0; t < tokens; ++t) *to++ = first + t;
+  }
+  return positions;
+}
+
+// The position behind the last of every row, [B].
+torch::Tensor next_of(const torch::Tensor& positions) {
+  if (!positions.is_cpu() || !positions.is_contiguous() || positions.scalar_type() != torch::kInt64)
+    return std::get<0>(positions.max(1)) + 1;
+  const int64_t batch = positions.size(0), tokens = positions.size(1);
+  auto next = torch::empty({batch}, positions.options());
+  const int64_t* row = positions.const_data_ptr<int64_t>();
+  for (int64_t b = 0; b < batch; ++b, row += tokens)
+    next.data_ptr<int64_t>()[b] = *std::max_element(row, row + tokens) + 1;
+  return next;
+}
+
+}  // namespace
 
 torch::Tensor Decoder::finished(const torch::Tensor& products) const {
   auto logits = products.to(torch::kFloat32);
@@ -715,10 +750,7 @@ torch::Tensor Decoder::hidden(const torch::Tensor& ids, Pass& pass) {
       positions = positions + pass.cache->next_position().unsqueeze(1);
     positions = positions.clamp_min(0);
   } else if (!positions.defined()) {
-    positions = torch::arange(tokens, whole).unsqueeze(0).expand({batch, tokens});
-    positions = pass.cache && pass.cache->next_position().defined()
-                    ? positions + pass.cache->next_position().unsqueeze(1)
-                    : positions + past;
+    positions = behind(ids, pass.cache ? pass.cache->next_position() : torch::Tensor(), past);
   }
   const auto context = std::make_shared<const AttentionContext>(positions, past, padding, pass.segments);
   const bool recomputed = pass.recompute_blocks && torch::GradMode::is_enabled();
@@ -746,7 +778,7 @@ torch::Tensor Decoder::hidden(const torch::Tensor& ids, Pass& pass) {
     const auto& before = pass.cache->next_position();
     torch::Tensor next;
     if (pass.positions.defined() || !pass.mask.defined())
-      next = std::get<0>(positions.max(1)) + 1;
+      next = next_of(positions);
     else
       next = pass.mask.to(torch::kInt64).sum(1) + (before.defined() ? before : torch::zeros({batch}, whole));
     pass.cache->advance(tokens, padding, next);
@@ -756,7 +788,7 @@ torch::Tensor Decoder::hidden(const torch::Tensor& ids, Pass& pass) {
 
 torch::Tensor Decoder::forward(const torch::Tensor& ids, Pass& pass) {
   auto x = hidden(ids, pass);
-  if (pass.last_logits_only) x = x.narrow(1, x.size(1) - 1, 1);
+  if (pass.last_logits_only && x.size(1) > 1) x = x.narrow(1, x.size(1) - 1, 1);
   return finished(head(x));
 }
 

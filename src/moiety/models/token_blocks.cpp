@@ -119,7 +119,7 @@ struct LayerPlan {
   GatedPlan dense;  // or
   MixturePlan mixture;
   bool is_mixture = false;
-  CacheRows held_k, held_v;  // of the cache, the new position included
+  CachePlace held_k, held_v;  // the new position included
   int64_t length = 0;
 
   bool can(const Block& b, int64_t d) {
@@ -602,12 +602,10 @@ torch::Tensor run_token_blocks(const std::vector<std::shared_ptr<Block>>& blocks
       l.angle_stride = cosine.size(0) == 1 ? 0 : l.half;
     }
     std::tie(l.held_k, l.held_v) =
-        pass.cache->extend(static_cast<int64_t>(i), x.size(0), l.kv_heads, 1, l.size, l.size, x.options());
-    l.length = l.held_k.data.size(2);
+        pass.cache->extend_in_place(static_cast<int64_t>(i), x.size(0), l.kv_heads, 1, l.size, l.size, x.options());
+    l.length = l.held_k.length;
   }
-  const auto y = TokenRun(layers, x).run();
-  for (LayerPlan& l : layers) l.held_k = l.held_v = {};
-  return y;
+  return TokenRun(layers, x).run();
 }
 
 }  // namespace moiety

@@ -85,8 +85,8 @@ std::byte* CacheRows::at(int64_t row, int64_t head) const {
 
 KvCache::KvCache(int64_t slots, CacheFormats formats) : slots_(slots), formats_(formats) {}
 
-std::pair<CacheRows, CacheRows> KvCache::extend(int64_t slot, int64_t rows, int64_t heads, int64_t tokens, int64_t size,
-                                                int64_t v_size, const torch::TensorOptions& computed) {
+KvCache::Slot& KvCache::grow(int64_t slot, int64_t rows, int64_t heads, int64_t tokens, int64_t size, int64_t v_size,
+                             const torch::TensorOptions& computed) {
   if (slot >= static_cast<int64_t>(slots_.size())) slots_.resize(slot + 1);
   Slot& s = slots_[slot];
   const bool fresh = !s.k.data.defined();
@@ -110,10 +110,27 @@ std::pair<CacheRows, CacheRows> KvCache::extend(int64_t slot, int64_t rows, int6
     grow(s.v);
   }
   s.length = total;
+  return s;
+}
+
+std::pair<CacheRows, CacheRows> KvCache::extend(int64_t slot, int64_t rows, int64_t heads, int64_t tokens, int64_t size,
+                                                int64_t v_size, const torch::TensorOptions& computed) {
+  const Slot& s = grow(slot, rows, heads, tokens, size, v_size, computed);
   const auto view = [&](const CacheRows& kept) {
-    return CacheRows{kept.data.narrow(2, 0, total), kept.format, kept.size};
+    return CacheRows{kept.data.narrow(2, 0, s.length), kept.format, kept.size};
   };
   return {view(s.k), view(s.v)};
+}
+
+std::pair<CachePlace, CachePlace> KvCache::extend_in_place(int64_t slot, int64_t rows, int64_t heads, int64_t tokens,
+                                                           int64_t size, int64_t v_size,
+                                                           const torch::TensorOptions& computed) {
+  const Slot& s = grow(slot, rows, heads, tokens, size, v_size, computed);
+  const auto place = [&](const CacheRows& kept) {
+    const auto bytes = static_cast<int64_t>(kept.data.element_size());
+    return CachePlace{kept.at(0, 0), kept.data.stride(0) * bytes, kept.data.stride(1) * bytes, s.length, kept.format};
+  };
+  return {place(s.k), place(s.v)};
 }
 
 std::pair<CacheRows, CacheRows> KvCache::store(int64_t slot, const torch::Tensor& k, const torch::Tensor& v) {

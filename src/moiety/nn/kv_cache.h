@@ -33,6 +33,15 @@ struct CacheRows {
   std::byte* at(int64_t row, int64_t head) const;
 };
 
+/// Where the keys or values of a slot lie on the CPU, until the slot grows or changes otherwise.
+struct CachePlace {
+  std::byte* data = nullptr;
+  int64_t row = 0, head = 0;  ///< bytes from one to the next
+  int64_t length = 0;         ///< positions that are held, the new ones included
+  Format format = Format::F32;
+  std::byte* at(int64_t r, int64_t h) const { return data + r * row + h * head; }
+};
+
 class KvCache {
  public:
   explicit KvCache(int64_t slots = 0, CacheFormats formats = {});
@@ -42,6 +51,9 @@ class KvCache {
   /// than before, Q8_0 for a size that is no multiple of its blocks or on another device than the CPU.
   std::pair<CacheRows, CacheRows> extend(int64_t slot, int64_t rows, int64_t heads, int64_t tokens, int64_t size,
                                          int64_t v_size, const torch::TensorOptions& computed);
+  /// The same without tensors, for a token that asks every layer: where keys and values lie. On the CPU only.
+  std::pair<CachePlace, CachePlace> extend_in_place(int64_t slot, int64_t rows, int64_t heads, int64_t tokens,
+                                                    int64_t size, int64_t v_size, const torch::TensorOptions& computed);
   /// Appends k [B, H, T, D] and v [B, H, T, Dv] to `slot`, growing it on demand; returns all that is held. Error, too:
   /// a number that the format cannot hold, a gradient through Q8_0.
   std::pair<CacheRows, CacheRows> store(int64_t slot, const torch::Tensor& k, const torch::Tensor& v);
@@ -80,6 +92,8 @@ class KvCache {
     int64_t length = 0;
     State now, before;  // of a recurrent layer
   };
+  Slot& grow(int64_t slot, int64_t rows, int64_t heads, int64_t tokens, int64_t size, int64_t v_size,
+             const torch::TensorOptions& computed);
   std::vector<Slot> slots_;
   CacheFormats formats_;
   int64_t length_ = 0;

@@ -116,6 +116,7 @@ Rope::Rope(const RopeConfig& config) : config_(config) {
   for (const int64_t length : {int64_t{1}, int64_t{1} << 40})
     for (const float f : frequencies(length))
       check(std::isfinite(f) && f >= 0.0f, "rope parameters of type '{}' give a frequency of {}", config_.type, f);
+  if (config_.type != "dynamic" && config_.type != "longrope" && !config_.scale_by_length) always_ = frequencies(0);
 }
 
 std::vector<float> Rope::frequencies(int64_t length) const {
@@ -192,16 +193,27 @@ std::vector<float> Rope::frequencies(int64_t length) const {
 std::pair<torch::Tensor, torch::Tensor> Rope::angles(const torch::Tensor& positions) const {
   double factor = attention_factor_;
   int64_t length = 0;
-  if (config_.type == "dynamic" || config_.type == "longrope" || config_.scale_by_length)
-    length = positions.numel() == 0 ? 0 : positions.max().item<int64_t>() + 1;
+  if (always_.empty()) length = positions.numel() == 0 ? 0 : positions.max().item<int64_t>() + 1;
   if (config_.scale_by_length && config_.type != "default") {
     const double old =
         number(config_.parameters, "original_max_position_embeddings", static_cast<double>(config_.max_positions));
     factor = need(config_.parameters, static_cast<double>(length) > old ? "long_mscale" : "short_mscale", config_.type);
   }
-  const auto f = frequencies(length);
-  const auto frequency = torch::tensor(f, torch::kFloat32).to(positions.device());
-  const auto angle = positions.to(torch::kFloat32).unsqueeze(1).unsqueeze(-1) * frequency;
+  const std::vector<float> f = always_.empty() ? frequencies(length) : always_;
+  torch::Tensor angle;
+  if (positions.is_cpu() && positions.scalar_type() == torch::kInt64) {
+    // Without torch: a decoded token comes here, and what it has not called lately is not in the caches.
+    const auto rows = positions.contiguous();
+    const auto n = static_cast<int64_t>(f.size());
+    angle = torch::empty({positions.size(0), 1, positions.size(1), n}, torch::kFloat32);
+    float* to = angle.data_ptr<float>();
+    for (int64_t i = 0; i < rows.numel(); ++i)
+      for (int64_t j = 0; j < n; ++j)
+        *to++ = static_cast<float>(rows.const_data_ptr<int64_t>()[i]) * f[static_cast<size_t>(j)];
+  } else {
+    const auto frequency = torch::tensor(f, torch::kFloat32).to(positions.device());
+    angle = positions.to(torch::kFloat32).unsqueeze(1).unsqueeze(-1) * frequency;
+  }
   auto c = angle.cos(), s = angle.sin();
   if (factor != 1.0) {
     c = c * factor;

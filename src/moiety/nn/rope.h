@@ -39,6 +39,7 @@ class Rope {
   RopeConfig config_;
   int64_t dim_;
   double attention_factor_ = 1.0;
+  std::vector<float> always_;  // the frequencies where no length changes them, else none
 };
 
 }  // namespace moiety
