@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <random>
 #include <vector>
@@ -16,8 +17,8 @@
 namespace moiety {
 namespace {
 
-const Format kPackable[] = {Format::Q8_0, Format::Q4_0, Format::Q4_1, Format::Q5_0,
-                            Format::Q5_1, Format::Q4_K, Format::Q5_K, Format::Q6_K};
+const Format kPackable[] = {Format::Q8_0, Format::Q4_0, Format::Q4_1, Format::Q5_0,  Format::Q5_1, Format::MXFP4,
+                            Format::Q4_K, Format::Q5_K, Format::Q6_K, Format::TQ1_0, Format::TQ2_0};
 
 struct Free {
   void operator()(std::byte* p) const { ::operator delete[](p, std::align_val_t{64}); }
@@ -260,26 +261,23 @@ TEST_F(PackedTest, RowsOfATileDoNotMeet) {
   });
 }
 
-// Bits of quants and integer scales all alike, or one of four bytes by chance; the halves stay finite.
+// Bits of quants and integer scales all alike, or one of some bytes by chance; the scales stay finite.
 std::vector<std::byte> extreme_rows(Format format, int64_t rows, int64_t cols, int byte, unsigned seed) {
   const auto scales = random_rows(format, rows, cols, seed);
   auto b = scales;
   std::mt19937 random(seed);
-  constexpr int kBytes[] = {0x00, 0xff, 0x7f, 0x80};
-  for (auto& v : b) v = static_cast<std::byte>(byte < 0 ? kBytes[random() % 4] : byte);
-  const bool minimum =
-      format == Format::Q4_1 || format == Format::Q5_1 || format == Format::Q4_K || format == Format::Q5_K;
-  for (size_t at = 0; at < b.size(); at += static_cast<size_t>(info(format).bytes)) {
-    const size_t halves = at + (format == Format::Q6_K ? 208 : 0);
-    std::copy_n(scales.data() + halves, minimum ? 4 : 2, b.data() + halves);
-  }
+  constexpr int kBytes[] = {0x00, 0xff, 0x7f, 0x80, 0x77};
+  for (auto& v : b) v = static_cast<std::byte>(byte < 0 ? kBytes[random() % std::size(kBytes)] : byte);
+  const ScaleBytes scale = scale_bytes(format);
+  for (size_t at = static_cast<size_t>(scale.at); at < b.size(); at += static_cast<size_t>(info(format).bytes))
+    std::copy_n(scales.data() + at, scale.count, b.data() + at);
   return b;
 }
 
 TEST_F(PackedTest, ExtremeQuantsDoNotSaturate) {
   for_each_packing([] {
     for (const Format format : kPackable)
-      for (const int byte : {0x00, 0xff, 0x7f, 0x80, -1, -1}) {
+      for (const int byte : {0x00, 0xff, 0x7f, 0x80, 0x77, -1, -1}) {
         const int64_t cols = 2 * info(format).block;
         for (const int64_t n : {1, 5}) {
           // Activations of 127 and -127 alone: all of one sign, where sums are largest, and mixed.
@@ -314,8 +312,49 @@ TEST_F(PackedTest, NotANumberSpreadsToItsRowAlone) {
   });
 }
 
+TEST_F(PackedTest, ScalesOfMxfp4HaveEveryExponent) {
+  // Row r has the exponent r in both blocks, the largest ones beside codes up to 3, which f32 holds. Activations are
+  // whole multiples of a power of two that keeps products in f32's range, one of them far above the rest: nothing is
+  // rounded.
+  constexpr int64_t kRows = 256, kCols = 64;
+  std::mt19937 random(15);
+  std::vector<std::byte> b(static_cast<size_t>(kRows * row_bytes(Format::MXFP4, kCols)));
+  const auto bytes = static_cast<size_t>(info(Format::MXFP4).bytes);
+  for (size_t i = 0; i < b.size(); ++i) {
+    const size_t exponent = i / (2 * bytes);
+    b[i] = static_cast<std::byte>(i % bytes == 0 ? exponent : random() & (exponent < 253 ? 0xff : 0xbb));
+  }
+  for_each_packing([&] {
+    const Packed packed = pack(Format::MXFP4, b, kRows, kCols);
+    for (const float step : {0x1p14f, 0x1p-20f})
+      for (const int64_t n : {1, 2, 5, 8}) {
+        std::vector<float> x(static_cast<size_t>(n * kCols));
+        for (float& v : x) v = step * static_cast<float>(static_cast<int>(random() % 255) - 127);
+        for (int64_t t = 0; t < n; ++t) {
+          x[static_cast<size_t>(t * kCols)] = -127.f * step;
+          x[static_cast<size_t>(t * kCols + 32)] = 127.f * step;
+          x[static_cast<size_t>(t * kCols + 33 + t)] = 5000.f * step;
+        }
+        const auto tiles = tiles_of(Format::MXFP4, x, n, kCols);
+        ASSERT_EQ(tiles.view(0).whole, n);
+        std::vector<float> y(static_cast<size_t>(n * kRows)), w(kCols);
+        packed_products(Format::MXFP4, packed.get(), kRows, kCols, 0, packed_groups(kRows), tiles, y.data(), kRows);
+        for (int64_t t = 0; t < n; ++t) {
+          for (int64_t r = step > 1.f ? 0 : 128; r < (step > 1.f ? 128 : 255); ++r) {
+            dequantize_row(Format::MXFP4, b.data() + r * row_bytes(Format::MXFP4, kCols), w.data(), kCols);
+            double sum = 0;
+            for (int64_t i = 0; i < kCols; ++i)
+              sum += static_cast<double>(w[static_cast<size_t>(i)]) * x[static_cast<size_t>(t * kCols + i)];
+            EXPECT_EQ(static_cast<double>(y[static_cast<size_t>(t * kRows + r)]), sum) << "exponent " << r;
+          }
+          EXPECT_TRUE(std::isnan(y[static_cast<size_t>(t * kRows + 255)]));
+        }
+      }
+  });
+}
+
 TEST_F(PackedTest, RefusesWhatDoesNotFit) {
-  EXPECT_FALSE(can_pack(Format::TQ2_0));
+  EXPECT_FALSE(can_pack(Format::BF16));
   EXPECT_FALSE(can_pack(Format::F16));
   EXPECT_THROW(packed_group_bytes(Format::Q4_K, 128), Error);
   EXPECT_THROW(packed_group_bytes(Format::F16, 128), Error);

@@ -9,6 +9,30 @@
 
 namespace moiety {
 
+// Where a block's scale, and the minimum behind it, stand.
+struct ScaleBytes {
+  int at, count;
+};
+inline ScaleBytes scale_bytes(Format format) {
+  switch (format) {
+    case Format::Q6_K:
+      return {208, 2};
+    case Format::TQ1_0:
+      return {52, 2};
+    case Format::TQ2_0:
+      return {64, 2};
+    case Format::MXFP4:
+      return {0, 1};
+    case Format::Q4_1:
+    case Format::Q5_1:
+    case Format::Q4_K:
+    case Format::Q5_K:
+      return {0, 4};
+    default:
+      return {0, 2};
+  }
+}
+
 // Any bit pattern of the quants, scales that are finite.
 inline std::vector<std::byte> random_rows(Format format, int64_t rows, int64_t cols, unsigned seed) {
   const FormatInfo& f = info(format);
@@ -19,30 +43,11 @@ inline std::vector<std::byte> random_rows(Format format, int64_t rows, int64_t c
     const uint16_t h = float_to_half(static_cast<float>(static_cast<int>(random() % 2001) - 1000) / 777.f);
     std::memcpy(p, &h, 2);
   };
+  const ScaleBytes scale = scale_bytes(format);
   for (size_t at = 0; at < b.size(); at += static_cast<size_t>(f.bytes)) {
-    std::byte* p = b.data() + at;
-    switch (format) {
-      case Format::Q6_K:
-        put_half(p + 208);
-        break;
-      case Format::TQ1_0:
-        put_half(p + 52);
-        break;
-      case Format::TQ2_0:
-        put_half(p + 64);
-        break;
-      case Format::MXFP4:
-        p[0] = static_cast<std::byte>(120 + random() % 8);
-        break;
-      case Format::Q4_1:
-      case Format::Q5_1:
-      case Format::Q4_K:
-      case Format::Q5_K:
-        put_half(p + 2);
-        [[fallthrough]];
-      default:
-        put_half(p);
-    }
+    std::byte* p = b.data() + at + scale.at;
+    if (scale.count == 1) *p = static_cast<std::byte>(120 + random() % 8);
+    for (int i = scale.count; i >= 2; i -= 2) put_half(p + i - 2);
   }
   return b;
 }

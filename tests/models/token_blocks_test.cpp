@@ -109,7 +109,7 @@ TEST_F(TokenBlocks, EqualTheModulesInDenseFamilies) {
 }
 
 TEST_F(TokenBlocks, EqualTheModulesInMixtures) {
-  for (const char* type : {"q8_0", "q4_0", "q4_k"})
+  for (const char* type : {"q8_0", "q4_0", "q4_k", "mxfp4"})
     for (const auto& config : {config_of("mixtral"), config_of("qwen3_moe"), config_of("olmoe"),
                                config_of("qwen2_moe", {{"shared_expert_intermediate_size", 512}})}) {
       SCOPED_TRACE(config["model_type"].get<std::string>() + " " + type);

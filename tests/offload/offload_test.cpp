@@ -118,7 +118,7 @@ OffloadOptions lossless(const std::string& policy, int64_t capacity, bool sync =
 }
 
 TEST(Offload, EqualsTheModelInMemoryBitForBitInEveryFormat) {
-  for (const char* format : {"q4_0", "q8_0", "q4_k", "q6_k", "tq2_0", "f32", "f16", "bf16"}) {
+  for (const char* format : {"q4_0", "q8_0", "q4_k", "q6_k", "mxfp4", "tq1_0", "tq2_0", "f32", "f16", "bf16"}) {
     const auto file = files().gguf("mixtral", format);
     const auto whole = resident(file);
     ASSERT_TRUE(whole.isfinite().all().item<bool>());
@@ -151,6 +151,13 @@ TEST(Offload, EqualsTheModelInMemoryForSeveralSequencesAndExactProducts) {
   const auto file = files().gguf("mixtral", "q4_0");
   EXPECT_TRUE(torch::equal(run(*on_disk(file, lossless("lru", 3)).model, 3), resident(file, 3)));
   EXPECT_TRUE(torch::equal(run(*on_disk(file, lossless("lru", 3), "f32").model), resident(file, 1, "f32")));
+}
+
+TEST(Offload, EqualsTheModelInMemoryWhereExpertsHaveBiases) {
+  const auto file = files().gguf("gpt_oss", "mxfp4");
+  const auto whole = resident(file, 2);
+  ASSERT_TRUE(whole.isfinite().all().item<bool>());
+  EXPECT_TRUE(torch::equal(run(*on_disk(file, lossless("lru", 3)).model, 2), whole));
 }
 
 TEST(Offload, WithRoomForAllEachExpertIsReadOnce) {

@@ -49,8 +49,7 @@ struct Q51Sums : Q51 {
 struct Mxfp4Sums : Mxfp4 {
   static constexpr int kOffset = 12;
   [[gnu::always_inline]] static __m256i sums(const uint8_t* p, __m256i q) {
-    const __m256i table =
-        _mm256_broadcastsi128_si256(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+    const __m256i table = _mm256_broadcastsi128_si256(e2m1_table<kOffset>());
     return multiply(_mm256_shuffle_epi8(table, nibbles32(p + 1)), q);
   }
 };

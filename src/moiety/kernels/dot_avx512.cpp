@@ -77,14 +77,11 @@ struct Mxfp4Pair : Mxfp4 {
     return _mm_setr_ps(scale(p), scale(p + kBytes), 0.f, 0.f);
   }
   static constexpr int kOffset = 12;
-  [[gnu::always_inline]] static __m128i table() {
-    return _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
-  }
   [[gnu::always_inline]] static __m512i pair(const uint8_t* p) {
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table()), nibbles(p + 1, p + kBytes + 1));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(e2m1_table<kOffset>()), nibbles(p + 1, p + kBytes + 1));
   }
   [[gnu::always_inline]] static __m256i one(const uint8_t* p) {
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table()), nibbles32(p + 1));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(e2m1_table<kOffset>()), nibbles32(p + 1));
   }
 };
 

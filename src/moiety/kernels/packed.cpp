@@ -22,10 +22,12 @@ struct Packable {
   PackedFormat PackedKernels::*kernels;
 };
 constexpr Packable kPackable[] = {
-    {Format::Q8_0, kPackedQ8_0, &PackedKernels::q8_0}, {Format::Q4_0, kPackedQ4_0, &PackedKernels::q4_0},
-    {Format::Q4_1, kPackedQ4_1, &PackedKernels::q4_1}, {Format::Q5_0, kPackedQ5_0, &PackedKernels::q5_0},
-    {Format::Q5_1, kPackedQ5_1, &PackedKernels::q5_1}, {Format::Q4_K, kPackedQ4_K, &PackedKernels::q4_k},
-    {Format::Q5_K, kPackedQ5_K, &PackedKernels::q5_k}, {Format::Q6_K, kPackedQ6_K, &PackedKernels::q6_k}};
+    {Format::Q8_0, kPackedQ8_0, &PackedKernels::q8_0},       {Format::Q4_0, kPackedQ4_0, &PackedKernels::q4_0},
+    {Format::Q4_1, kPackedQ4_1, &PackedKernels::q4_1},       {Format::Q5_0, kPackedQ5_0, &PackedKernels::q5_0},
+    {Format::Q5_1, kPackedQ5_1, &PackedKernels::q5_1},       {Format::MXFP4, kPackedMXFP4, &PackedKernels::mxfp4},
+    {Format::Q4_K, kPackedQ4_K, &PackedKernels::q4_k},       {Format::Q5_K, kPackedQ5_K, &PackedKernels::q5_k},
+    {Format::Q6_K, kPackedQ6_K, &PackedKernels::q6_k},       {Format::TQ1_0, kPackedTernary, &PackedKernels::ternary},
+    {Format::TQ2_0, kPackedTernary, &PackedKernels::ternary}};
 
 const Packable* find(Format format) {
   const auto* it =
@@ -61,6 +63,8 @@ void spread_quants(Format format, const uint8_t* p, int row, uint8_t* quants, ui
       return spread(p + 2, 4, quants, row);
     case Format::Q4_1:
       return spread(p + 4, 4, quants, row);
+    case Format::MXFP4:
+      return spread(p + 1, 4, quants, row);
     case Format::Q5_0:
     case Format::Q5_1: {
       p += format == Format::Q5_0 ? 2 : 4;
@@ -77,6 +81,19 @@ void spread_quants(Format format, const uint8_t* p, int row, uint8_t* quants, ui
     case Format::Q5_K:
       spread(p + 16, 8, high, row);
       return spread(p + 48, 32, quants, row);
+    case Format::TQ1_0: {
+      int8_t v[256];
+      TQ10::unpack(p, v);
+      uint8_t pairs[64];
+      for (int i = 0; i < 64; ++i) {
+        const int8_t* from = v + 128 * (i / 32) + i % 32;
+        pairs[i] =
+            static_cast<uint8_t>((from[0] + 1) | (from[32] + 1) << 2 | (from[64] + 1) << 4 | (from[96] + 1) << 6);
+      }
+      return spread(pairs, 16, quants, row);
+    }
+    case Format::TQ2_0:
+      return spread(p, 16, quants, row);
     default:
       break;
   }
@@ -91,6 +108,20 @@ void spread_quants(Format format, const uint8_t* p, int row, uint8_t* quants, ui
     const uint32_t word = (first >> shift & kPairs) | (first >> (shift + 4) & kPairs) << 2 |
                           (second >> shift & kPairs) << 4 | (second >> (shift + 4) & kPairs) << 6;
     std::memcpy(high + 64 * z + 4 * row, &word, 4);
+  }
+}
+
+// Where a block's scale stands in the file.
+int scale_at(Format format) {
+  switch (format) {
+    case Format::Q6_K:
+      return 208;
+    case Format::TQ1_0:
+      return 52;
+    case Format::TQ2_0:
+      return 64;
+    default:
+      return 0;
   }
 }
 
@@ -136,15 +167,16 @@ void pack_group(Format format, const std::byte* data, int64_t rows, int64_t cols
   const int64_t blocks = cols / l.block, stride = row_bytes(format, cols);
   auto* out = reinterpret_cast<uint8_t*>(to);
   std::memset(out, 0, static_cast<size_t>(l.bytes(blocks)));
-  const int half_at = format == Format::Q6_K ? 208 : 0;
+  const int at = scale_at(format);
+  const auto size = static_cast<size_t>(l.e2m1 ? 1 : 2);
   for (int row = 0; row < kPackedRows && group * kPackedRows + row < rows; ++row) {
     const auto* p = reinterpret_cast<const uint8_t*>(data) + (group * kPackedRows + row) * stride;
     for (int64_t b = 0; b < blocks; ++b, p += info(format).bytes) {
       spread_quants(format, p, row, out + l.quants_at(blocks) + b * l.quants, out + l.high_at(blocks) + b * l.high);
       if (l.scales > 0) spread_scales(format, p, row, out + l.scales_at(blocks) + b * l.scales);
-      uint8_t* halves = out + b * (l.min ? 64 : 32);
-      std::memcpy(halves + 2 * row, p + half_at, 2);
-      if (l.min) std::memcpy(halves + 32 + 2 * row, p + 2, 2);
+      uint8_t* ends = out + b * l.ends();
+      std::memcpy(ends + size * static_cast<size_t>(row), p + at, size);
+      if (l.min) std::memcpy(ends + 32 + 2 * row, p + 2, 2);
     }
   }
 }

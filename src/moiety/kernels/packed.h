@@ -2,8 +2,8 @@
 // Products of block-quantized weights that were packed for them: 16 rows side by side, so that one instruction takes a
 // step in 16 rows, a block's scales are one vector, and up to 8 rows of activations share what a weight costs to
 // unpack. The same kernel serves one token and a whole prompt. Integer sums are exact, block sums are scaled in f32.
-// Packed rows take as many bytes as the file's (Q4_K: 3 % more). AVX2, and AVX-512 with VNNI, with the same bits; dot.h
-// serves other machines.
+// Packed rows take as many bytes as the file's (Q4_K: 3 % more; TQ1_0: as many as TQ2_0). AVX2, and AVX-512 with VNNI,
+// with the same bits; dot.h serves other machines.
 #include <cstddef>
 #include <cstdint>
 #include <memory>

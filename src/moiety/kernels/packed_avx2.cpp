@@ -3,6 +3,7 @@
 // sums 16 bits hold says when they have to be widened:
 //   4 bits  15 * 127 * 2 = 3810   8 quads (30480)      6 bits   63 * 127 * 2 = 16002   2 quads (32004)
 //   5 bits  31 * 127 * 2 = 7874   4 quads (31496)      8 bits  128 * 127 * 2 = 32512   1 quad, by magnitudes
+//   2 bits   3 * 127 * 2 = 762    8 quads (6096)       E2M1    28 * 127 * 2 = 7112    4 quads (28448)
 // Activations are at least -127 (QuantizeBlock). The integers, and what is done with them in f32, are those of AVX-512:
 // results have the same bits.
 #if defined(__x86_64__)
@@ -32,6 +33,12 @@ constexpr int kHalf = 8;  // rows of a vector
 }
 [[gnu::always_inline]] inline __m128i eight(const uint8_t* p) {
   return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+}
+// e8m0_half() of 8 bytes. 2^(e - 127), infinite for 255, less half of itself.
+[[gnu::always_inline]] inline __m256 exponents(const uint8_t* p) {
+  const __m256i bytes = _mm256_cvtepu8_epi32(eight(p));
+  const __m256 v = _mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(bytes, 23), _mm256_set1_epi32(1 << 22)));
+  return _mm256_fnmadd_ps(v, _mm256_set1_ps(0.5f), v);
 }
 [[gnu::always_inline]] inline __m256i bits_of_bytes(__m256i v, char mask) {
   return _mm256_and_si256(v, _mm256_set1_epi8(mask));
@@ -144,6 +151,20 @@ struct FiveBits51 : FiveBits {
   static constexpr int kOffset = 0;
 };
 
+struct E2m1 : FiveBits {
+  static constexpr PackedLayout kLayout = kPackedMXFP4;
+  static constexpr int kOffset = kLayout.offset;
+  [[gnu::always_inline]] static void unpack(const uint8_t* q, const uint8_t*, Weights& w) {
+    const __m256i table = _mm256_broadcastsi128_si256(e2m1_table<kOffset>());
+#pragma GCC unroll 4
+    for (int z = 0; z < 4; ++z) {
+      const __m256i both = quad(q + 64 * z);
+      w[z] = _mm256_shuffle_epi8(table, nibbles<false>(both));
+      w[4 + z] = _mm256_shuffle_epi8(table, nibbles<true>(both));
+    }
+  }
+};
+
 // Running totals of a tile's `rows` rows and both halves of the group. One row keeps them in registers.
 template <bool single>
 struct Totals {
@@ -167,13 +188,13 @@ struct Blocks32 {
     const uint8_t *begin = group + l.quants_at(blocks), *q = begin, *high = group + l.high_at(blocks), *ends = group;
     Totals<single> total;
     total.clear(rows);
-    for (int64_t b = 0; b < blocks; ++b, q += l.quants, high += l.high, ends += l.min ? 64 : 32) {
+    for (int64_t b = 0; b < blocks; ++b, q += l.quants, high += l.high, ends += l.ends()) {
       ask_ahead<l.block_bytes(), 1>(begin, b);
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) {
         typename F::Weights w;
         F::unpack(q + 32 * h, high + 32 * h, w);
-        const __m256 scale = halves(ends + 16 * h);
+        const __m256 scale = l.e2m1 ? exponents(ends + 8 * h) : halves(ends + 16 * h);
         __m256 minimum = _mm256_setzero_ps();
         if constexpr (l.min) minimum = halves(ends + 32 + 16 * h);
         for (int t = 0; t < rows; ++t) {
@@ -345,6 +366,57 @@ struct BlocksQ6_K {
   }
 };
 
+// Three values of a weight, four weights a byte.
+struct BlocksTernary {
+  template <bool single>
+  static void run(const uint8_t* group, int64_t blocks, const View& x, int tile, float* out) {
+    constexpr PackedLayout l = kPackedTernary;
+    const int rows = single ? 1 : tile;
+    const uint8_t *begin = group + l.quants_at(blocks), *q = begin, *ends = group;
+    const __m256i ones = _mm256_set1_epi16(1);
+    Totals<single> total;
+    total.clear(rows);
+    for (int64_t b = 0; b < blocks; ++b, q += l.quants, ends += l.ends()) {
+      const int8_t* a = x.q + 256 * b * rows;
+      __m256i sum[Totals<single>::kMost][2];
+      for (int t = 0; t < rows; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
+      for (int c = 0; c < 2; ++c) {
+        ask_ahead<l.block_bytes(), 2>(begin, 2 * b + c);
+        const auto quarter = [&]<int k>(int h) __attribute__((always_inline)) {
+          __m256i w[8];
+#pragma GCC unroll 8
+          for (int z = 0; z < 8; ++z) w[z] = bits_of_bytes(moved<2 * k, 0>(quad(q + 64 * (8 * c + z) + 32 * h)), 3);
+          for (int t = 0; t < rows; ++t)
+            sum[t][h] =
+                _mm256_add_epi32(sum[t][h], _mm256_madd_epi16(products<8>(w, a + 256 * t + 128 * c + 32 * k), ones));
+        };
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h) {
+          quarter.template operator()<0>(h);
+          quarter.template operator()<1>(h);
+          quarter.template operator()<2>(h);
+          quarter.template operator()<3>(h);
+        }
+      }
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        const __m256 scale = halves(ends + 16 * h);
+        for (int t = 0; t < rows; ++t) {
+          const int64_t at = b * rows + t;
+          // What the offset of 1 added.
+          __m128i all = _mm_madd_epi16(load128(x.pairs + 8 * at), _mm_set1_epi16(l.offset));
+          all = _mm_add_epi32(all, _mm_shuffle_epi32(all, 0x4e));
+          all = _mm_add_epi32(all, _mm_shuffle_epi32(all, 0xb1));
+          const __m256i exact = _mm256_sub_epi32(sum[t][h], _mm256_broadcastd_epi32(all));
+          total.of[t][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(exact), _mm256_mul_ps(scale, _mm256_set1_ps(x.scale[at])),
+                                           total.of[t][h]);
+        }
+      }
+    }
+    total.store(rows, out);
+  }
+};
+
 template <class B, int T>
 void product(const uint8_t* group, int64_t blocks, const View& x, float* out) {
   B::template run<T == 1>(group, blocks, x, T, out);
@@ -360,8 +432,13 @@ struct Eight {
   }
   static __m256i joined(__m256i low, __m256i high) { return _mm256_or_si256(low, _mm256_slli_epi32(high, 4)); }
   static __m256i less(__m256i v, int offset) { return _mm256_sub_epi32(v, _mm256_set1_epi32(offset)); }
+  static __m256i e2m1_twice(__m256i v) {
+    const __m256i bytes = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(e2m1_table<0>()), v);
+    return _mm256_srai_epi32(_mm256_slli_epi32(bytes, 24), 24);
+  }
   static Float number(__m256i v) { return _mm256_cvtepi32_ps(v); }
   static Float halves(const uint8_t* p) { return moiety::halves(p); }
+  static Float exponents(const uint8_t* p) { return moiety::exponents(p); }
   static Float unsigned_bytes(const uint8_t* p) { return number(_mm256_cvtepu8_epi32(eight(p))); }
   static Float signed_bytes(const uint8_t* p) { return number(_mm256_cvtepi8_epi32(eight(p))); }
   static Float every_second(const uint8_t* p, int64_t which) {
@@ -391,9 +468,11 @@ constexpr PackedKernels kKernels{.q8_0 = of<Blocks32<Bytes>, kPackedQ8_0>(),
                                  .q4_1 = of<Blocks32<Nibbles41>, kPackedQ4_1>(),
                                  .q5_0 = of<Blocks32<FiveBits50>, kPackedQ5_0>(),
                                  .q5_1 = of<Blocks32<FiveBits51>, kPackedQ5_1>(),
+                                 .mxfp4 = of<Blocks32<E2m1>, kPackedMXFP4>(),
                                  .q4_k = of<BlocksK<false>, kPackedQ4_K>(),
                                  .q5_k = of<BlocksK<true>, kPackedQ5_K>(),
-                                 .q6_k = of<BlocksQ6_K, kPackedQ6_K>()};
+                                 .q6_k = of<BlocksQ6_K, kPackedQ6_K>(),
+                                 .ternary = of<BlocksTernary, kPackedTernary>()};
 
 }  // namespace
 

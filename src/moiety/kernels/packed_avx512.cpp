@@ -8,6 +8,7 @@
 #include "moiety/kernels/packed_columns.h"
 #include "moiety/kernels/packed_kernels.h"
 #include "moiety/kernels/packed_layout.h"
+#include "moiety/kernels/vectors_avx2.h"
 
 namespace moiety {
 namespace {
@@ -28,6 +29,11 @@ using View = QuantizedTiles::View;
 }
 [[gnu::always_inline]] inline __m512i bytes16(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
+}
+// e8m0_half() of 16 bytes. 2^(e - 127), infinite for 255, less half of itself.
+[[gnu::always_inline]] inline __m512 exponents(const uint8_t* p) {
+  const __m512i bits = _mm512_max_epi32(_mm512_slli_epi32(bytes16(p), 23), _mm512_set1_epi32(1 << 22));
+  return _mm512_fnmadd_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0.5f), _mm512_castsi512_ps(bits));
 }
 // a | b & mask
 [[gnu::always_inline]] inline __m512i join(__m512i a, __m512i b, __m512i mask) {
@@ -122,6 +128,30 @@ struct FiveBits51 : FiveBits {
   static constexpr PackedLayout kLayout = kPackedQ5_1;
 };
 
+struct E2m1 {
+  static constexpr PackedLayout kLayout = kPackedMXFP4;
+  template <int T>
+  [[gnu::always_inline]] static void sums(const uint8_t* q, const uint8_t*, const int8_t* a, __m512i (&sums)[T]) {
+    const __m512i mask = _mm512_set1_epi8(15), table = _mm512_broadcast_i32x4(e2m1_table<kLayout.offset>());
+    __m512i high[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) sums[t] = high[t] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int z = 0; z < 4; ++z) {
+      const __m512i both = quad(q + 64 * z);
+      const __m512i low = _mm512_shuffle_epi8(table, _mm512_and_si512(both, mask));
+      const __m512i top = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi32(both, 4), mask));
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        sums[t] = _mm512_dpbusd_epi32(sums[t], low, four(a + 32 * t + 4 * z));
+        high[t] = _mm512_dpbusd_epi32(high[t], top, four(a + 32 * t + 16 + 4 * z));
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) sums[t] = _mm512_add_epi32(sums[t], high[t]);
+  }
+};
+
 template <class F, int T>
 void blocks32(const uint8_t* group, int64_t blocks, const View& x, float* out) {
   constexpr PackedLayout l = F::kLayout;
@@ -133,7 +163,7 @@ void blocks32(const uint8_t* group, int64_t blocks, const View& x, float* out) {
     ask_ahead<l.block_bytes(), 1>(q, b);
     __m512i sums[T];
     F::template sums<T>(q + b * l.quants, high + b * l.high, x.q + b * 32 * T, sums);
-    const __m512 scale = halves(scales + b * (l.min ? 64 : 32));
+    const __m512 scale = l.e2m1 ? exponents(scales + b * l.ends()) : halves(scales + b * l.ends());
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       if constexpr (l.offset > 0) {
@@ -286,6 +316,54 @@ void blocks_q6_k(const uint8_t* group, int64_t blocks, const View& x, float* out
   for (int t = 0; t < T; ++t) _mm512_store_ps(out + 16 * t, total[t]);
 }
 
+// Three values of a weight, four weights a byte.
+template <int T>
+void blocks_ternary(const uint8_t* group, int64_t blocks, const View& x, float* out) {
+  constexpr PackedLayout l = kPackedTernary;
+  const __m512i mask = _mm512_set1_epi8(3);
+  const uint8_t *begin = group + l.quants_at(blocks), *q = begin, *ends = group;
+  __m512 total[T];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
+  for (int64_t b = 0; b < blocks; ++b, q += l.quants, ends += l.ends()) {
+    const int8_t* a = x.q + b * 256 * T;
+    __m512i even[T], odd[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      // What the offset of 1 adds comes off before.
+      even[t] = odd[t] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p)
+        even[t] = _mm512_dpwssd_epi32(even[t], _mm512_set1_epi16(-l.offset), four(x.pairs + (b * T + t) * 8 + 2 * p));
+    }
+    for (int c = 0; c < 2; ++c) {
+      ask_ahead<l.block_bytes(), 2>(begin, 2 * b + c);
+#pragma GCC unroll 8
+      for (int z = 0; z < 8; ++z) {
+        const __m512i all = quad(q + 64 * (8 * c + z));
+        const __m512i w[4] = {_mm512_and_si512(all, mask), _mm512_and_si512(_mm512_srli_epi32(all, 2), mask),
+                              _mm512_and_si512(_mm512_srli_epi32(all, 4), mask),
+                              _mm512_and_si512(_mm512_srli_epi32(all, 6), mask)};
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+          const int8_t* at = a + 256 * t + 128 * c + 4 * z;
+          even[t] = _mm512_dpbusd_epi32(even[t], w[0], four(at));
+          odd[t] = _mm512_dpbusd_epi32(odd[t], w[1], four(at + 32));
+          even[t] = _mm512_dpbusd_epi32(even[t], w[2], four(at + 64));
+          odd[t] = _mm512_dpbusd_epi32(odd[t], w[3], four(at + 96));
+        }
+      }
+    }
+    const __m512 scale = halves(ends);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t)
+      total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(even[t], odd[t])),
+                                 _mm512_mul_ps(scale, _mm512_set1_ps(x.scale[b * T + t])), total[t]);
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) _mm512_store_ps(out + 16 * t, total[t]);
+}
+
 // All 16 rows of a column.
 struct Sixteen {
   static constexpr int64_t kRows = 16;
@@ -296,8 +374,13 @@ struct Sixteen {
   }
   static __m512i joined(__m512i low, __m512i high) { return _mm512_or_si512(low, _mm512_slli_epi32(high, 4)); }
   static __m512i less(__m512i v, int offset) { return _mm512_sub_epi32(v, _mm512_set1_epi32(offset)); }
+  static __m512i e2m1_twice(__m512i v) {
+    const __m512i bytes = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(e2m1_table<0>()), v);
+    return _mm512_srai_epi32(_mm512_slli_epi32(bytes, 24), 24);
+  }
   static Float number(__m512i v) { return _mm512_cvtepi32_ps(v); }
   static Float halves(const uint8_t* p) { return moiety::halves(p); }
+  static Float exponents(const uint8_t* p) { return moiety::exponents(p); }
   static Float unsigned_bytes(const uint8_t* p) { return number(bytes16(p)); }
   static Float signed_bytes(const uint8_t* p) {
     return number(_mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(p))));
@@ -330,16 +413,19 @@ constexpr PackedKernels kKernels = [] {
                   .q4_0 = of32<Nibbles40>(),
                   .q4_1 = of32<Nibbles41>(),
                   .q5_0 = of32<FiveBits50>(),
-                  .q5_1 = of32<FiveBits51>()};
+                  .q5_1 = of32<FiveBits51>(),
+                  .mxfp4 = of32<E2m1>()};
   [&]<int... T>(std::integer_sequence<int, T...>) {
     ((k.q4_k.product[T] = blocks_k<false, T + 1>), ...);
     ((k.q5_k.product[T] = blocks_k<true, T + 1>), ...);
     ((k.q6_k.product[T] = blocks_q6_k<T + 1>), ...);
+    ((k.ternary.product[T] = blocks_ternary<T + 1>), ...);
   }
   (std::make_integer_sequence<int, 8>());
   fill_columns<Sixteen, kPackedQ4_K>(k.q4_k.columns);
   fill_columns<Sixteen, kPackedQ5_K>(k.q5_k.columns);
   fill_columns<Sixteen, kPackedQ6_K>(k.q6_k.columns);
+  fill_columns<Sixteen, kPackedTernary>(k.ternary.columns);
   return k;
 }();
 

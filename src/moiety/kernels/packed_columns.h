@@ -11,20 +11,24 @@
 namespace moiety {
 namespace {
 
-// Where the quant of element e of a block stands: in quad `quad`, in the low or high halves of bytes if it has four
-// bits there; and the bits above, if any, at bit `bit` of byte e % 4 of quad `above`.
+// Where the quant of element e of a block stands: in quad `quad`, from bit `from` of bytes on; and the bits above, if
+// any, at bit `bit` of byte e % 4 of quad `above`.
 struct ColumnPlace {
-  int64_t quad, top, above, bit;
+  int64_t quad, from, above, bit;
 };
+template <PackedLayout l>
+constexpr int kQuantMask = (1 << l.quants / (2 * l.block)) - 1;  // l.quants are 16 rows'
 template <PackedLayout l>
 ColumnPlace place_of(int64_t e) {
   if constexpr (l.block == 32) {
     if constexpr (l.quants == 512) return {e / 4, 0, 0, 0};
-    return {e % 16 / 4, e / 16, 0, e / 4};
+    return {e % 16 / 4, 4 * (e / 16), 0, e / 4};
   } else if constexpr (l.min) {  // Q4_K, Q5_K
-    return {8 * (e / 64) + e % 32 / 4, e % 64 / 32, e % 32 / 4, e / 32};
-  } else {  // Q6_K
-    return {e % 128 / 4, e / 128, e % 64 / 4, 2 * (e / 64)};
+    return {8 * (e / 64) + e % 32 / 4, 4 * (e % 64 / 32), e % 32 / 4, e / 32};
+  } else if constexpr (l.high > 0) {  // Q6_K
+    return {e % 128 / 4, 4 * (e / 128), e % 64 / 4, 2 * (e / 64)};
+  } else {  // of three values
+    return {8 * (e / 128) + e % 32 / 4, 2 * (e % 128 / 32), 0, 0};
   }
 }
 
@@ -35,14 +39,15 @@ template <class V, PackedLayout l>
   const ColumnPlace p = place_of<l>(e);
   const int64_t byte = 8 * (e % 4);
   const auto word = V::words(group + l.quants_at(blocks) + b * l.quants + 64 * p.quad + 4 * first);
-  auto q = V::bits(word, byte + 4 * p.top, l.quants == 512 ? 255 : 15);
+  auto q = V::bits(word, byte + p.from, kQuantMask<l>);
   if constexpr (l.high > 0) {
     const auto above = V::words(group + l.high_at(blocks) + b * l.high + 64 * p.above + 4 * first);
     constexpr int kBits = l.scales > 0 && !l.min ? 3 : 1;
     q = V::joined(q, V::bits(above, byte + p.bit, kBits));
   }
+  if constexpr (l.e2m1) return V::mul(V::exponents(group + b * l.ends() + first), V::number(V::e2m1_twice(q)));
   const auto value = V::number(V::less(q, l.offset));
-  const uint8_t* halves = group + b * (l.min ? 64 : 32) + 2 * first;
+  const uint8_t* halves = group + b * l.ends() + 2 * first;
   const auto scale = V::halves(halves);
   if constexpr (l.scales == 0) {
     if constexpr (l.min) return V::fma(scale, value, V::halves(halves + 32));

@@ -17,7 +17,7 @@ struct PackedFormat {
   PackedColumns columns[8];
 };
 struct PackedKernels {
-  PackedFormat q8_0, q4_0, q4_1, q5_0, q5_1, q4_k, q5_k, q6_k;
+  PackedFormat q8_0, q4_0, q4_1, q5_0, q5_1, mxfp4, q4_k, q5_k, q6_k, ternary;
 };
 
 const PackedKernels& packed_kernels_avx2();

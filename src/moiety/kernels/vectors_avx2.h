@@ -29,6 +29,12 @@ namespace {
   return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(bytes, bits), bits), _mm256_set1_epi8(16));
 }
 
+// What the 16 codes of E2M1 stand for, times two, and `offset` more.
+template <int offset>
+[[gnu::always_inline]] inline __m128i e2m1_table() {
+  return _mm_add_epi8(load128(kE2m1Twice), _mm_set1_epi8(offset));
+}
+
 // Sub-block g of the nibbles of Q4_K and Q5_K.
 [[gnu::always_inline]] inline __m256i k_nibbles(const uint8_t* quants, int g) {
   const __m256i v = load256(quants + 32 * (g / 2));
