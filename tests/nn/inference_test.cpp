@@ -234,6 +234,26 @@ TEST(Inference, ARowsExpertsDoNotDependOnTheRowsBesideIt) {
   }
 }
 
+TEST(Inference, ExpertsWithBiasesInBlocksEqualTheLoopOverThem) {
+  torch::manual_seed(9);
+  const torch::NoGradGuard frozen;
+  const auto stack = [](int64_t out, int64_t in) {
+    std::vector<Linear> list;
+    for (int e = 0; e < 4; ++e) list.push_back(blocks(out, in));
+    return LinearStack(list, torch::randn({4, out}));
+  };
+  ClampedExperts experts(stack(32, 64), stack(32, 64), stack(64, 32), 1.702, 2.0);
+  for (const int64_t n : {1, 3, 40, 301}) {
+    Routing routing;
+    routing.experts = torch::randint(-1, 3, {n, 2}, torch::kInt64);
+    routing.gates = torch::rand({n, 2});
+    const Dispatch d = Dispatch::of(routing, 4);
+    const auto x = torch::randn({n, 64});
+    // The same products and additions in the same order.
+    EXPECT_TRUE(torch::equal(experts.outputs(x, d), experts.forward(d.gather(x), d.counts))) << n;
+  }
+}
+
 TEST(Inference, DispatchSortsPairsByExpertAndKeepsTheOrderOfTokens) {
   Routing routing;
   routing.experts = torch::tensor({{2, 0}, {-1, 2}, {0, -1}}, torch::kInt64);

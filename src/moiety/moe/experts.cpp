@@ -5,6 +5,7 @@
 #include "moiety/base/error.h"
 #include "moiety/moe/grouped.h"
 #include "moiety/nn/beside.h"
+#include "moiety/nn/elements.h"
 #include "moiety/nn/packed_gated.h"
 #include "moiety/nn/shortcut.h"
 
@@ -80,12 +81,17 @@ torch::Tensor GatedExperts::packed(const torch::Tensor& x, const Dispatch& d) {
   auto &gates = gate->matrices(), &ups = up->matrices(), &downs = down->matrices();
   if (gates.size() != used || ups.size() != used || downs.size() != used) return {};
   if (adapted()) return {};
-  const bool biased = gate->bias.defined() || up->bias.defined() || down->bias.defined();
-  if (biased || !may_shorten({d.gates})) return {};
+  for (const auto& bias : {gate->bias, up->bias, down->bias})
+    if (bias.defined() && !plain_f32(bias)) return {};
+  if (!may_shorten({d.gates, gate->bias, up->bias, down->bias})) return {};
+  const auto bias_of = [](const LinearStack& s, size_t e) {
+    return s->bias.defined() ? s->bias.const_data_ptr<float>() + static_cast<int64_t>(e) * s->out() : nullptr;
+  };
   std::vector<PackedGated> matrices(used, PackedGated{nullptr, nullptr, nullptr});
   for (size_t e = 0; e < used; ++e) {
     if (d.counts[e] == 0) continue;
-    matrices[e] = {gates[e]->packed_for(x), ups[e]->packed_for(x), downs[e]->packed_for(x)};
+    matrices[e] = {gates[e]->packed_for(x), ups[e]->packed_for(x), downs[e]->packed_for(x),
+                   bias_of(gate, e),        bias_of(up, e),        bias_of(down, e)};
     if (!matrices[e].gate || !matrices[e].up || !matrices[e].down) return {};
   }
   const auto flat = x.to(torch::kFloat32).contiguous();

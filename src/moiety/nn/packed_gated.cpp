@@ -3,6 +3,7 @@
 #include <torch/torch.h>
 
 #include <algorithm>
+#include <tuple>
 
 #include "moiety/base/error.h"
 #include "moiety/kernels/token.h"
@@ -11,6 +12,8 @@
 
 namespace moiety {
 namespace {
+
+constexpr int64_t kGrain = 16384;  // elements that are worth a thread
 
 // Kept from call to call, by thread: their memory is asked for again for every layer of every token.
 struct Tiles {
@@ -22,6 +25,24 @@ QuantizedTiles& sized(std::vector<QuantizedTiles>& all, size_t& used, Activation
   QuantizedTiles& t = all[used++];
   t.resize(kind, n, cols);
   return t;
+}
+
+void add_bias(const float* bias, int64_t rows, int64_t width, float* y) {
+  for (float* row = y; bias != nullptr && row != y + rows * width; row += width)
+    for (int64_t i = 0; i < width; ++i) row[i] += bias[i];
+}
+
+// Adds its expert's bias to every row of y.
+void add_biases(std::span<const PackedGated> experts, std::span<const int64_t> counts, const float* PackedGated::*bias,
+                torch::Tensor& y) {
+  const int64_t width = y.size(1);
+  float* to = y.data_ptr<float>();
+  for (size_t e = 0; e < experts.size(); to += counts[e] * width, ++e) {
+    if (experts[e].*bias == nullptr || counts[e] == 0) continue;
+    parallel_for(0, counts[e], std::max<int64_t>(1, kGrain / width), [&](int64_t first, int64_t last) {
+      add_bias(experts[e].*bias, last - first, width, to + first * width);
+    });
+  }
 }
 
 // Some pairs of one expert, which a task takes through all three matrices: what lies between these stays in the second
@@ -76,7 +97,7 @@ void run_part(const Part& part, const PackedGated& m, const torch::Tensor& x, co
     packed_products(matrix.format(), matrix.data(), matrix.rows(), matrix.cols(), 0, matrix.groups(), t, to, stride);
   };
   bool filled[2] = {false, false};
-  for (const auto& [matrix, to] : {std::pair(m.gate, g), std::pair(m.up, u)}) {
+  for (const auto& [matrix, bias, to] : {std::tuple(m.gate, m.gate_bias, g), std::tuple(m.up, m.up_bias, u)}) {
     const ActivationKind kind = activation_kind(matrix->format());
     const int which = kind == ActivationKind::Blocks32 ? 0 : 1;
     if (!filled[which]) {
@@ -86,11 +107,13 @@ void run_part(const Part& part, const PackedGated& m, const torch::Tensor& x, co
       filled[which] = true;
     }
     multiply(*matrix, own.in[which], to.data_ptr<float>(), width);
+    add_bias(bias, n, width, to.data_ptr<float>());
   }
   const auto h = combine(g, u).contiguous();
   own.between.resize(activation_kind(m.down->format()), n, width);
   fill(own.between, h.const_data_ptr<float>(), width, nullptr);
   multiply(*m.down, own.between, y + part.begin * out_width, out_width);
+  add_bias(m.down_bias, n, out_width, y + part.begin * out_width);
 }
 
 }  // namespace
@@ -146,6 +169,8 @@ torch::Tensor packed_gated(const torch::Tensor& x, std::span<const PackedGated> 
   }
   quantize_all(fills);
   run_jobs(jobs);
+  add_biases(experts, counts, &PackedGated::gate_bias, g);
+  add_biases(experts, counts, &PackedGated::up_bias, u);
 
   const auto h = combine(g, u).contiguous();
   fills.clear();
@@ -161,6 +186,7 @@ torch::Tensor packed_gated(const torch::Tensor& x, std::span<const PackedGated> 
   }
   quantize_all(fills);
   run_jobs(jobs);
+  add_biases(experts, counts, &PackedGated::down_bias, y);
   return y;
 }
 
@@ -169,7 +195,6 @@ torch::Tensor act_times(Activation act, torch::Tensor g, const torch::Tensor& u)
   if (times == nullptr) return act(g).mul_(u);
   float* to = g.data_ptr<float>();
   const float* by = u.const_data_ptr<float>();
-  constexpr int64_t kGrain = 16384;
   if (g.numel() <= kGrain)
     times(to, by, g.numel());
   else

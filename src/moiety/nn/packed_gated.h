@@ -13,6 +13,7 @@ namespace moiety {
 
 struct PackedGated {
   const PackedMatrix *gate, *up, *down;
+  const float *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;  ///< null: none
 };
 /// (gate x, up x) [P, f] f32 each -> what the down projection takes; may work in place.
 using Combine = std::function<torch::Tensor(torch::Tensor g, torch::Tensor u)>;
