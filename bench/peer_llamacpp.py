@@ -95,7 +95,7 @@ def main():
             rate, layout = other[t]
             row = {"test": t[0], "tokens": t[1], "batch": t[2], "moiety": own[t]["best_tokens_per_second"], "llama_cpp": rate, "layout": layout,
                    "ratio": own[t]["best_tokens_per_second"] / rate}
-            row.update({k: own[t][k] for k in ("of_limit", "gigabytes_per_second", "bandwidth_gigabytes_per_second", "gflops") if k in own[t]})
+            row.update({k: own[t][k] for k in ("of_limit", "gigabytes_per_second", "bandwidth_gigabytes_per_second", "gflops", "peak_gflops", "peak_of") if k in own[t]})
             rows.append(row)
             if not args.json:
                 limit = f"  {100 * row['of_limit']:.0f} % of the limit" if "of_limit" in row else ""

@@ -15,6 +15,7 @@
 #include "moiety/base/error.h"
 #include "moiety/base/progress.h"
 #include "moiety/kernels/cpu.h"
+#include "moiety/kernels/packed.h"
 #include "moiety/nn/parallel.h"
 #include "open_model.h"
 #include "verb.h"
@@ -58,7 +59,23 @@ double bandwidth() {
   return static_cast<double>(buffer.nbytes()) / best;
 }
 
-// Operations a second of a large product in bf16: the machine's peak for prompts.
+// Operations a second of products in 8 bits that all threads do on registers alone: the machine's peak for prompts of
+// models whose matrices are packed.
+double peak_of_bytes() {
+  const auto threads = static_cast<int64_t>(at::get_num_threads());
+  double best = 0.0;
+  for (int i = 0; i < 4; ++i) {
+    std::atomic<int64_t> operations{0};
+    const auto start = Clock::now();
+    parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t) operations += packed_peak(200'000);
+    });
+    best = std::max(best, static_cast<double>(operations) / seconds_since(start));
+  }
+  return best;
+}
+
+// Operations a second of a large product in bf16: the machine's peak for prompts of other models.
 double peak() {
   static const auto a = torch::randn({1024, 1024}).to(torch::kBFloat16);
   auto c = torch::empty_like(a);
@@ -72,9 +89,9 @@ double peak() {
 }
 
 // What one token reads and multiplies, from the stored tensors and the experts that a token takes. `head`: the part of
-// the operations that a prompt needs for its last token only.
+// the operations that a prompt needs for its last token only; `packed`: those of matrices that can run packed.
 struct Work {
-  double bytes = 0, operations = 0, head = 0;
+  double bytes = 0, operations = 0, head = 0, packed = 0;
 };
 
 // Block of a tensor, by its name; -1 outside of blocks.
@@ -113,6 +130,7 @@ Work work_of(const OpenModel& open, torch::Device device) {
     const double part = expert && it != share.end() ? it->second : 1.0;
     work.bytes += part * static_cast<double>(t.bytes());
     work.operations += 2.0 * part * static_cast<double>(t.elements());
+    if (can_pack(t.format)) work.packed += 2.0 * part * static_cast<double>(t.elements());
   }
   if (head == nullptr && embedding != nullptr) {  // one matrix serves as both
     head = embedding;
@@ -162,7 +180,8 @@ class Bench {
 
   json prompt(int64_t length, int64_t batch) {
     const auto ids = random_ids(batch, length);
-    const double limit = limits() ? peak() : 0.0;
+    const bool in_bytes = work_.packed > 0.5 * work_.operations && o_.common.dtype != "f32";
+    const double limit = !limits() ? 0.0 : in_bytes ? peak_of_bytes() : peak();
     std::vector<double> rates;
     for (int64_t r = 0; r < o_.repetitions; ++r) {
       auto cache = open_.model->make_cache();
@@ -176,12 +195,13 @@ class Bench {
     const double reached = each * row["best_tokens_per_second"].get<double>();
     row["gflops"] = reached * 1e-9;
     row["peak_gflops"] = limit * 1e-9;
+    row["peak_of"] = in_bytes ? "8-bit products in registers" : "a large product in bf16";
     row["of_limit"] = reached / limit;
     return row;
   }
 
   json generate(int64_t tokens, int64_t batch) {
-    const double limit = limits() ? bandwidth() : 0.0;
+    double limit = limits() ? bandwidth() : 0.0;
     std::vector<double> rates;
     auto cache = open_.model->make_cache();
     const auto fill = [&] {
@@ -206,6 +226,7 @@ class Bench {
     if (o_.depth > 0) row["depth"] = o_.depth;
     row["cache_bytes"] = cache_bytes;
     if (limits() && batch == 1) {
+      limit = std::max(limit, bandwidth());  // before and behind: memory of shared machines changes its speed
       const double reached = work_.bytes * row["best_tokens_per_second"].get<double>();
       row["gigabytes_per_second"] = reached * 1e-9;
       row["bandwidth_gigabytes_per_second"] = limit * 1e-9;
@@ -256,7 +277,7 @@ void print(const json& row) {
     fmt::print("{:>8.1f} of {:.1f} {} ({:.0f} %)", row[what].get<double>(), row[limit].get<double>(), unit,
                100.0 * row["of_limit"].get<double>());
   };
-  if (row.contains("gflops")) of("gflops", "peak_gflops", "GFLOP/s");
+  if (row.contains("gflops")) of("gflops", "peak_gflops", "Gop/s");
   if (row.contains("gigabytes_per_second")) of("gigabytes_per_second", "bandwidth_gigabytes_per_second", "GB/s");
   fmt::print("\n");
 }

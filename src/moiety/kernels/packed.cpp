@@ -138,12 +138,12 @@ void spread_scales(Format format, const uint8_t* p, int row, uint8_t* scales) {
   }
 }
 
-const PackedFormat& kernels(const Packable& p) {
+const PackedKernels& all_kernels() {
 #if defined(__x86_64__)
-  if (isa() == Isa::Avx512) return packed_kernels_avx512().*p.kernels;
-  if (isa() == Isa::Avx2) return packed_kernels_avx2().*p.kernels;
+  if (isa() == Isa::Avx512) return packed_kernels_avx512();
+  if (isa() == Isa::Avx2) return packed_kernels_avx2();
 #endif
-  fail("this machine has no products for packed rows of {}", info(p.format).name);
+  fail("this machine has no products for packed rows");
 }
 
 }  // namespace
@@ -290,7 +290,7 @@ void packed_products(Format format, const std::byte* packed, int64_t rows, int64
         "{} activations, quantized for {}, do not fit {} rows of {} columns", x.cols(),
         x.kind() == activation_kind(format) ? "this format" : "another format", info(format).name, cols);
   const int64_t blocks = cols / l.block, bytes = l.bytes(blocks);
-  const PackedFormat& kernel = kernels(p);
+  const PackedFormat& kernel = all_kernels().*p.kernels;
   alignas(64) float out[QuantizedTiles::kRows * kPackedRows];
   if (first < last) ask(packed + first * bytes, std::min(bytes, kStart));
   for (int64_t g = first; g < last; ++g) {
@@ -309,6 +309,10 @@ void packed_products(Format format, const std::byte* packed, int64_t rows, int64
           std::memcpy(to + t * stride, out + t * kPackedRows, static_cast<size_t>(have) * 4);
     }
   }
+}
+
+int64_t packed_peak(int64_t rounds) {
+  return all_kernels().peak(rounds);
 }
 
 }  // namespace moiety

@@ -77,4 +77,8 @@ void packed_prefetch(Format format, const std::byte* packed, int64_t cols, int64
 void packed_products(Format format, const std::byte* packed, int64_t rows, int64_t cols, int64_t first, int64_t last,
                      const QuantizedTiles& x, float* y, int64_t stride);
 
+/// Runs products of packed rows on registers alone, `rounds` times some, and returns how many operations these were,
+/// two for a multiplication with its addition: what this processor allows at most. Error: it has no such products.
+int64_t packed_peak(int64_t rounds);
+
 }  // namespace moiety

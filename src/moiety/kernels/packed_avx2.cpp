@@ -463,6 +463,28 @@ constexpr PackedFormat of() {
   return f;
 }
 
+// Eight steps are added up in 16 bits, as products<8> has it.
+int64_t peak(int64_t rounds) {
+  constexpr int kChains = 6, kTimes = 8;
+  __m256i sums[kChains];
+  for (__m256i& s : sums) s = _mm256_setzero_si256();
+  __m256i a = _mm256_set1_epi8(1), b = a;
+  for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 6
+    for (__m256i& s : sums) {
+      __m256i words = _mm256_setzero_si256();
+#pragma GCC unroll 8
+      for (int k = 0; k < kTimes; ++k) {
+        asm volatile("" : "+x"(a), "+x"(b));  // so that nothing is computed ahead
+        words = _mm256_add_epi16(words, _mm256_maddubs_epi16(a, b));
+      }
+      s = _mm256_add_epi32(s, _mm256_madd_epi16(words, a));
+    }
+  }
+  for (__m256i& s : sums) asm volatile("" : : "x"(s));
+  return rounds * kTimes * kChains * 2 * 32;
+}
+
 constexpr PackedKernels kKernels{.q8_0 = of<Blocks32<Bytes>, kPackedQ8_0>(),
                                  .q4_0 = of<Blocks32<Nibbles40>, kPackedQ4_0>(),
                                  .q4_1 = of<Blocks32<Nibbles41>, kPackedQ4_1>(),
@@ -472,7 +494,8 @@ constexpr PackedKernels kKernels{.q8_0 = of<Blocks32<Bytes>, kPackedQ8_0>(),
                                  .q4_k = of<BlocksK<false>, kPackedQ4_K>(),
                                  .q5_k = of<BlocksK<true>, kPackedQ5_K>(),
                                  .q6_k = of<BlocksQ6_K, kPackedQ6_K>(),
-                                 .ternary = of<BlocksTernary, kPackedTernary>()};
+                                 .ternary = of<BlocksTernary, kPackedTernary>(),
+                                 .peak = peak};
 
 }  // namespace
 

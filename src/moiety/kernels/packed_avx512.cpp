@@ -408,13 +408,30 @@ constexpr PackedFormat of32() {
   return f;
 }
 
+int64_t peak(int64_t rounds) {
+  constexpr int kChains = 16, kTimes = 8;
+  __m512i sums[kChains];
+  for (__m512i& s : sums) s = _mm512_setzero_si512();
+  __m512i a = _mm512_set1_epi8(1), b = a;
+  for (int64_t i = 0; i < rounds; ++i) {
+    asm volatile("" : "+v"(a), "+v"(b));  // so that nothing is computed ahead
+#pragma GCC unroll 8
+    for (int k = 0; k < kTimes; ++k)
+#pragma GCC unroll 16
+      for (__m512i& s : sums) s = _mm512_dpbusd_epi32(s, a, b);
+  }
+  for (__m512i& s : sums) asm volatile("" : : "v"(s));
+  return rounds * kTimes * kChains * 2 * 64;
+}
+
 constexpr PackedKernels kKernels = [] {
   PackedKernels k{.q8_0 = of32<Bytes>(),
                   .q4_0 = of32<Nibbles40>(),
                   .q4_1 = of32<Nibbles41>(),
                   .q5_0 = of32<FiveBits50>(),
                   .q5_1 = of32<FiveBits51>(),
-                  .mxfp4 = of32<E2m1>()};
+                  .mxfp4 = of32<E2m1>(),
+                  .peak = peak};
   [&]<int... T>(std::integer_sequence<int, T...>) {
     ((k.q4_k.product[T] = blocks_k<false, T + 1>), ...);
     ((k.q5_k.product[T] = blocks_k<true, T + 1>), ...);

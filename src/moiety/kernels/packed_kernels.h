@@ -18,6 +18,7 @@ struct PackedFormat {
 };
 struct PackedKernels {
   PackedFormat q8_0, q4_0, q4_1, q5_0, q5_1, mxfp4, q4_k, q5_k, q6_k, ternary;
+  int64_t (*peak)(int64_t rounds);
 };
 
 const PackedKernels& packed_kernels_avx2();
