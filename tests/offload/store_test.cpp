@@ -3,9 +3,12 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <filesystem>
+#include <future>
+#include <mutex>
 
 #include "message_of.h"
 #include "moiety/base/files.h"
@@ -203,6 +206,82 @@ TEST(Store, WhatIsReadAheadIsThereWhenItsLayerComes) {
     EXPECT_EQ(s.counts.wanted_of_guessed, 40);
     EXPECT_GT(s.counts.ahead, 0);
     EXPECT_GT(s.counts.ahead_used, 0);
+  }
+}
+
+// Notes the order in which pieces are unpacked; the first one waits.
+class Gated : public Bytes {
+ public:
+  using Bytes::Bytes;
+  void unpack(const ExpertVersion& v, size_t piece, std::span<const std::byte> bytes, std::byte* slot) const override {
+    bool first = false;
+    {
+      const std::lock_guard<std::mutex> guard(lock_);
+      first = order_.empty();
+      order_.push_back(v);
+    }
+    if (first) {
+      began.set_value();
+      open.get_future().wait();
+    }
+    Bytes::unpack(v, piece, bytes, slot);
+  }
+  int64_t pieces_of(int64_t layer, int64_t expert, int64_t among_the_first = 1000) const {
+    const std::lock_guard<std::mutex> guard(lock_);
+    const auto n = std::min<int64_t>(among_the_first, static_cast<int64_t>(order_.size()));
+    return std::count(order_.begin(), order_.begin() + n, ExpertVersion{layer, expert});
+  }
+  mutable std::promise<void> began, open;
+
+ private:
+  mutable std::mutex lock_;
+  mutable std::vector<ExpertVersion> order_;
+};
+
+// Guesses all experts of layer 1 but the last, and says when what layer 1 wants is asked for.
+class GuessesMany : public OffloadPolicy {
+ public:
+  explicit GuessesMany(std::promise<void>& asked) : asked_(asked) {}
+  size_t victim(std::span<const ExpertVersion> c, const Moment&) override {
+    return lowest(c, [](const ExpertVersion&) { return 0.0; });
+  }
+  std::vector<Guess> guess(const Demand& d, const Cached&, LookAhead*) override {
+    std::vector<Guess> out;
+    if (d.layer == 1) asked_.set_value();
+    for (int64_t e = 0; e < 5 && d.layer == 0; ++e) out.push_back({{1, e, Precision::high}, true});
+    return out;
+  }
+
+ private:
+  std::promise<void>& asked_;
+};
+
+TEST(Store, WrongGuessesAreGivenUpAndWhatIsWantedGoesFirst) {
+  const TemporaryFolder folder;
+  for (const bool uring : {false, true}) {
+    const auto source = std::make_shared<Gated>(folder, 2, 6, 5000);
+    ExpertStore store(source, std::make_shared<GuessesMany>(source->open), {.layers = 2, .experts = 6, .top_k = 0},
+                      {.capacity_high = 12, .read = {.uring = uring}});
+    store.run({.layer = 0, .token = 1, .rows = 1, .pairs = {}}, nullptr, [](auto) {});
+    source->began.get_future().wait();  // the reading thread is busy with the first guess
+    // The router wants the fourth guess, and one that was not guessed.
+    const auto uses = store.run({.layer = 1, .token = 1, .rows = 1, .pairs = {{0, 3, 0.6}, {0, 5, 0.4}}}, nullptr,
+                                [&](std::span<const ReadyExpert> ready) {
+                                  for (const ReadyExpert& r : ready)
+                                    EXPECT_TRUE(source->right({1, r.expert, r.precision}, r.memory));
+                                });
+    EXPECT_TRUE(uses[0].hit);
+    EXPECT_FALSE(uses[1].hit);
+    // The first guess had begun, and a piece of the second at most.
+    EXPECT_EQ(source->pieces_of(1, 2) + source->pieces_of(1, 4), 0);
+    EXPECT_EQ(source->pieces_of(1, 3), 3);
+    EXPECT_EQ(source->pieces_of(1, 5), 3);
+    EXPECT_EQ(source->pieces_of(1, 3, 3 + 1 + 6) + source->pieces_of(1, 5, 3 + 1 + 6), 6) << "before what is left";
+    const auto c = store.stats().counts;
+    EXPECT_EQ(c.ahead, 5);
+    EXPECT_EQ(c.ahead_used, 1);
+    EXPECT_GE(c.ahead_cancelled, 2) << "the second guess may have begun";
+    EXPECT_EQ(c.hit_high, 1);
   }
 }
 

@@ -107,8 +107,8 @@ class OffloadPolicy {
   virtual size_t victim(std::span<const ExpertVersion> candidates, const Moment& now) = 0;
   /// Called when the demand of a layer has its places; `look` may be null. In the order of reading.
   virtual std::vector<Guess> guess(const Demand&, const Cached&, LookAhead*) { return {}; }
-  /// True: guesses for a layer whose reads have not begun are given up as soon as its router has answered; false: when
-  /// the layer has run.
+  /// True: what was guessed wrong may leave its pool as soon as the layer's router has answered; false: when the layer
+  /// has run. Reads for it that have not begun are cancelled either way.
   virtual bool give_up_when_routed() const { return false; }
   /// What the pools should hold before the first step, best first; more than fits is ignored.
   virtual std::vector<ExpertVersion> initial() const { return {}; }

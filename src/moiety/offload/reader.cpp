@@ -19,8 +19,9 @@ namespace moiety {
 namespace {
 
 constexpr int64_t kBlock = 4096;
-constexpr int64_t kRead = int64_t{1} << 20;  // of one request: several are in flight for one matrix
-constexpr unsigned kDepth = 64;
+constexpr int64_t kRequest = int64_t{1} << 20;  // bytes: several are in flight for a large matrix
+constexpr unsigned kDepth = 32;                 // requests in flight
+constexpr unsigned kDepthAhead = 3;             // reads ahead keep the disk busy, but no more waits in front of others
 
 int64_t down(int64_t n) {
   return n / kBlock * kBlock;
@@ -66,7 +67,7 @@ struct Reader::File {
 #if defined(MOIETY_URING)
 struct Reader::Ring {
   struct Request {
-    Job::Part* part = nullptr;
+    Read* read = nullptr;
     int64_t bytes = 0;
   };
   io_uring ring{};
@@ -113,73 +114,94 @@ Reader::~Reader() {
   settle();
 }
 
-int64_t Reader::buffer_bytes(std::span<const StoredPiece> pieces) {
-  int64_t sum = 0;
-  for (const StoredPiece& p : pieces) sum += up(p.offset + p.bytes) - down(p.offset);
-  return sum;
+int64_t Reader::buffer_bytes(const StoredPiece& piece) {
+  return up(piece.offset + piece.bytes) - down(piece.offset);
 }
 
-void Reader::failed(const Job& job, const Job::Part& part, int64_t at, int error) const {
-  const auto& path = files_[part.piece.file]->path;
-  if (error != 0) fail("cannot read {} from {} at offset {}: {}", job.what, path.string(), at, std::strerror(error));
+void Reader::failed(const Read& read, int64_t at, int error) const {
+  const File& file = *files_[read.piece_.file];
+  if (error != 0)
+    fail("cannot read {} from {} at offset {}: {}", read.what_, file.path.string(), at, std::strerror(error));
   struct stat status {};
-  ::fstat(files_[part.piece.file]->plain, &status);
+  ::fstat(file.plain, &status);
   fail(
       "cannot read {} from {} at offset {}: the file ends at {}, but {} bytes from offset {} belong to it; it was cut "
       "short since it was opened",
-      job.what, path.string(), at, static_cast<int64_t>(status.st_size), part.piece.bytes, part.piece.offset);
+      read.what_, file.path.string(), at, static_cast<int64_t>(status.st_size), read.piece_.bytes, read.piece_.offset);
 }
 
-void Reader::start(Job& job, std::vector<StoredPiece> pieces, std::byte* buffer, std::string what) {
-  job.parts.clear();
-  job.what = std::move(what);
-  const auto now = std::chrono::steady_clock::now();
-  for (const StoredPiece& p : pieces) {
-    Job::Part part;
-    part.piece = p;
-    part.begin = down(p.offset);
-    part.end = up(p.offset + p.bytes);
-    part.to = buffer;
-    part.start = now;
-    buffer += part.end - part.begin;
-    job.parts.push_back(part);
-  }
+void Reader::start(Read& read, const StoredPiece& piece, std::byte* buffer, std::string what, bool ahead) {
+  read.piece_ = piece;
+  read.what_ = std::move(what);
+  read.to_ = buffer;
+  read.begin_ = read.asked_ = down(piece.offset);
+  read.end_ = up(piece.offset + piece.bytes);
+  read.pending_ = 0;
+  read.ahead_ = ahead;
+  read.short_ = false;
+  read.start_ = std::chrono::steady_clock::now();
+  reads_.push_back(&read);
+  ask();
+}
+
+// Gives the disk what there is to ask for: what is read ahead comes behind all else.
+void Reader::ask() {
 #if defined(MOIETY_URING)
   if (!ring_) return;
-  for (auto& part : job.parts) {
-    const File& file = *files_[part.piece.file];
-    for (int64_t at = part.begin; at < part.end; at += kRead) {
-      // What finds no room is read when it is waited for.
-      if (ring_->free.empty()) break;
-      io_uring_sqe* sqe = io_uring_get_sqe(&ring_->ring);
-      if (sqe == nullptr) break;
-      const size_t id = ring_->free.back();
-      ring_->free.pop_back();
-      const int64_t bytes = std::min(kRead, part.end - at);
-      ring_->requests[id] = {&part, bytes};
-      io_uring_prep_read(sqe, file.direct >= 0 ? file.direct : file.plain, part.to + (at - part.begin),
-                         static_cast<unsigned>(bytes), static_cast<uint64_t>(at));
-      io_uring_sqe_set_data64(sqe, id);
-      ++part.pending;
-      ++ring_->flying;
+  bool any = false;
+  for (const bool ahead : {false, true})
+    for (Read* read : reads_) {
+      if (read->ahead_ != ahead) continue;
+      const File& file = *files_[read->piece_.file];
+      while (read->asked_ < read->end_ && ring_->flying < (ahead ? kDepthAhead : kDepth)) {
+        io_uring_sqe* sqe = io_uring_get_sqe(&ring_->ring);
+        if (sqe == nullptr) break;
+        const size_t id = ring_->free.back();
+        ring_->free.pop_back();
+        const int64_t bytes = std::min(kRequest, read->end_ - read->asked_);
+        ring_->requests[id] = {read, bytes};
+        io_uring_prep_read(sqe, file.direct >= 0 ? file.direct : file.plain, read->to_ + (read->asked_ - read->begin_),
+                           static_cast<unsigned>(bytes), static_cast<uint64_t>(read->asked_));
+        io_uring_sqe_set_data64(sqe, id);
+        read->asked_ += bytes;
+        ++read->pending_;
+        ++ring_->flying;
+        any = true;
+      }
     }
-  }
-  io_uring_submit(&ring_->ring);
+  if (any) io_uring_submit(&ring_->ring);
 #endif
 }
 
-size_t Reader::left(const Job& job) {
-  return static_cast<size_t>(std::count_if(job.parts.begin(), job.parts.end(), [](const auto& p) { return !p.done; }));
+// Takes what the disk has answered, at least one request.
+void Reader::reap() {
+#if defined(MOIETY_URING)
+  io_uring_cqe* cqe = nullptr;
+  const int result = io_uring_submit_and_wait(&ring_->ring, 1);  // also what a busy system did not take before
+  check(result >= 0 || result == -EINTR || result == -EAGAIN || result == -EBUSY, "io_uring fails: {}",
+        std::strerror(-result));
+  while (io_uring_peek_cqe(&ring_->ring, &cqe) == 0) {
+    const auto id = static_cast<size_t>(io_uring_cqe_get_data64(cqe));
+    const Ring::Request& r = ring_->requests[id];
+    --r.read->pending_;
+    // Short reads, interrupted ones and refusals of the file system are read again by pread, which also says what is
+    // wrong.
+    if (cqe->res < r.bytes) r.read->short_ = true;
+    ring_->free.push_back(id);
+    --ring_->flying;
+    io_uring_cqe_seen(&ring_->ring, cqe);
+  }
+#endif
 }
 
-// Reads a part with pread: all of it, or what is left behind requests that came back short.
-void Reader::read_plain(Job& job, Job::Part& part) {
-  File& file = *files_[part.piece.file];
-  const int64_t needed = part.piece.offset + part.piece.bytes;
-  for (int64_t at = part.begin; at < needed;) {
+// Reads a piece with pread.
+void Reader::read_plain(Read& read) {
+  File& file = *files_[read.piece_.file];
+  const int64_t needed = read.piece_.offset + read.piece_.bytes;
+  for (int64_t at = read.begin_; at < needed;) {
     const bool direct = file.direct >= 0 && at % kBlock == 0;
-    const ssize_t n =
-        ::pread(direct ? file.direct : file.plain, part.to + (at - part.begin), static_cast<size_t>(part.end - at), at);
+    const ssize_t n = ::pread(direct ? file.direct : file.plain, read.to_ + (at - read.begin_),
+                              static_cast<size_t>(read.end_ - at), at);
     if (n < 0 && errno == EINTR) continue;
     if (n < 0 && direct && (errno == EINVAL || errno == EOPNOTSUPP)) {  // refused by this file system
       ::close(file.direct);
@@ -187,71 +209,51 @@ void Reader::read_plain(Job& job, Job::Part& part) {
       direct_ = false;
       continue;
     }
-    if (n < 0) failed(job, part, at, errno);
-    if (n == 0) failed(job, part, at, 0);
+    if (n < 0) failed(read, at, errno);
+    if (n == 0) failed(read, at, 0);
     at += n;
   }
-  if (file.direct < 0) ::posix_fadvise(file.plain, part.begin, part.end - part.begin, POSIX_FADV_DONTNEED);
 }
 
-void Reader::finish(Job::Part& part) {
-  part.done = true;
-  bytes_ += part.piece.bytes;
+// Waits until a disk of the rate that was asked for would be through.
+void Reader::pace(const Read& read) {
   if (options_.rate <= 0.0) return;
   const auto lasts = std::chrono::duration_cast<std::chrono::steady_clock::duration>(
-      std::chrono::duration<double>(static_cast<double>(part.piece.bytes) / options_.rate));
-  last_end_ = std::max(part.start, last_end_) + lasts;
+      std::chrono::duration<double>(static_cast<double>(read.piece_.bytes) / options_.rate));
+  last_end_ = std::max(read.start_, last_end_) + lasts;
   std::this_thread::sleep_until(last_end_);
 }
 
-std::span<const std::byte> Reader::wait(Job& job, size_t index) {
-  Job::Part& part = job.parts.at(index);
-  if (!part.done) {
-    bool again = !ring_;
-#if defined(MOIETY_URING)
-    if (ring_) {
-      const int64_t requests = (part.end - part.begin + kRead - 1) / kRead;
-      again = part.pending < requests;  // some found no room in the ring
-      while (part.pending > 0) {
-        io_uring_cqe* cqe = nullptr;
-        const int result = io_uring_wait_cqe(&ring_->ring, &cqe);
-        if (result == -EINTR) continue;
-        check(result == 0, "io_uring fails: {}", std::strerror(-result));
-        const auto id = static_cast<size_t>(io_uring_cqe_get_data64(cqe));
-        const Ring::Request& r = ring_->requests[id];
-        --r.part->pending;
-        // Short reads, interrupted ones and refusals of the file system are read again by pread, which also says what
-        // is wrong.
-        if (cqe->res < r.bytes) r.part->short_ = true;
-        ring_->free.push_back(id);
-        --ring_->flying;
-        io_uring_cqe_seen(&ring_->ring, cqe);
-      }
-      again = again || part.short_;
+Reader::Read& Reader::next() {
+  check(!reads_.empty(), "nothing is being read");
+  auto at = reads_.end();
+  if (ring_) {
+    const auto complete = [](const Read* r) { return r->asked_ == r->end_ && r->pending_ == 0; };
+    while ((at = std::find_if(reads_.begin(), reads_.end(), complete)) == reads_.end()) {
+      reap();
+      ask();
     }
-#endif
-    if (again)
-      read_plain(job, part);
-    else if (files_[part.piece.file]->direct < 0)
-      ::posix_fadvise(files_[part.piece.file]->plain, part.begin, part.end - part.begin, POSIX_FADV_DONTNEED);
-    finish(part);
+  } else {
+    at = std::find_if(reads_.begin(), reads_.end(), [](const Read* r) { return !r->ahead_; });
+    if (at == reads_.end()) at = reads_.begin();
   }
-  return {part.to + (part.piece.offset - part.begin), static_cast<size_t>(part.piece.bytes)};
+  Read& read = **at;
+  reads_.erase(at);
+  if (!ring_ || read.short_) read_plain(read);
+  const File& file = *files_[read.piece_.file];
+  if (file.direct < 0) ::posix_fadvise(file.plain, read.begin_, read.end_ - read.begin_, POSIX_FADV_DONTNEED);
+  pace(read);
+  return read;
 }
 
 void Reader::settle() {
 #if defined(MOIETY_URING)
-  if (!ring_) return;
-  while (ring_->flying > 0) {
-    io_uring_cqe* cqe = nullptr;
-    const int result = io_uring_wait_cqe(&ring_->ring, &cqe);
-    if (result == -EINTR) continue;
-    if (result != 0) return;
-    ring_->free.push_back(static_cast<size_t>(io_uring_cqe_get_data64(cqe)));
-    --ring_->flying;
-    io_uring_cqe_seen(&ring_->ring, cqe);
+  try {
+    while (ring_ && ring_->flying > 0) reap();
+  } catch (const Error&) {  // what cannot be waited for is not waited for
   }
 #endif
+  reads_.clear();
 }
 
 }  // namespace moiety

@@ -48,54 +48,56 @@ class Reader {
   Reader(const Reader&) = delete;
   Reader& operator=(const Reader&) = delete;
 
-  /// Bytes of a buffer for these pieces: each widened to whole blocks of 4096 bytes.
-  static int64_t buffer_bytes(std::span<const StoredPiece> pieces);
+  /// Bytes of a buffer for this piece: widened to whole blocks of 4096 bytes.
+  static int64_t buffer_bytes(const StoredPiece& piece);
 
-  /// The pieces of one expert under way.
-  class Job {
+  /// One piece under way. Stays where it is until next() has returned it.
+  class Read {
    public:
-    Job() = default;
+    /// What was read, inside of the buffer, once next() has returned it.
+    std::span<const std::byte> bytes() const {
+      return {to_ + (piece_.offset - begin_), static_cast<size_t>(piece_.bytes)};
+    }
 
    private:
     friend class Reader;
-    struct Part {
-      StoredPiece piece;
-      std::byte* to = nullptr;     // where the widened read begins
-      int64_t begin = 0, end = 0;  // widened, in the file
-      int pending = 0;
-      bool done = false, short_ = false;
-      std::chrono::steady_clock::time_point start;
-    };
-    std::vector<Part> parts;
-    std::string what;
+    StoredPiece piece_;
+    std::string what_;
+    std::byte* to_ = nullptr;                  // where the widened read begins
+    int64_t begin_ = 0, end_ = 0, asked_ = 0;  // widened, in the file; requests go as far as asked_
+    int pending_ = 0;
+    bool ahead_ = false, short_ = false;
+    std::chrono::steady_clock::time_point start_;
   };
   /// Begins to read; `buffer` has buffer_bytes and is aligned to 4096. `what` names it in errors: "expert 3 of layer
-  /// 1".
-  void start(Job& job, std::vector<StoredPiece> pieces, std::byte* buffer, std::string what);
-  /// Waits for one piece and returns its bytes, inside of the buffer. Error: the disk fails, or the file ends too
-  /// early, naming `what`, file and offset.
-  std::span<const std::byte> wait(Job& job, size_t piece);
-  /// Pieces that have not been waited for.
-  static size_t left(const Job& job);
+  /// 1". What is read `ahead` asks the disk only for a little at a time, and only where nothing else is left to ask
+  /// for: what is not waits for little.
+  void start(Read& read, const StoredPiece& piece, std::byte* buffer, std::string what, bool ahead);
+  /// Waits until a read is complete: the one that began first of those that are. Error: the disk fails, or the file
+  /// ends too early, naming `what`, file and offset.
+  Read& next();
+  /// Reads that next() has not returned.
+  size_t flying() const { return reads_.size(); }
   /// Waits until nothing is in flight, whatever comes of it: buffers may go then.
   void settle();
 
-  int64_t bytes() const { return bytes_; }  ///< of pieces that were read
-  bool direct() const { return direct_; }   ///< of all files
+  bool direct() const { return direct_; }  ///< of all files
   bool uring() const { return ring_ != nullptr; }
 
  private:
   struct Ring;
   struct File;
 
-  void read_plain(Job& job, Job::Part& part);
-  void finish(Job::Part& part);
-  [[noreturn]] void failed(const Job& job, const Job::Part& part, int64_t at, int error) const;
+  void ask();
+  void reap();
+  void read_plain(Read& read);
+  void pace(const Read& read);
+  [[noreturn]] void failed(const Read& read, int64_t at, int error) const;
 
   std::vector<std::unique_ptr<File>> files_;
   std::unique_ptr<Ring> ring_;
   ReadOptions options_;
-  int64_t bytes_ = 0;
+  std::vector<Read*> reads_;  // in the order of their beginning
   bool direct_ = true;
   std::chrono::steady_clock::time_point last_end_{};
 };

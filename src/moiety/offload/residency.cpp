@@ -62,7 +62,10 @@ int64_t Residency::evict(Pool& pool, const Moment& now, int64_t guesses_of, std:
     const int64_t slot = open[chosen];
     const auto released = loader_ == nullptr ? Loader::Released::idle : loader_->release(candidates[chosen], slot);
     if (released != Loader::Released::busy) {
-      if (released == Loader::Released::cancelled) ++counts_.ahead_cancelled;
+      if (released == Loader::Released::cancelled)
+        ++counts_.ahead_cancelled;
+      else if (pool.slots[static_cast<size_t>(slot)].ahead)
+        ++counts_.ahead_unused;
       remove(pool, slot);
       return slot;
     }
@@ -71,6 +74,15 @@ int64_t Residency::evict(Pool& pool, const Moment& now, int64_t guesses_of, std:
     open.erase(open.begin() + static_cast<int64_t>(chosen));
   }
   return -1;
+}
+
+// Gives up a read ahead that has not begun.
+void Residency::cancel(Pool& pool, int64_t slot) {
+  const Slot& s = pool.slots[static_cast<size_t>(slot)];
+  if (!s.ahead || loader_ == nullptr || loader_->release(s.version, slot) != Loader::Released::cancelled) return;
+  ++counts_.ahead_cancelled;
+  remove(pool, slot);
+  pool.free.push_back(slot);
 }
 
 int64_t Residency::take(Precision precision, const Moment& now, bool from_guesses) {
@@ -110,19 +122,14 @@ std::vector<Use> Residency::look_up(const Demand& demand) {
     }
     if (u.hit) pool(u.used).slots[static_cast<size_t>(u.slot)].in_use = true;
   }
-  if (policy_->give_up_when_routed()) {
-    for (Pool& p : pools_)
-      for (size_t i = 0; i < p.slots.size(); ++i) {
-        Slot& s = p.slots[i];
-        if (!s.taken || s.in_use || !s.guessed || s.version.layer != demand.layer) continue;
-        s.guessed = false;
-        if (loader_ == nullptr || loader_->release(s.version, static_cast<int64_t>(i)) != Loader::Released::cancelled)
-          continue;
-        ++counts_.ahead_cancelled;
-        remove(p, static_cast<int64_t>(i));
-        p.free.push_back(static_cast<int64_t>(i));
-      }
-  }
+  // What was guessed wrong has nothing to wait for.
+  for (Pool& p : pools_)
+    for (size_t i = 0; i < p.slots.size(); ++i) {
+      Slot& s = p.slots[i];
+      if (!s.taken || s.in_use || !s.guessed || s.version.layer != demand.layer) continue;
+      if (policy_->give_up_when_routed()) s.guessed = false;
+      cancel(p, static_cast<int64_t>(i));
+    }
   for (const Use& u : uses) {
     if (!u.hit) continue;
     Slot& s = pool(u.used).slots[static_cast<size_t>(u.slot)];
@@ -201,11 +208,6 @@ void Residency::end_layer(int64_t layer) {
       Slot& s = p.slots[i];
       if (!s.taken || s.version.layer != layer) continue;
       s.in_use = s.guessed = false;
-      if (!s.ahead || loader_ == nullptr) continue;
-      if (loader_->release(s.version, static_cast<int64_t>(i)) != Loader::Released::cancelled) continue;
-      ++counts_.ahead_cancelled;
-      remove(p, static_cast<int64_t>(i));
-      p.free.push_back(static_cast<int64_t>(i));
     }
   guessed_layer_[static_cast<size_t>(layer)] = 0;
   std::fill_n(expected_.begin() + layer * sizes_.experts, sizes_.experts, uint8_t{0});

@@ -49,6 +49,7 @@ struct ResidencyCounts {
   int64_t guessed = 0;   ///< versions that guesses named, cached or not
   int64_t right = 0;     ///< of those: used when their layer ran
   int64_t ahead = 0, ahead_used = 0, ahead_dropped = 0, ahead_cancelled = 0;  ///< reads ahead
+  int64_t ahead_unused = 0;                                                   ///< left their pool without a use
   int64_t wanted_of_guessed = 0;  ///< experts that layers used for which there were guesses
   int64_t steps = 0;              ///< one a layer
   int64_t pairs = 0;              ///< (token, expert) pairs of all demands
@@ -69,6 +70,7 @@ class Residency : public Cached {
   /// All rows of the coming step are new.
   void begin_sequence() { policy_->begin_sequence(); }
   /// Looks all experts of the demand up before anything is read, and pins what each will use. In the policy's order.
+  /// Reads ahead for this layer that have not begun are cancelled, where nothing of the demand uses them.
   std::vector<Use> look_up(const Demand& demand);
   /// Tells the policy of a use and counts it. Comes before place(), use by use.
   void record(const Use& use, const Demand& demand);
@@ -82,7 +84,7 @@ class Residency : public Cached {
   void guess_ahead(const Demand& demand, LookAhead* look);
   /// The use is computed: its slot may go.
   void unpin(const Use& use, int64_t layer);
-  /// The layer has run: its pins fall, reads ahead for it that have not begun are cancelled.
+  /// The layer has run: its pins fall.
   void end_layer(int64_t layer);
   /// Puts a version into its pool where there is room, without evicting. False: there is none.
   bool put(const ExpertVersion& version);
@@ -110,6 +112,7 @@ class Residency : public Cached {
   int64_t evict(Pool& pool, const Moment& now, int64_t guesses_of, std::vector<int64_t>& busy);
   void insert(const ExpertVersion& v, int64_t slot, bool ahead);
   void remove(Pool& pool, int64_t slot);
+  void cancel(Pool& pool, int64_t slot);
 
   PoolSizes sizes_;
   std::shared_ptr<OffloadPolicy> policy_;

@@ -4,6 +4,7 @@
 #include <chrono>
 
 #include "moiety/base/error.h"
+#include "moiety/nn/parallel.h"
 
 namespace moiety {
 namespace {
@@ -18,18 +19,25 @@ int64_t whole_lines(int64_t bytes) {
   return (bytes + 63) / 64 * 64;
 }
 
-// The largest read buffer that a version of this precision needs.
-int64_t buffer_bytes(const ExpertSource& source, Precision precision) {
-  int64_t most = 0;
-  for (int64_t l = 0; l < source.layers(); ++l)
-    for (int64_t e = 0; e < source.experts(); ++e)
-      most = std::max(most, Reader::buffer_bytes(source.pieces({l, e, precision})));
-  return most;
-}
-
-int64_t buffer_bytes(const ExpertSource& source, bool low) {
-  const int64_t high = buffer_bytes(source, Precision::high);
-  return low ? std::max(high, buffer_bytes(source, Precision::low)) : high;
+// Of what reads land in. Two experts' pieces, so that the disk works on the next ones while those that came are
+// unpacked; three, where an expert is one piece.
+struct BufferPlan {
+  int64_t bytes = 0;  // of one buffer: the largest piece
+  int64_t count = 0;
+};
+BufferPlan buffers_for(const ExpertSource& source, bool low) {
+  BufferPlan out;
+  for (const Precision p : {Precision::high, Precision::low}) {
+    if (p == Precision::low && !low) continue;
+    for (int64_t l = 0; l < source.layers(); ++l)
+      for (int64_t e = 0; e < source.experts(); ++e) {
+        const auto pieces = source.pieces({l, e, p});
+        for (const StoredPiece& piece : pieces) out.bytes = std::max(out.bytes, Reader::buffer_bytes(piece));
+        out.count = std::max(out.count, 2 * static_cast<int64_t>(pieces.size()));
+      }
+  }
+  out.count = std::max<int64_t>(3, out.count);
+  return out;
 }
 
 }  // namespace
@@ -48,13 +56,15 @@ StoreStats StoreStats::since(const StoreStats& before) const {
        {&ResidencyCounts::hit_high, &ResidencyCounts::hit_low, &ResidencyCounts::miss_high, &ResidencyCounts::miss_low,
         &ResidencyCounts::skip, &ResidencyCounts::kept_out, &ResidencyCounts::guessed, &ResidencyCounts::right,
         &ResidencyCounts::ahead, &ResidencyCounts::ahead_used, &ResidencyCounts::ahead_dropped,
-        &ResidencyCounts::ahead_cancelled, &ResidencyCounts::wanted_of_guessed, &ResidencyCounts::steps,
-        &ResidencyCounts::pairs, &ResidencyCounts::altered})
+        &ResidencyCounts::ahead_cancelled, &ResidencyCounts::ahead_unused, &ResidencyCounts::wanted_of_guessed,
+        &ResidencyCounts::steps, &ResidencyCounts::pairs, &ResidencyCounts::altered})
     c.*field -= b.*field;
   out.bytes_read -= before.bytes_read;
   out.experts_read -= before.experts_read;
+  out.reads -= before.reads;
   out.stall_seconds -= before.stall_seconds;
   out.read_seconds -= before.read_seconds;
+  out.disk_seconds -= before.disk_seconds;
   return out;
 }
 
@@ -73,8 +83,10 @@ nlohmann::ordered_json StoreStats::json() const {
           {"kept_out", counts.kept_out},
           {"bytes_read", bytes_read},
           {"experts_read", experts_read},
+          {"reads", reads},
           {"stall_seconds", stall_seconds},
           {"read_seconds", read_seconds},
+          {"disk_seconds", disk_seconds},
           {"guessed", counts.guessed},
           {"guess_precision", ratio(counts.right, counts.guessed)},
           {"guess_recall", ratio(counts.right, counts.wanted_of_guessed)},
@@ -82,6 +94,7 @@ nlohmann::ordered_json StoreStats::json() const {
           {"read_ahead_used", counts.ahead_used},
           {"read_ahead_dropped", counts.ahead_dropped},
           {"read_ahead_cancelled", counts.ahead_cancelled},
+          {"read_ahead_unused", counts.ahead_unused},
           {"direct", direct},
           {"io_uring", uring}};
 }
@@ -99,8 +112,8 @@ std::string StoreStats::summary() const {
                      static_cast<double>(bytes_read) / 1048576, experts_read,
                      read_seconds > 0 ? static_cast<double>(bytes_read) / read_seconds * 1e-6 : 0.0, stall_seconds);
   if (c.guessed > 0)
-    out += fmt::format("; guessed {:.0f} % right, {} read ahead, {} used", percent(c.right, c.guessed), c.ahead,
-                       c.ahead_used);
+    out += fmt::format("; guessed {:.0f} % right, {} read ahead, {} used, {} left unused", percent(c.right, c.guessed),
+                       c.ahead - c.ahead_cancelled, c.ahead_used, c.ahead_unused);
   out += lossless() ? "\nlossless: every expert was used as the file has it"
                     : fmt::format("\nnot lossless: {:.1f} % of the experts' work was in low precision or left out",
                                   percent(c.altered, c.pairs));
@@ -112,7 +125,8 @@ int64_t ExpertStore::slot_stride(const ExpertSource& source, Precision precision
 }
 
 int64_t ExpertStore::overhead(const ExpertSource& source, bool low) {
-  return 2 * buffer_bytes(source, low) + slot_stride(source, Precision::high) +
+  const BufferPlan buffers = buffers_for(source, low);
+  return buffers.count * buffers.bytes + slot_stride(source, Precision::high) +
          (low ? slot_stride(source, Precision::low) : 0);
 }
 
@@ -140,10 +154,13 @@ ExpertStore::ExpertStore(std::shared_ptr<const ExpertSource> source, std::shared
     if (p == Precision::low && !low) continue;
     stride_[i] = slot_stride(*source_, p);
     arena_[i] = std::make_unique<PageMemory>((pool_slots(p) + 1) * stride_[i], /*huge=*/true);
-    states_[i].assign(static_cast<size_t>(pool_slots(p)) + 1, State::idle);
+    slots_of_[i].resize(static_cast<size_t>(pool_slots(p)) + 1);
   }
-  const int64_t bytes = buffer_bytes(*source_, low);
-  for (auto& b : buffers_) b = std::make_unique<PageMemory>(bytes);
+  const BufferPlan plan = buffers_for(*source_, low);
+  buffer_memory_ = std::make_unique<PageMemory>(plan.count * plan.bytes);
+  buffers_.resize(static_cast<size_t>(plan.count));
+  for (size_t i = 0; i < buffers_.size(); ++i)
+    buffers_[i].memory = buffer_memory_->data() + static_cast<int64_t>(i) * plan.bytes;
   setup.capacity_high = options.capacity_high;
   setup.capacity_low = low ? options.capacity_low : 0;
   policy->begin(setup);
@@ -168,31 +185,30 @@ std::byte* ExpertStore::memory_of(Precision p, int64_t slot) const {
 
 // ---- The computing thread ----
 
-void ExpertStore::load(const ExpertVersion& version, int64_t slot, bool ahead) {
+void ExpertStore::load(const ExpertVersion& version, int64_t at, bool ahead) {
   if (options_.sync) {
-    read_now({version, slot});
+    read_now({version, at});
     return;
   }
   {
     const std::lock_guard<std::mutex> guard(lock_);
-    states(version.precision)[static_cast<size_t>(slot)] = State::queued;
-    (ahead ? ahead_ : wanted_).push_back({version, slot});
+    slot(version.precision, at).state = State::queued;
+    (ahead ? ahead_ : wanted_).push_back({version, at});
   }
   work_.notify_one();
 }
 
-void ExpertStore::hurry(const ExpertVersion& version, int64_t slot) {
+void ExpertStore::hurry(const ExpertVersion& version, int64_t) {
   const std::lock_guard<std::mutex> guard(lock_);
-  if (states(version.precision)[static_cast<size_t>(slot)] != State::queued) return;
   const auto at = std::find_if(ahead_.begin(), ahead_.end(), [&](const Task& t) { return t.version == version; });
   if (at == ahead_.end()) return;
   wanted_.push_back(*at);
   ahead_.erase(at);
 }
 
-Loader::Released ExpertStore::release(const ExpertVersion& version, int64_t slot) {
+Loader::Released ExpertStore::release(const ExpertVersion& version, int64_t at) {
   const std::lock_guard<std::mutex> guard(lock_);
-  State& state = states(version.precision)[static_cast<size_t>(slot)];
+  State& state = slot(version.precision, at).state;
   if (state == State::reading) return Released::busy;
   if (state != State::queued) return Released::idle;
   for (auto* queue : {&wanted_, &ahead_}) std::erase_if(*queue, [&](const Task& t) { return t.version == version; });
@@ -208,8 +224,7 @@ void ExpertStore::wait_for_one(Precision p) {
   const auto start = Clock::now();
   std::unique_lock<std::mutex> guard(lock_);
   const auto reading = [&] {
-    const auto& all = states(p);
-    return std::count(all.begin(), all.end(), State::reading);
+    return std::count_if(slots(p).begin(), slots(p).end(), [](const Slot& s) { return s.state == State::reading; });
   };
   const auto before = reading();
   if (before > 0) done_.wait(guard, [&] { return failure_ || reading() < before; });
@@ -217,16 +232,19 @@ void ExpertStore::wait_for_one(Precision p) {
   rethrow();
 }
 
-bool ExpertStore::ready(Precision p, int64_t slot) {
+bool ExpertStore::ready(Precision p, int64_t at) {
   const std::lock_guard<std::mutex> guard(lock_);
   rethrow();
-  return states(p)[static_cast<size_t>(slot)] == State::ready;
+  return slot(p, at).state == State::ready;
 }
 
-void ExpertStore::wait_ready(Precision p, int64_t slot) {
+void ExpertStore::wait_ready(const std::vector<Place>& any) {
   const auto start = Clock::now();
   std::unique_lock<std::mutex> guard(lock_);
-  done_.wait(guard, [&] { return failure_ || states(p)[static_cast<size_t>(slot)] == State::ready; });
+  done_.wait(guard, [&] {
+    return failure_ || std::any_of(any.begin(), any.end(),
+                                   [&](const Place& w) { return slot(w.precision, w.slot).state == State::ready; });
+  });
   stall_seconds_ += seconds_since(start);
   rethrow();
 }
@@ -264,7 +282,9 @@ std::vector<Use> ExpertStore::run(const Demand& demand, LookAhead* look,
     std::vector<Use*> through, later;
     for (Use* u : waiting) (ready(u->used, u->slot) ? through : later).push_back(u);
     if (through.empty()) {
-      wait_ready(waiting.front()->used, waiting.front()->slot);
+      std::vector<Place> any;
+      for (const Use* u : waiting) any.push_back({u->used, u->slot});
+      wait_ready(any);
       continue;
     }
     for (const Use* u : through) now.push_back({u->expert, u->used, memory_of(u->used, u->slot)});
@@ -286,7 +306,7 @@ std::vector<Use> ExpertStore::run(const Demand& demand, LookAhead* look,
     residency_.keep_out();
     const int64_t staging = pool_slots(u->used);
     load({demand.layer, u->expert, u->used}, staging, false);
-    if (!options_.sync) wait_ready(u->used, staging);
+    if (!options_.sync) wait_ready({{u->used, staging}});
     now.assign(1, {u->expert, u->used, memory_of(u->used, staging)});
     compute(now);
   }
@@ -297,7 +317,7 @@ std::vector<Use> ExpertStore::run(const Demand& demand, LookAhead* look,
 
 bool ExpertStore::preload(const ExpertVersion& version) {
   if (!residency_.put(version)) return false;
-  wait_ready(version.precision, residency_.slot(version));
+  wait_ready({{version.precision, residency_.slot(version)}});
   return true;
 }
 
@@ -306,97 +326,103 @@ StoreStats ExpertStore::stats() const {
   return {.counts = residency_.counts(),
           .bytes_read = bytes_read_,
           .experts_read = experts_read_,
+          .reads = reads_,
           .stall_seconds = stall_seconds_,
           .read_seconds = read_seconds_,
+          .disk_seconds = disk_seconds_,
           .direct = reader_.direct(),
           .uring = reader_.uring()};
 }
 
 // ---- The reading thread (or, with sync, the computing one) ----
 
-void ExpertStore::begin_task(Reader::Job& job, const Task& t, size_t buffer) {
-  reader_.start(job, source_->pieces(t.version), buffers_[buffer]->data(),
-                fmt::format("expert {} of layer {} ({} precision)", t.version.expert, t.version.layer,
-                            t.version.precision == Precision::high ? "high" : "low"));
+// Begins to read what there are buffers for: of what is wanted all, of what is read ahead so much that the disk is not
+// idle before the reading thread comes back.
+void ExpertStore::begin_reads() {
+  const size_t most_ahead = (buffers_.size() + 1) / 2;
+  for (;;) {
+    const auto buffer = std::find_if(buffers_.begin(), buffers_.end(), [](const Buffer& b) { return !b.taken; });
+    if (buffer == buffers_.end()) return;
+    bool ahead = false;
+    std::vector<StoredPiece> pieces;
+    {
+      const std::lock_guard<std::mutex> guard(lock_);
+      ahead = wanted_.empty();
+      auto& queue = ahead ? ahead_ : wanted_;
+      if (stop_ || queue.empty() || (ahead && reader_.flying() >= most_ahead)) return;
+      Task& task = queue.front();
+      pieces = source_->pieces(task.version);
+      if (task.begun == 0) slot(task.version.precision, task.slot) = {State::reading, pieces.size()};
+      buffer->piece = task.begun++;
+      buffer->task = task;
+      if (task.begun == pieces.size()) queue.pop_front();
+    }
+    buffer->taken = true;
+    const ExpertVersion& v = buffer->task.version;
+    reader_.start(buffer->read, pieces[buffer->piece], buffer->memory,
+                  fmt::format("expert {} of layer {} ({} precision)", v.expert, v.layer,
+                              v.precision == Precision::high ? "high" : "low"),
+                  ahead);
+  }
 }
 
-void ExpertStore::unpack_task(Reader::Job& job, const Task& t, const std::function<void(size_t left)>& between) {
-  std::byte* slot = memory_of(t.version.precision, t.slot);
-  int64_t bytes = 0;
-  for (size_t left = Reader::left(job), i = 0; left > 0; ++i) {
-    const auto raw = reader_.wait(job, i);
-    bytes += static_cast<int64_t>(raw.size());
-    between(--left);
-    source_->unpack(t.version, i, raw, slot);
-  }
+// Waits for a piece, has the disk go on, and unpacks the piece.
+void ExpertStore::end_read() {
+  const auto start = Clock::now();
+  const Reader::Read& read = reader_.next();
+  const double waited = seconds_since(start);
+  auto& buffer = *std::find_if(buffers_.begin(), buffers_.end(), [&](const Buffer& b) { return &b.read == &read; });
+  begin_reads();
+  const Task& t = buffer.task;
+  const auto raw = read.bytes();
+  source_->unpack(t.version, buffer.piece, raw, memory_of(t.version.precision, t.slot));
+  buffer.taken = false;
+  bool whole = false;
   {
     const std::lock_guard<std::mutex> guard(lock_);
-    states(t.version.precision)[static_cast<size_t>(t.slot)] = State::ready;
-    bytes_read_ += bytes;
-    ++experts_read_;
+    bytes_read_ += static_cast<int64_t>(raw.size());
+    ++reads_;
+    disk_seconds_ += waited;
+    read_seconds_ += seconds_since(start);
+    Slot& s = slot(t.version.precision, t.slot);
+    whole = --s.left == 0;
+    if (whole) {
+      s.state = State::ready;
+      ++experts_read_;
+    }
   }
-  done_.notify_all();
+  if (whole) done_.notify_all();
 }
 
 void ExpertStore::read_now(const Task& t) {
   const auto start = Clock::now();
   rethrow();
-  Reader::Job job;
   try {
-    begin_task(job, t, 0);
-    unpack_task(job, t, [](size_t) {});
+    wanted_.push_back(t);
+    for (begin_reads(); reader_.flying() > 0; begin_reads()) end_read();
   } catch (...) {
     reader_.settle();  // what is under way ends in memory that lives
     failure_ = std::current_exception();
     throw;
   }
-  const double took = seconds_since(start);
-  stall_seconds_ += took;
-  read_seconds_ += took;
-}
-
-// The next task, marked as begun; with `only_wanted` none that is read ahead. The lock is held.
-bool ExpertStore::next_task(Task& task, bool only_wanted) {
-  auto& queue = wanted_.empty() && !only_wanted ? ahead_ : wanted_;
-  if (stop_ || queue.empty()) return false;
-  task = queue.front();
-  queue.pop_front();
-  states(task.version.precision)[static_cast<size_t>(task.slot)] = State::reading;
-  return true;
+  stall_seconds_ += seconds_since(start);
 }
 
 void ExpertStore::read_loop() {
+  // Threads of OpenMP wait for each other spinning, which takes the core that this thread needs, and slows all of them
+  // where one is not running. With a region of its own here the runtime counts more threads than cores where that is
+  // so, and its threads sleep instead.
+  parallel::on_threads(2, [](int, int) {});
   try {
-    Reader::Job jobs[2];
-    Task tasks[2];
-    size_t at = 0;
-    bool begun = false;  // tasks[at] is being read
     for (;;) {
-      if (!begun) {
-        std::unique_lock<std::mutex> guard(lock_);
-        work_.wait(guard, [&] { return stop_ || !wanted_.empty() || !ahead_.empty(); });
-        if (!next_task(tasks[at], false)) return;
-        guard.unlock();
-        begin_task(jobs[at], tasks[at], at);
+      begin_reads();
+      if (reader_.flying() > 0) {
+        end_read();
+        continue;
       }
-      const auto start = Clock::now();
-      bool next = false;
-      // While the last matrix of an expert is on its way the next expert's are asked for, so that the disk is never
-      // idle while there is work; what is read ahead waits until the disk has nothing else to do.
-      unpack_task(jobs[at], tasks[at], [&](size_t left) {
-        if (next || left > 1) return;
-        {
-          const std::lock_guard<std::mutex> guard(lock_);
-          next = next_task(tasks[1 - at], left > 0);
-        }
-        if (next) begin_task(jobs[1 - at], tasks[1 - at], 1 - at);
-      });
-      {
-        const std::lock_guard<std::mutex> guard(lock_);
-        read_seconds_ += seconds_since(start);
-      }
-      at = 1 - at;
-      begun = next;
+      std::unique_lock<std::mutex> guard(lock_);
+      work_.wait(guard, [&] { return stop_ || !wanted_.empty() || !ahead_.empty(); });
+      if (stop_) return;
     }
   } catch (...) {
     reader_.settle();

@@ -1,6 +1,6 @@
 #pragma once
 // Experts that stay on disk: a fixed number of slots in memory, filled by explicit reads, never by page faults. One
-// thread reads and unpacks, on-demand reads before those ahead; the computing thread decides and waits.
+// thread reads and unpacks, piece by piece, on-demand reads before those ahead; the computing thread decides and waits.
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <nlohmann/json.hpp>
+#include <span>
 #include <thread>
 #include <vector>
 
@@ -28,8 +29,10 @@ struct StoreStats {
   ResidencyCounts counts;
   int64_t bytes_read = 0;
   int64_t experts_read = 0;
+  int64_t reads = 0;           ///< pieces
   double stall_seconds = 0.0;  ///< the computing thread waited for reads
-  double read_seconds = 0.0;   ///< reads were under way
+  double read_seconds = 0.0;   ///< reads were under way, or what they brought was unpacked
+  double disk_seconds = 0.0;   ///< of these: the reading thread waited for the disk
   bool direct = false, uring = false;
   /// Every expert was used as the file has it in high precision, and none left out.
   bool lossless() const { return counts.altered == 0; }
@@ -77,9 +80,25 @@ class ExpertStore : private Loader {
 
  private:
   enum class State : uint8_t { idle, queued, reading, ready };
+  struct Slot {
+    State state = State::idle;
+    size_t left = 0;  // pieces that are not unpacked
+  };
+  struct Place {
+    Precision precision = Precision::high;
+    int64_t slot = 0;
+  };
   struct Task {
     ExpertVersion version;
     int64_t slot = 0;
+    size_t begun = 0;  // pieces
+  };
+  struct Buffer {
+    Reader::Read read;
+    std::byte* memory = nullptr;
+    bool taken = false;
+    Task task;  // of the piece
+    size_t piece = 0;
   };
 
   void load(const ExpertVersion& version, int64_t slot, bool ahead) override;
@@ -88,31 +107,32 @@ class ExpertStore : private Loader {
   void wait_for_one(Precision precision) override;
 
   void read_loop();
-  bool next_task(Task& task, bool only_wanted);
-  void begin_task(Reader::Job& job, const Task& task, size_t buffer);
-  void unpack_task(Reader::Job& job, const Task& task, const std::function<void(size_t left)>& between);
+  void begin_reads();
+  void end_read();
   void read_now(const Task& task);
   bool ready(Precision precision, int64_t slot);
-  void wait_ready(Precision precision, int64_t slot);
+  void wait_ready(const std::vector<Place>& any);
   std::byte* memory_of(Precision precision, int64_t slot) const;
-  std::vector<State>& states(Precision p) { return states_[p == Precision::high ? 1 : 0]; }
+  std::vector<Slot>& slots(Precision p) { return slots_of_[p == Precision::high ? 1 : 0]; }
+  Slot& slot(Precision p, int64_t at) { return slots(p)[static_cast<size_t>(at)]; }
   int64_t pool_slots(Precision p) const { return p == Precision::high ? slots_high_ : slots_low_; }
   void rethrow();
 
   std::shared_ptr<const ExpertSource> source_;
   StoreOptions options_;
   int64_t slots_high_, slots_low_;
-  std::unique_ptr<PageMemory> arena_[2], buffers_[2];
+  std::unique_ptr<PageMemory> arena_[2], buffer_memory_;
+  std::vector<Buffer> buffers_;  // of the reading thread
   int64_t stride_[2] = {0, 0};
   Reader reader_;
   mutable std::mutex lock_;
   std::condition_variable work_, done_;
-  std::vector<State> states_[2];  // the last slot of a pool is the staging slot
-  std::deque<Task> wanted_, ahead_;
+  std::vector<Slot> slots_of_[2];    // the last slot of a pool is the staging slot
+  std::deque<Task> wanted_, ahead_;  // some of whose pieces have not begun
   std::exception_ptr failure_;
   bool stop_ = false;
-  int64_t bytes_read_ = 0, experts_read_ = 0;
-  double stall_seconds_ = 0.0, read_seconds_ = 0.0;
+  int64_t bytes_read_ = 0, experts_read_ = 0, reads_ = 0;
+  double stall_seconds_ = 0.0, read_seconds_ = 0.0, disk_seconds_ = 0.0;
   Residency residency_;
   std::thread thread_;
 };
