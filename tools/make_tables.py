@@ -174,24 +174,34 @@ def speed():
 
 def offload():
     record = load("results/offload.json")
-    if not record:
+    if not record or "rounds" not in record:  # a record of before rounds does not say what the disk did in each run
         return ["Not measured yet: `python3 bench/offload.py --write`."]
-    disk = record["disk_bytes_per_second"]
-    lines = ["| run | tokens/s | experts in memory | of the disk's limit | at most resident | lossless |", "| --- | --- | --- | --- | --- | --- |"]
+    def spread(r, key, show):
+        least, most = r["spread"][key]
+        return f"{show(r[key])} ({show(least)} to {show(most)})"
+
+    lines = ["| run | tokens/s | experts in memory | read | of the disk's limit | at most resident | lossless |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for name, r in record["runs"].items():
         if "error" in r:
-            lines.append(f"| {name} | {r['error']} |  |  |  |  |")
+            lines.append(f"| {name} | {r['error']} |  |  |  |  |  |")
             continue
         lossless = "yes" if r["lossless"] else f"no: {100 * r['altered_share']:.1f} % in low precision or left out"
-        lines.append(f"| {name} | {r['tokens_per_second']:.2f} | {100 * r['hit_rate']:.1f} % | {100 * r['of_disk']:.0f} % | {r['peak_resident'] / 2**20:.0f} MiB | {lossless} |")
+        lines.append(f"| {name} | {spread(r, 'tokens_per_second', lambda x: f'{x:.2f}')} | {100 * r['hit_rate']:.1f} % | {r['bytes_read'] / 1e9:.2f} GB | "
+                     f"{spread(r, 'of_disk', lambda x: f'{100 * x:.0f} %')} | {r['peak_resident'] / 2**20:.0f} MiB | {lossless} |")
     peer = record["llama_cpp"]
     if peer:
-        lines.append(f"| llama.cpp, mapped file | {peer['error'] if 'error' in peer else format(peer['tokens_per_second'], '.2f')} |  |  |  | yes |")
-    best = max((r["tokens_per_second"] for r in record["runs"].values() if r.get("lossless")), default=0.0)
-    against = f" The fastest lossless run is {best / peer['tokens_per_second']:.1f} times as fast as llama.cpp." if peer and "tokens_per_second" in peer and best else ""
+        lines.append(f"| llama.cpp, mapped file | {peer['error'] if 'error' in peer else format(peer['tokens_per_second'], '.2f')} |  |  |  |  | yes |")
+    good = [r for r in record["runs"].values() if "error" not in r]
+    best = max((r["tokens_per_second"] for r in good if r["lossless"]), default=0.0)
+    against, version = "", ""
+    if peer and "tokens_per_second" in peer and best:
+        against = f" The fastest lossless run is {best / peer['tokens_per_second']:.1f} times as fast as llama.cpp."
+        version = f"Llama-cpp-python {peer['version']}" + (f", measured {peer['date']}" if peer["date"] != record["date"] else "") + "; "
+    rates = [bound * 1e-6 for r in good for bound in r["spread"]["disk_bytes_per_second"]]
     lines += ["", f"{record['model']}, {record['bytes'] / 1e9:.2f} GB: {record['times']:.1f} times the {record['memory'] / 2**20:.0f} MiB that a control group allows; "
-              f"{record['tokens']} tokens behind a short prompt, {record['threads']} threads, the file not in the page cache at first. The disk reads {disk * 1e-6:.0f} MB/s; "
-              f"its limit is the time that the bytes of all misses take at that speed.{against} {'Llama-cpp-python ' + peer['version'] + '; ' if peer and 'version' in peer else ''}{where(record)}."]
+              f"{record['tokens']} tokens behind a short prompt, {record['threads']} threads, the file not in the page cache at first; medians of {record['rounds']} rounds and what "
+              f"they lie between. The disk's limit is the time that all bytes that were read take at the speed that the disk has directly before and after the run: "
+              f"{min(rates):.0f} to {max(rates):.0f} MB/s.{against} {version}{where(record)}."]
     return lines
 
 
