@@ -226,8 +226,9 @@ void ExpertStore::wait_for_one(Precision p) {
   const auto reading = [&] {
     return std::count_if(slots(p).begin(), slots(p).end(), [](const Slot& s) { return s.state == State::reading; });
   };
-  const auto before = reading();
-  if (before > 0) done_.wait(guard, [&] { return failure_ || reading() < before; });
+  // Others may begin in the meantime: who ends counts.
+  const int64_t before = experts_read_;
+  if (reading() > 0) done_.wait(guard, [&] { return failure_ || experts_read_ > before || reading() == 0; });
   stall_seconds_ += seconds_since(start);
   rethrow();
 }
