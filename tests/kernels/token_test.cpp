@@ -3,7 +3,9 @@
 #include <gtest/gtest.h>
 #include <rapidcheck/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -77,6 +79,24 @@ TEST_F(TokenTest, GeluEqualsTheFormula) {
       const double x = g[i], want = 0.5 * x * (1.0 + std::tanh(0.7978845608 * (x + 0.044715 * x * x * x))) * u[i];
       EXPECT_NEAR(y[i], want, 2e-6 * (1.0 + std::abs(want)));
     }
+  });
+}
+
+TEST_F(TokenTest, ClampedGateEqualsTheFormula) {
+  auto g = gaussian(50, 4, 5.f), u = gaussian(50, 5, 5.f);
+  g[0] = 200.f, g[1] = -200.f, g[2] = 0.f, u[3] = 200.f, u[4] = -200.f;
+  const float alpha = 1.702f, limit = 7.f;
+  for_each_isa([&] {
+    auto y = g;
+    clamped_times(y.data(), u.data(), alpha, limit, 50);
+    for (size_t i = 0; i < y.size(); ++i) {
+      const double x = std::min(g[i], limit), by = std::clamp(u[i], -limit, limit) + 1.0;
+      const double want = by * x / (1.0 + std::exp(-static_cast<double>(alpha) * x));
+      EXPECT_NEAR(y[i], want, 2e-6 * (1.0 + std::abs(want)));
+    }
+    float none = std::numeric_limits<float>::quiet_NaN(), one = 1.f;
+    clamped_times(&none, &one, alpha, limit, 1);
+    EXPECT_TRUE(std::isnan(none));
   });
 }
 

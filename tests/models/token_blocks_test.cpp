@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <algorithm>
+
 #include "moiety/base/files.h"
 #include "moiety/io/checkpoint_writer.h"
 #include "moiety/kernels/packed.h"
@@ -38,8 +40,9 @@ json config_of(const char* family, json changes = json::object()) {
 // Weights with some life in them: norms, biases and sinks of a random checkpoint are ones and zeros.
 void stir(torch::nn::Module& model) {
   const torch::NoGradGuard frozen;
-  for (auto& p : model.parameters())
-    if (p.dim() == 1) p.set_data(p + 0.3 * torch::randn_like(p));  // mapped memory cannot be written
+  for (auto& p : model.named_parameters())
+    if (p.value().dim() == 1 || p.key().ends_with("bias"))
+      p.value().set_data(p.value() + 0.3 * torch::randn_like(p.value()));  // mapped memory cannot be written
 }
 
 class TokenBlocks : public ::testing::Test {
@@ -61,7 +64,8 @@ class TokenBlocks : public ::testing::Test {
 
   // Reads a prompt with the modules, then tokens one by one both ways, and compares every hidden state and the caches.
   void compare(Decoder& m, int64_t rows) {
-    const bool exact = m.parsed.layers[0].window == 0;
+    const bool exact =
+        std::all_of(m.parsed.layers.begin(), m.parsed.layers.end(), [](const auto& l) { return l.window == 0; });
     const torch::NoGradGuard frozen;
     KvCache cache = m.make_cache();
     Pass prompt;
@@ -114,6 +118,23 @@ TEST_F(TokenBlocks, EqualTheModulesInMixtures) {
                                config_of("qwen2_moe", {{"shared_expert_intermediate_size", 512}})}) {
       SCOPED_TRACE(config["model_type"].get<std::string>() + " " + type);
       const auto m = model(config, type);
+      for (const int64_t rows : {1, 2, 11}) compare(*m, rows);
+    }
+}
+
+TEST_F(TokenBlocks, EqualTheModulesWhereExpertsHaveBiasesAndAClampedGate) {
+  const json biased = {{"attention_bias", true}, {"swiglu_limit", 1.5}};
+  json whole = biased, windows = biased;
+  whole["layer_types"] = json::array({"full_attention", "full_attention", "full_attention"});
+  windows["sliding_window"] = 6;  // in every second layer
+  for (const char* type : {"q8_0", "q4_k", "mxfp4"})
+    for (const auto& changes : {whole, windows}) {
+      SCOPED_TRACE(changes.dump() + " " + type);
+      const auto m = model(config_of("gpt_oss", changes), type);
+      const auto& mixture = dynamic_cast<const Mixture&>(*m->layers[0]->ffn);
+      const auto& experts = dynamic_cast<const GatedExperts&>(*mixture.experts);
+      for (const auto& bias : {experts.gate->bias, experts.up->bias, experts.down->bias})
+        ASSERT_GT(bias.abs().min().item<float>(), 0.f);
       for (const int64_t rows : {1, 2, 11}) compare(*m, rows);
     }
 }

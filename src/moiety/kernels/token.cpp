@@ -60,6 +60,10 @@ void gelu_tanh_times(float* g, const float* u, int64_t n) {
   kernels().gelu(g, u, n);
 }
 
+void clamped_times(float* g, const float* u, float alpha, float limit, int64_t n) {
+  kernels().clamped(g, u, alpha, limit, n);
+}
+
 void rows_times(const float* w, int64_t rows, int64_t n, const float* x, float* y) {
   kernels().rows(w, rows, n, x, y);
 }

@@ -29,6 +29,8 @@ void rotate_head(const uint16_t* x, const float* cosine, const float* sine, int6
 void silu_times(float* g, const float* u, int64_t n);
 /// g[i] = gelu(g[i]) * u[i] with the approximation by tanh (Hendrycks & Gimpel 2016, arXiv 1606.08415).
 void gelu_tanh_times(float* g, const float* u, int64_t n);
+/// g[i] = (u[i] in [-limit, limit] + 1) * x * sigmoid(alpha * x), x = min(g[i], limit): the gate of gpt-oss.
+void clamped_times(float* g, const float* u, float alpha, float limit, int64_t n);
 
 /// y[r] = row r of w [rows, n] times x [n].
 void rows_times(const float* w, int64_t rows, int64_t n, const float* x, float* y);

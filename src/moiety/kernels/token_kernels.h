@@ -17,6 +17,7 @@ struct TokenKernels {
   TokenOf<uint16_t> bf16;
   void (*silu)(float* g, const float* u, int64_t n);
   void (*gelu)(float* g, const float* u, int64_t n);
+  void (*clamped)(float* g, const float* u, float alpha, float limit, int64_t n);
   void (*rows)(const float* w, int64_t rows, int64_t n, const float* x, float* y);
   void (*attend)(const AttendRow& a, float* scratch, float* out);
 };

@@ -256,6 +256,14 @@ void gelu_loop(float* g, const float* u, int64_t n) {
   }
 }
 
+// Comparisons that let what is no number through.
+void clamped_loop(float* g, const float* u, float alpha, float limit, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = g[i] > limit ? limit : g[i], y = u[i] > limit ? limit : u[i] < -limit ? -limit : u[i];
+    g[i] = (y + 1.f) * (x / (1.f + exponential(-alpha * x)));
+  }
+}
+
 void rows_loop(const float* w, int64_t rows, int64_t n, const float* x, float* y) {
   for (int64_t r = 0; r < rows; ++r) y[r] = dot(w + r * n, x, n);
 }
@@ -264,6 +272,7 @@ constexpr TokenKernels kToken = {{rms_norm_loop<float>, rms_norm_backward_loop<f
                                  {rms_norm_loop<uint16_t>, rms_norm_backward_loop<uint16_t>, rotate_loop<uint16_t>},
                                  silu_loop,
                                  gelu_loop,
+                                 clamped_loop,
                                  rows_loop,
                                  attend_loop};
 

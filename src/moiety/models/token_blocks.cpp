@@ -11,7 +11,7 @@
 #include "moiety/models/decoder.h"
 #include "moiety/moe/mixture.h"
 #include "moiety/nn/elements.h"
-#include "moiety/nn/packed.h"
+#include "moiety/nn/packed_gated.h"
 #include "moiety/nn/shortcut.h"
 #include "moiety/nn/team.h"
 
@@ -75,10 +75,24 @@ struct GatedPlan {
   bool pack(const torch::Tensor& x) { return gate.pack(x) && up.pack(x) && down.pack(x); }
 };
 
+// Biases of all experts' rows of one kind.
+struct StackBias {
+  const float* all = nullptr;  // [E, width], null: none
+  int64_t width = 0;
+  bool take(const LinearStack& s) {
+    width = s->out();
+    if (!s->bias.defined()) return true;
+    if (!plain_f32(s->bias)) return false;
+    all = s->bias.const_data_ptr<float>();
+    return true;
+  }
+  const float* of(int64_t expert) const { return all == nullptr ? nullptr : all + expert * width; }
+};
+
 struct MixturePlan {
   TopKRouter* router = nullptr;
   GatedExperts* experts = nullptr;
-  GateTimes times = nullptr;
+  StackBias gate_bias, up_bias, down_bias;
   GatedPlan shared;                    // times null: none
   const float* shared_gate = nullptr;  // [d]
   float routed_scale = 1.f, shared_scale = 1.f;
@@ -89,9 +103,8 @@ struct MixturePlan {
         m.capacity_factor > 0.0 || !router->chooses_by_rows())
       return false;
     if (!router->projection->by_dots()) return false;
-    times = experts->act() == nullptr ? nullptr : gate_times(experts->act());
-    if (times == nullptr) return false;
-    if (experts->adapted()) return false;
+    if (experts->times() == nullptr || experts->adapted()) return false;
+    if (!gate_bias.take(experts->gate) || !up_bias.take(experts->up) || !down_bias.take(experts->down)) return false;
     const auto gate = experts->gate->packed_kinds(), up = experts->up->packed_kinds();
     if (!gate || !up || !experts->down->packed_kinds() || *gate != *up) return false;
     if (static_cast<int64_t>(gate->size()) != router->experts()) return false;
@@ -158,9 +171,10 @@ struct LayerPlan {
 // Rows of one gated layer that run together: all rows, or those that chose an expert.
 struct Unit {
   const PackedMatrix *gate, *up, *down;
-  GateTimes times;
-  int64_t count;                    // pairs
-  int64_t begin = 0, expert = -1;   // its first pair; which expert it is, if it is one
+  const GateTimes* times;
+  int64_t count;                   // pairs
+  int64_t begin = 0, expert = -1;  // its first pair; which expert it is, if it is one
+  const float *gate_bias = nullptr, *up_bias = nullptr;
   const int64_t* tokens = nullptr;  // [count], null: pair i is row i
   int64_t width = 0, between = 0;   // where its rows of that width stand in the buffers of gate and up
   const QuantizedTiles* x = nullptr;
@@ -175,7 +189,7 @@ struct Shared {
 // What a member has to itself: every member follows the rows of the residual stream on its own, so that nobody waits
 // for them.
 struct Own {
-  std::vector<float> x, h, y, scratch, heads, fresh, row, scores, gates, pair_gates, scales;
+  std::vector<float> x, h, y, scratch, heads, fresh, row, scores, gates, pair_gates, scales, biased;
   std::vector<const float*> parts;
   std::vector<int64_t> chosen, tokens, place;
   std::vector<Unit> units;
@@ -423,7 +437,7 @@ class TokenRun {
       wide += u.count * width;
     };
     const auto all_rows = [&](const GatedPlan& g) {
-      add({g.gate.packed, g.up.packed, g.down.packed, g.times, rows_}, g.up.packed->rows());
+      add({g.gate.packed, g.up.packed, g.down.packed, &g.times, rows_}, g.up.packed->rows());
     };
     const MixturePlan& mixture = l.mixture;
     if (l.is_mixture) {
@@ -432,8 +446,10 @@ class TokenRun {
       for (int64_t e = 0; e < mixture.router->experts(); ++e) {
         const int64_t count = own.place[static_cast<size_t>(e)];
         if (count == 0) continue;
-        Unit u{nullptr, nullptr, nullptr, mixture.times, count};
+        Unit u{nullptr, nullptr, nullptr, &mixture.experts->times(), count};
         u.expert = e;
+        u.gate_bias = mixture.gate_bias.of(e);
+        u.up_bias = mixture.up_bias.of(e);
         u.tokens = own.tokens.data() + begin;
         add(u, mixture.experts->up->out());
         begin += count;
@@ -461,8 +477,10 @@ class TokenRun {
     soon(m, own.jobs);
     for (int64_t i = 0, end = 0; m.take(units, 1, i, end);) {
       const Unit& u = own.units[static_cast<size_t>(i)];
-      float* g = shared_->gate.data() + u.between;
-      u.times(g, shared_->up.data() + u.between, u.count * u.width);
+      float *g = shared_->gate.data() + u.between, *up = shared_->up.data() + u.between;
+      add_bias(u.gate_bias, u.count, u.width, g);
+      add_bias(u.up_bias, u.count, u.width, up);
+      (*u.times)(g, up, u.count * u.width);
       QuantizedTiles& t = shared_->between[static_cast<size_t>(i)];
       t.resize(activation_kind(u.down->format()), u.count, u.width);
       for (int64_t tile = 0; tile < t.tiles(); ++tile) t.fill(tile, g, u.width);
@@ -548,11 +566,21 @@ class TokenRun {
     const int64_t k = p.router->options.top_k;
     own.parts.clear();
     own.scales.clear();
-    for (int64_t pair = 0; pair < rows_ * k; ++pair)
-      if (own.tokens[static_cast<size_t>(pair)] == b) {
-        own.parts.push_back(shared_->pairs.data() + pair * d_);
+    float* biased = room(own.biased, k * d_);
+    for (const Unit& u : own.units) {
+      const float* bias = u.expert < 0 ? nullptr : p.down_bias.of(u.expert);
+      for (int64_t pair = u.begin; u.expert >= 0 && pair < u.begin + u.count; ++pair) {
+        if (own.tokens[static_cast<size_t>(pair)] != b) continue;
+        const float* part = shared_->pairs.data() + pair * d_;
+        if (bias != nullptr) {
+          for (int64_t i = 0; i < d_; ++i) biased[i] = part[i] + bias[i];
+          part = biased;
+          biased += d_;
+        }
+        own.parts.push_back(part);
         own.scales.push_back(own.pair_gates[static_cast<size_t>(pair)]);
       }
+    }
     float* y = own.y.data() + b * d_;
     weighted_sum(own.parts.data(), own.scales.data(), k, y, d_);
     if (p.routed_scale != 1.f)

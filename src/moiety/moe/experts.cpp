@@ -3,6 +3,7 @@
 #include <torch/torch.h>
 
 #include "moiety/base/error.h"
+#include "moiety/kernels/token.h"
 #include "moiety/moe/grouped.h"
 #include "moiety/nn/beside.h"
 #include "moiety/nn/elements.h"
@@ -51,7 +52,11 @@ void check_counts(const char* what, const LinearStack& a, const LinearStack& b) 
 
 }  // namespace
 
-GatedExperts::GatedExperts(LinearStack g, LinearStack u, LinearStack d, Activation act) : act_(act) {
+GatedExperts::GatedExperts(LinearStack g, LinearStack u, LinearStack d, Activation act)
+    : GatedExperts(std::move(g), std::move(u), std::move(d), act, gate_times(act)) {}
+
+GatedExperts::GatedExperts(LinearStack g, LinearStack u, LinearStack d, Activation act, GateTimes times)
+    : act_(act), times_(std::move(times)) {
   check_counts("gate and up", g, u);
   check_counts("gate and down", g, d);
   const auto plain = [](const LinearStack& s) { return s->weight.defined() && !s->bias.defined(); };
@@ -105,9 +110,14 @@ bool GatedExperts::adapted() const {
 }
 
 ClampedExperts::ClampedExperts(LinearStack g, LinearStack u, LinearStack d, double alpha, double limit)
-    : GatedExperts(std::move(g), std::move(u), std::move(d), nullptr), alpha_(alpha), limit_(limit) {}
+    : GatedExperts(std::move(g), std::move(u), std::move(d), nullptr,
+                   [alpha = static_cast<float>(alpha), limit = static_cast<float>(limit)](
+                       float* x, const float* y, int64_t n) { clamped_times(x, y, alpha, limit, n); }),
+      alpha_(alpha),
+      limit_(limit) {}
 
 torch::Tensor ClampedExperts::combine(const torch::Tensor& g, const torch::Tensor& u) {
+  if (may_shorten({g, u}) && plain_f32(g) && plain_f32(u)) return apply_times(times(), g, u);
   const auto cut = g.clamp_max(limit_);
   return (u.clamp(-limit_, limit_) + 1.0) * (cut * torch::sigmoid(alpha_ * cut));
 }

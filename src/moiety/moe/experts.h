@@ -46,9 +46,13 @@ class GatedExperts : public Experts {
   torch::Tensor outputs(const torch::Tensor& x, const Dispatch& dispatch);
   bool adapted() const;                    ///< something stands beside some of the matrices
   Activation act() const { return act_; }  ///< null where `combine` is something else
+  /// combine() of f32 where no graph is built, as a kernel; null where there is none.
+  const GateTimes& times() const { return times_; }
   LinearStack gate{nullptr}, up{nullptr}, down{nullptr};
 
  protected:
+  GatedExperts(LinearStack gate, LinearStack up, LinearStack down, Activation act, GateTimes times);
+  /// May write to g.
   virtual torch::Tensor combine(const torch::Tensor& g, const torch::Tensor& u) { return act_(g) * u; }
 
  private:
@@ -56,6 +60,7 @@ class GatedExperts : public Experts {
   torch::Tensor packed(const torch::Tensor& x, const Dispatch& d);
 
   Activation act_;
+  GateTimes times_;
   bool fused_ = false;  // silu, no biases, one stacked tensor each
 };
 

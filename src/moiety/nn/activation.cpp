@@ -34,11 +34,12 @@ Activation activation(const std::string& name) {
 
 GateTimes gate_times(Activation act) {
   // Looked up once: this is asked in every layer of every token.
-  static const std::pair<Activation, GateTimes> kernels[] = {{activation("silu"), silu_times},
-                                                             {activation("swish"), silu_times},
-                                                             {activation("gelu_pytorch_tanh"), gelu_tanh_times},
-                                                             {activation("gelu_new"), gelu_tanh_times},
-                                                             {activation("gelu_fast"), gelu_tanh_times}};
+  static const std::pair<Activation, void (*)(float*, const float*, int64_t)> kernels[] = {
+      {activation("silu"), silu_times},
+      {activation("swish"), silu_times},
+      {activation("gelu_pytorch_tanh"), gelu_tanh_times},
+      {activation("gelu_new"), gelu_tanh_times},
+      {activation("gelu_fast"), gelu_tanh_times}};
   for (const auto& [known, times] : kernels)
     if (act == known) return times;
   return nullptr;

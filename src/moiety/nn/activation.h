@@ -2,6 +2,7 @@
 // Pointwise activations by the names that config.json uses.
 #include <torch/types.h>
 
+#include <functional>
 #include <string>
 
 namespace moiety {
@@ -11,8 +12,8 @@ using Activation = torch::Tensor (*)(const torch::Tensor&);
 /// Error: unknown name.
 Activation activation(const std::string& name);
 
-/// g[i] = act(g[i]) * u[i] over n numbers, on the calling thread.
-using GateTimes = void (*)(float* g, const float* u, int64_t n);
+/// g[i] = what goes on of gate and up, act(g[i]) * u[i] say, over n numbers, on the calling thread.
+using GateTimes = std::function<void(float* g, const float* u, int64_t n)>;
 /// The kernel of an activation; null where there is none.
 GateTimes gate_times(Activation act);
 

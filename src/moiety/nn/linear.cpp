@@ -378,7 +378,7 @@ std::shared_ptr<const std::vector<ActivationKind>> LinearStackImpl::packed_kinds
   if (packed_kinds_at_ == now) return packed_kinds_;
   packed_kinds_ = nullptr;
   packed_kinds_at_ = now;
-  const bool all = !beside_ && !bias.defined() && std::all_of(matrices_.begin(), matrices_.end(), [](const Linear& l) {
+  const bool all = !beside_ && std::all_of(matrices_.begin(), matrices_.end(), [](const Linear& l) {
     return l->packs() && !l->streamed() && l->attached().empty() && !l->bias.defined();
   });
   if (!all || matrices_.empty()) return nullptr;

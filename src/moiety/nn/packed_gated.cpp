@@ -27,11 +27,6 @@ QuantizedTiles& sized(std::vector<QuantizedTiles>& all, size_t& used, Activation
   return t;
 }
 
-void add_bias(const float* bias, int64_t rows, int64_t width, float* y) {
-  for (float* row = y; bias != nullptr && row != y + rows * width; row += width)
-    for (int64_t i = 0; i < width; ++i) row[i] += bias[i];
-}
-
 // Adds its expert's bias to every row of y.
 void add_biases(std::span<const PackedGated> experts, std::span<const int64_t> counts, const float* PackedGated::*bias,
                 torch::Tensor& y) {
@@ -190,9 +185,12 @@ torch::Tensor packed_gated(const torch::Tensor& x, std::span<const PackedGated> 
   return y;
 }
 
-torch::Tensor act_times(Activation act, torch::Tensor g, const torch::Tensor& u) {
-  const GateTimes times = gate_times(act);
-  if (times == nullptr) return act(g).mul_(u);
+void add_bias(const float* bias, int64_t rows, int64_t width, float* y) {
+  for (float* row = y; bias != nullptr && row != y + rows * width; row += width)
+    for (int64_t i = 0; i < width; ++i) row[i] += bias[i];
+}
+
+torch::Tensor apply_times(const GateTimes& times, torch::Tensor g, const torch::Tensor& u) {
   float* to = g.data_ptr<float>();
   const float* by = u.const_data_ptr<float>();
   if (g.numel() <= kGrain)
@@ -201,6 +199,11 @@ torch::Tensor act_times(Activation act, torch::Tensor g, const torch::Tensor& u)
     parallel_for(0, g.numel(), kGrain,
                  [&](int64_t first, int64_t last) { times(to + first, by + first, last - first); });
   return g;
+}
+
+torch::Tensor act_times(Activation act, torch::Tensor g, const torch::Tensor& u) {
+  const GateTimes times = gate_times(act);
+  return times == nullptr ? act(g).mul_(u) : apply_times(times, std::move(g), u);
 }
 
 }  // namespace moiety

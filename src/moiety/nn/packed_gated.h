@@ -24,6 +24,10 @@ using Combine = std::function<torch::Tensor(torch::Tensor g, torch::Tensor u)>;
 torch::Tensor packed_gated(const torch::Tensor& x, std::span<const PackedGated> experts,
                            std::span<const int64_t> counts, const int64_t* tokens, const Combine& combine);
 
+/// Adds a bias [width] to every row of y [rows, width], on the calling thread; null: does nothing.
+void add_bias(const float* bias, int64_t rows, int64_t width, float* y);
+/// What the kernel makes of (g, u) f32, contiguous, in place of g, on all threads.
+torch::Tensor apply_times(const GateTimes& times, torch::Tensor g, const torch::Tensor& u);
 /// act(g) * u, f32 and contiguous; silu and gelu work in place. A Combine for any activation.
 torch::Tensor act_times(Activation act, torch::Tensor g, const torch::Tensor& u);
 
