@@ -1,13 +1,17 @@
 #include "moiety/nn/tasks.h"
 
 #include <gtest/gtest.h>
+#include <torch/torch.h>
 
 #include <chrono>
 #include <condition_variable>
 #include <set>
 #include <stdexcept>
 #include <thread>
+#include <vector>
 
+#include "moiety/kernels/cpu.h"
+#include "moiety/nn/products.h"
 #include "threads.h"
 
 namespace moiety {
@@ -41,6 +45,25 @@ TEST(Tasks, EveryOneRunsOnceAndAnErrorComesOut) {
                std::runtime_error);
   EXPECT_EQ(ran.size(), 50u);
   EXPECT_EQ(std::set<int64_t>(ran.begin(), ran.end()).size(), 50u);
+}
+
+// Machines without kernels of our own multiply by torch, whose sums depend on the number of threads.
+TEST(Tasks, AProductHasTheSameBitsInATaskAloneAndBesideOthers) {
+  torch::manual_seed(3);
+  const test::Threads two(2);
+  const Isa before = isa();
+  set_isa(Isa::Portable);
+  const auto w = torch::randn({256, 256});
+  for (int64_t n = 1; n <= 20; ++n) {
+    const auto x = torch::randn({n, 256});
+    std::vector<torch::Tensor> out;
+    for (int i = 0; i < 5; ++i) out.push_back(torch::empty({n, 256}));
+    const auto task = [&](int64_t i) { multiply(out[static_cast<size_t>(i)], {x}, {w, true}); };
+    run_tasks(4, task);
+    run_tasks(1, [&](int64_t) { task(4); });
+    for (int i = 0; i < 4; ++i) EXPECT_TRUE(torch::equal(out[static_cast<size_t>(i)], out[4])) << n;
+  }
+  set_isa(before);
 }
 
 }  // namespace

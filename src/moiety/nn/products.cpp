@@ -2,8 +2,11 @@
 
 #include <torch/torch.h>
 
+#include <exception>
+
 #include "moiety/kernels/matmul.h"
 #include "moiety/nn/elements.h"
+#include "moiety/nn/parallel.h"
 
 namespace moiety {
 namespace {
@@ -50,12 +53,30 @@ bool try_kernel(const torch::Tensor& out, const Operand& a, const Operand& b, bo
   return true;
 }
 
+// Runs the product of another library on this thread alone. MKL asks OpenMP, not torch, whether it is in a task, and
+// OpenMP knows of a task that is the only one as little as of none: the product would take all threads and add up in
+// another order than beside other tasks.
+template <class Product>
+void alone(const Product& product) {
+  if (parallel::inside() || at::get_num_threads() == 1) return product();
+  std::exception_ptr failure;
+  parallel::on_threads(2, [&](int index, int) {
+    if (index != 0) return;
+    try {
+      product();
+    } catch (...) {
+      failure = std::current_exception();
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
+}
+
 }  // namespace
 
 void multiply(const torch::Tensor& out, const Operand& a, const Operand& b, bool add) {
   if (matmul_is_fast() && has_rows(out) && has_rows(a.matrix) && has_rows(b.matrix) && try_kernel(out, a, b, add))
     return;
-  multiply_by_torch(out, a, b, add);
+  alone([&] { multiply_by_torch(out, a, b, add); });
 }
 
 void multiply_by_torch(const torch::Tensor& out, const Operand& a, const Operand& b, bool add) {
