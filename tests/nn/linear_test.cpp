@@ -96,8 +96,11 @@ TEST(LinearStack, KindsOfPackedMatricesFollowWhatChanges) {
 
   EXPECT_FALSE(LinearStack(2, kIn, kOut)->packed_kinds());
   EXPECT_FALSE(LinearStack(std::vector<Linear>{Linear(stored(Format::F32, kOut, kIn))})->packed_kinds());
-  EXPECT_FALSE(LinearStack(std::vector<Linear>{Linear(stored(Format::Q8_0, kOut, kIn))}, torch::zeros({1, kOut}))
-                   ->packed_kinds());
+  EXPECT_FALSE(
+      LinearStack(std::vector<Linear>{Linear(stored(Format::Q8_0, kOut, kIn), torch::zeros({kOut}))})->packed_kinds());
+  // Who multiplies by the matrices of a stack adds its bias.
+  EXPECT_TRUE(LinearStack(std::vector<Linear>{Linear(stored(Format::Q8_0, kOut, kIn))}, torch::zeros({1, kOut}))
+                  ->packed_kinds());
 }
 
 TEST_P(BlockFormats, SeveralMatricesOnOneInputEqualEachAlone) {
