@@ -136,6 +136,7 @@ Work work_of(const OpenModel& open, torch::Device device) {
     head = embedding;
     work.bytes += static_cast<double>(embedding->bytes());
     work.operations += 2.0 * static_cast<double>(embedding->elements());
+    if (can_pack(embedding->format)) work.packed += 2.0 * static_cast<double>(embedding->elements());
   }
   if (head != nullptr) work.head = 2.0 * static_cast<double>(head->elements());
   return work;
