@@ -124,8 +124,8 @@ class LinearStackImpl : public torch::nn::Module {
   /// The separate matrices; none for a stacked tensor.
   std::vector<Linear>& matrices() { return matrices_; }
   /// How activations go with each matrix, [E], when all are separate and run as packed blocks and nothing else: nothing
-  /// beside them, no bias, not streamed. Null otherwise. Looked up once, and again when some matrix has been attached
-  /// to or streamed: the objects of many experts lie scattered in memory.
+  /// beside them, no bias of their own, not streamed. Null otherwise. Looked up once, and again when some matrix has
+  /// been attached to or streamed: the objects of many experts lie scattered in memory.
   std::shared_ptr<const std::vector<ActivationKind>> packed_kinds();
 
   torch::Tensor weight;  ///< [E, out, in]; undefined when the matrices are separate
