@@ -116,6 +116,12 @@ Work work_of(const OpenModel& open, torch::Device device) {
     open.model->hidden(torch::zeros({1, 1}, torch::TensorOptions(torch::kInt64).device(device)), pass);
   }
   Work work;
+  const auto count = [&](const TensorInfo& t, double part) {
+    const double operations = 2.0 * part * static_cast<double>(t.elements());
+    work.bytes += part * static_cast<double>(t.bytes());
+    work.operations += operations;
+    if (can_pack(t.format)) work.packed += operations;
+  };
   const TensorInfo* head = nullptr;
   const TensorInfo* embedding = nullptr;
   for (const TensorInfo& t : open.checkpoint->tensors()) {
@@ -127,16 +133,11 @@ Work work_of(const OpenModel& open, torch::Device device) {
     if (t.name.find("lm_head") != std::string::npos) head = &t;
     const bool expert = t.name.find(".experts.") != std::string::npos;
     const auto it = share.find(block_of(t.name));
-    const double part = expert && it != share.end() ? it->second : 1.0;
-    work.bytes += part * static_cast<double>(t.bytes());
-    work.operations += 2.0 * part * static_cast<double>(t.elements());
-    if (can_pack(t.format)) work.packed += 2.0 * part * static_cast<double>(t.elements());
+    count(t, expert && it != share.end() ? it->second : 1.0);
   }
   if (head == nullptr && embedding != nullptr) {  // one matrix serves as both
     head = embedding;
-    work.bytes += static_cast<double>(embedding->bytes());
-    work.operations += 2.0 * static_cast<double>(embedding->elements());
-    if (can_pack(embedding->format)) work.packed += 2.0 * static_cast<double>(embedding->elements());
+    count(*embedding, 1.0);
   }
   if (head != nullptr) work.head = 2.0 * static_cast<double>(head->elements());
   return work;

@@ -165,7 +165,7 @@ def speed():
             if "gigabytes_per_second" in r:
                 limit = f"{r['gigabytes_per_second']:.1f} of {r['bandwidth_gigabytes_per_second']:.1f} GB/s"
             elif "gflops" in r:
-                limit = f"{r['gflops']:.0f} of {r['peak_gflops']:.0f} Gop/s" if "peak_gflops" in r else f"{r['gflops']:.0f} Gop/s"
+                limit = f"{r['gflops']:.0f} of {r['peak_gflops']:.0f} Gop/s"
             lines.append(f"| {m['name']} | {test} | {r['moiety']:.1f} | {r['llama_cpp']:.1f} ({r['layout']}) | {r['ratio']:.2f}x | {limit} |")
     lines += ["", f"Tokens a second, the best of {record['rounds']} rounds with {record['threads']} threads; llama.cpp by llama-cpp-python "
               f"{record['llama_cpp_python']}, the faster of its two layouts; {where(record)}."]
@@ -174,8 +174,9 @@ def speed():
 
 def offload():
     record = load("results/offload.json")
-    if not record or "rounds" not in record:  # a record of before rounds does not say what the disk did in each run
+    if not record:
         return ["Not measured yet: `python3 bench/offload.py --write`."]
+
     def spread(r, key, show):
         least, most = r["spread"][key]
         return f"{show(r[key])} ({show(least)} to {show(most)})"

@@ -133,7 +133,6 @@ struct LayerPlan {
   MixturePlan mixture;
   bool is_mixture = false;
   CachePlace held_k, held_v;  // the new position included
-  int64_t length = 0;
 
   bool can(const Block& b, int64_t d) {
     if (b.placement() == Placement::parallel || b.ffn->whole_half()) return false;
@@ -399,9 +398,9 @@ class TokenRun {
     const float* from = shared_->v.data() + (b * l.kv_heads + j) * n;
     for (int64_t i = 0; i < n; ++i) value[i] = from[i] + (l.v.bias ? l.v.bias[j * n + i] : 0.f);
     if (p.clip > 0.0) clip(value, static_cast<float>(p.clip), value, n);
-    quantize_row(l.held_k.format, key, l.held_k.at(b, j) + (l.length - 1) * key_bytes, n);
-    quantize_row(l.held_v.format, value, l.held_v.at(b, j) + (l.length - 1) * value_bytes, n);
-    const int64_t first = p.options.window > 0 ? std::max<int64_t>(0, l.length - p.options.window) : 0;
+    quantize_row(l.held_k.format, key, l.held_k.at(b, j) + (l.held_k.length - 1) * key_bytes, n);
+    quantize_row(l.held_v.format, value, l.held_v.at(b, j) + (l.held_k.length - 1) * value_bytes, n);
+    const int64_t first = p.options.window > 0 ? std::max<int64_t>(0, l.held_k.length - p.options.window) : 0;
     AttendRow a{};
     a.q = heads;
     a.k = l.held_k.at(b, j) + first * key_bytes;
@@ -410,7 +409,7 @@ class TokenRun {
     a.v_format = l.held_v.format;
     a.heads = groups;
     a.size = a.v_size = n;
-    a.length = l.length - first;
+    a.length = l.held_k.length - first;
     a.scale = static_cast<float>(p.options.scale);
     a.softcap = static_cast<float>(p.options.softcap);
     a.sinks = l.sinks == nullptr ? nullptr : l.sinks + j * groups;
@@ -631,7 +630,6 @@ torch::Tensor run_token_blocks(const std::vector<std::shared_ptr<Block>>& blocks
     }
     std::tie(l.held_k, l.held_v) =
         pass.cache->extend_in_place(static_cast<int64_t>(i), x.size(0), l.kv_heads, 1, l.size, l.size, x.options());
-    l.length = l.held_k.length;
   }
   return TokenRun(layers, x).run();
 }

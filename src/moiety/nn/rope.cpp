@@ -199,7 +199,8 @@ std::pair<torch::Tensor, torch::Tensor> Rope::angles(const torch::Tensor& positi
         number(config_.parameters, "original_max_position_embeddings", static_cast<double>(config_.max_positions));
     factor = need(config_.parameters, static_cast<double>(length) > old ? "long_mscale" : "short_mscale", config_.type);
   }
-  const std::vector<float> f = always_.empty() ? frequencies(length) : always_;
+  const std::vector<float> now = always_.empty() ? frequencies(length) : std::vector<float>();
+  const std::vector<float>& f = always_.empty() ? now : always_;
   torch::Tensor angle;
   if (positions.is_cpu() && positions.scalar_type() == torch::kInt64) {
     // Without torch: a decoded token comes here, and what it has not called lately is not in the caches.
