@@ -41,21 +41,31 @@ const Packable& packable(Format format) {
   return *p;
 }
 
+// A block's quads of quants, or of bits above, from one of them on.
+struct Quads {
+  const PackedLayout& layout;
+  uint8_t* body;
+  bool above = false;
+  int first = 0;
+  uint8_t* at(int z) const { return body + (above ? layout.above_at(first + z) : layout.quad_at(first + z)); }
+};
+
 // Words of one row, `count` of them, to its places in as many quads.
 template <class Change>
-void spread(const uint8_t* from, int count, uint8_t* quads, int row, Change change) {
+void spread(const uint8_t* from, int count, const Quads& to, int row, Change change) {
   for (int z = 0; z < count; ++z) {
     const uint32_t word = change(z, load<uint32_t>(from + 4 * z));
-    std::memcpy(quads + 64 * z + 4 * row, &word, 4);
+    std::memcpy(to.at(z) + 4 * row, &word, 4);
   }
 }
-void spread(const uint8_t* from, int count, uint8_t* quads, int row) {
-  spread(from, count, quads, row, [](int, uint32_t word) { return word; });
+void spread(const uint8_t* from, int count, const Quads& to, int row) {
+  spread(from, count, to, row, [](int, uint32_t word) { return word; });
 }
 
-// Quants of one row's block to their places. Nibbles lie in the file as the planes want them, in all formats but Q6_K.
-void spread_quants(Format format, const uint8_t* p, int row, uint8_t* quants, uint8_t* high) {
+// Quants of one row's block to their places. Nibbles lie in the file as quads want them, in all formats but Q6_K.
+void spread_quants(Format format, const PackedLayout& layout, const uint8_t* p, int row, uint8_t* body) {
   constexpr uint32_t kNibbles = 0x0f0f0f0fu, kPairs = 0x03030303u;
+  const Quads quants{layout, body}, above{layout, body, true};
   switch (format) {
     case Format::Q8_0:
       return spread(p + 2, 8, quants, row, [](int, uint32_t word) { return word ^ 0x80808080u; });
@@ -73,13 +83,13 @@ void spread_quants(Format format, const uint8_t* p, int row, uint8_t* quants, ui
       uint32_t word = 0;  // bit z of byte i from bit 4z + i
       for (int z = 0; z < 8; ++z)
         for (int i = 0; i < 4; ++i) word |= (bits >> (4 * z + i) & 1u) << (8 * i + z);
-      std::memcpy(high + 4 * row, &word, 4);
+      std::memcpy(above.at(0) + 4 * row, &word, 4);
       return;
     }
     case Format::Q4_K:
       return spread(p + 16, 32, quants, row);
     case Format::Q5_K:
-      spread(p + 16, 8, high, row);
+      spread(p + 16, 8, above, row);
       return spread(p + 48, 32, quants, row);
     case Format::TQ1_0: {
       int8_t v[256];
@@ -97,17 +107,17 @@ void spread_quants(Format format, const uint8_t* p, int row, uint8_t* quants, ui
     default:
       break;
   }
-  // Q6_K. The file has elements 0 and 64 (128 and 192) behind in one byte, the planes 0 and 128.
+  // Q6_K. The file has elements 0 and 64 (128 and 192) behind in one byte, quads 0 and 128.
   spread(p, 16, quants, row,
          [&](int z, uint32_t word) { return (word & kNibbles) | (load<uint32_t>(p + 64 + 4 * z) & kNibbles) << 4; });
-  spread(p, 16, quants + 1024, row,
+  spread(p, 16, Quads{layout, body, false, 16}, row,
          [&](int z, uint32_t word) { return (word >> 4 & kNibbles) | (load<uint32_t>(p + 64 + 4 * z) & ~kNibbles); });
   for (int z = 0; z < 16; ++z) {
     const auto first = load<uint32_t>(p + 128 + 4 * (z % 8)), second = load<uint32_t>(p + 160 + 4 * (z % 8));
     const int shift = 2 * (z / 8);
     const uint32_t word = (first >> shift & kPairs) | (first >> (shift + 4) & kPairs) << 2 |
                           (second >> shift & kPairs) << 4 | (second >> (shift + 4) & kPairs) << 6;
-    std::memcpy(high + 64 * z + 4 * row, &word, 4);
+    std::memcpy(above.at(z) + 4 * row, &word, 4);
   }
 }
 
@@ -172,9 +182,9 @@ void pack_group(Format format, const std::byte* data, int64_t rows, int64_t cols
   for (int row = 0; row < kPackedRows && group * kPackedRows + row < rows; ++row) {
     const auto* p = reinterpret_cast<const uint8_t*>(data) + (group * kPackedRows + row) * stride;
     for (int64_t b = 0; b < blocks; ++b, p += info(format).bytes) {
-      spread_quants(format, p, row, out + l.quants_at(blocks) + b * l.quants, out + l.high_at(blocks) + b * l.high);
-      if (l.scales > 0) spread_scales(format, p, row, out + l.scales_at(blocks) + b * l.scales);
-      uint8_t* ends = out + b * l.ends();
+      spread_quants(format, l, p, row, out + l.body_at(b));
+      if (l.scales > 0) spread_scales(format, p, row, out + l.body_at(b));
+      uint8_t* ends = out + l.ends_at(b);
       std::memcpy(ends + size * static_cast<size_t>(row), p + at, size);
       if (l.min) std::memcpy(ends + 32 + 2 * row, p + 2, 2);
     }

@@ -185,15 +185,16 @@ struct Blocks32 {
   static void run(const uint8_t* group, int64_t blocks, const View& x, int tile, float* out) {
     constexpr PackedLayout l = F::kLayout;
     const int rows = single ? 1 : tile;
-    const uint8_t *begin = group + l.quants_at(blocks), *q = begin, *high = group + l.high_at(blocks), *ends = group;
+    PackedBlock<l> block(group);
     Totals<single> total;
     total.clear(rows);
-    for (int64_t b = 0; b < blocks; ++b, q += l.quants, high += l.high, ends += l.ends()) {
-      ask_ahead<l.block_bytes(), 1>(begin, b);
+    for (int64_t b = 0; b < blocks; block.next(b++)) {
+      if constexpr (!single) block.template ask<1>(0);
+      const uint8_t *q = block.body + l.quad_at(0), *above = block.body, *ends = block.ends;
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) {
         typename F::Weights w;
-        F::unpack(q + 32 * h, high + 32 * h, w);
+        F::unpack(q + 32 * h, above + 32 * h, w);
         const __m256 scale = l.e2m1 ? exponents(ends + 8 * h) : halves(ends + 16 * h);
         __m256 minimum = _mm256_setzero_ps();
         if constexpr (l.min) minimum = halves(ends + 32 + 16 * h);
@@ -232,27 +233,26 @@ struct BlocksK {
   static void run(const uint8_t* group, int64_t blocks, const View& x, int tile, float* out) {
     constexpr PackedLayout l = five ? kPackedQ5_K : kPackedQ4_K;
     const int rows = single ? 1 : tile;
-    const uint8_t *begin = group + l.quants_at(blocks), *q = begin, *high = group + l.high_at(blocks),
-                  *scales = group + l.scales_at(blocks), *ends = group;
+    PackedBlock<l> block(group);
     Totals<single> total;
     total.clear(rows);
-    for (int64_t b = 0; b < blocks; ++b, q += l.quants, high += l.high, scales += l.scales, ends += 64) {
+    for (int64_t b = 0; b < blocks; block.next(b++)) {
+      const uint8_t *body = block.body, *ends = block.ends;  // scales first
       const int8_t* a = x.q + 256 * b * rows;
       __m256i sum[Totals<single>::kMost][2];
       for (int t = 0; t < rows; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
       // Sub-block g lies in the low (g even) or high halves of eight quads.
       const auto sub = [&]<int g>(int h) __attribute__((always_inline)) {
-        const uint8_t* from = q + 512 * (g / 2) + 32 * h;
         __m256i w[8];
 #pragma GCC unroll 8
         for (int z = 0; z < 8; ++z) {
-          const __m256i both = quad(from + 64 * z);
+          const __m256i both = quad(body + l.quad_at(8 * (g / 2) + z) + 32 * h);
           if constexpr (five)
-            w[z] = five_bits<g % 2 == 1, g>(both, quad(high + 64 * z + 32 * h));
+            w[z] = five_bits<g % 2 == 1, g>(both, quad(body + l.above_at(z) + 32 * h));
           else
             w[z] = nibbles<g % 2 == 1>(both);
         }
-        const __m256i scale = unsigned_scales(scales + 16 * g + 8 * h);
+        const __m256i scale = unsigned_scales(body + 16 * g + 8 * h);
         for (int t = 0; t < rows; ++t) {
           const int8_t* at = a + 256 * t + 32 * g;
           __m256i now;
@@ -265,7 +265,7 @@ struct BlocksK {
         }
       };
       const auto both_halves = [&]<int g>() __attribute__((always_inline)) {
-        ask_ahead<l.block_bytes(), 8>(begin, 8 * b + g);
+        if constexpr (!single) block.template ask<8>(g);
         sub.template operator()<g>(0);
         sub.template operator()<g>(1);
       };
@@ -278,7 +278,7 @@ struct BlocksK {
         const __m256 scale = halves(ends + 16 * h), minimum = halves(ends + 32 + 16 * h);
         __m256i mins[4];
 #pragma GCC unroll 4
-        for (int p = 0; p < 4; ++p) mins[p] = _mm256_cvtepu8_epi16(load128(scales + 128 + 32 * p + 16 * h));
+        for (int p = 0; p < 4; ++p) mins[p] = _mm256_cvtepu8_epi16(load128(body + 128 + 32 * p + 16 * h));
         for (int t = 0; t < rows; ++t) {
           const int64_t at = b * rows + t;
           __m256i least = _mm256_madd_epi16(mins[0], four(x.pairs + 8 * at));
@@ -299,18 +299,20 @@ struct BlocksQ6_K {
   template <bool single>
   static void run(const uint8_t* group, int64_t blocks, const View& x, int tile, float* out) {
     constexpr PackedLayout l = kPackedQ6_K;
+    constexpr int64_t kStep = l.above_at(4) - l.above_at(0);
     const int rows = single ? 1 : tile;
-    const uint8_t *begin = group + l.quants_at(blocks), *q = begin, *high = group + l.high_at(blocks),
-                  *scales = group + l.scales_at(blocks), *ends = group;
+    PackedBlock<l> block(group);
     Totals<single> total;
     total.clear(rows);
-    for (int64_t b = 0; b < blocks; ++b, q += l.quants, high += l.high, scales += l.scales, ends += 32) {
+    for (int64_t b = 0; b < blocks; block.next(b++)) {
+      const uint8_t *body = block.body, *ends = block.ends;  // scales first
       const int8_t* a = x.q + 256 * b * rows;
       __m256i sum[Totals<single>::kMost][2];
       for (int t = 0; t < rows; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
       // Sub-blocks s and 8 + s lie in the low and high halves of four quads; `upper`: s is 4 or more.
       const auto sub = [&]<bool upper>(int s, int h) __attribute__((always_inline)) {
-        const uint8_t *from = q + 256 * s + 32 * h, *above = high + 256 * (s % 4) + 32 * h;
+        const uint8_t *from = body + l.quad_at(upper ? 16 : 0) + kStep * (s % 4) + 32 * h,
+                      *above = body + l.above_at(0) + kStep * (s % 4) + 32 * h;
         constexpr int kFirst = upper ? 2 : 0, kSecond = upper ? 6 : 4;  // where their two bits lie
         __m256i w[8];
 #pragma GCC unroll 4
@@ -319,7 +321,7 @@ struct BlocksQ6_K {
           w[z] = _mm256_or_si256(nibbles<false>(both), bits_of_bytes(moved<kFirst, 4>(bits), 0x30));
           w[4 + z] = _mm256_or_si256(nibbles<true>(both), bits_of_bytes(moved<kSecond, 4>(bits), 0x30));
         }
-        const __m256i s0 = signed_scales(scales + 16 * s + 8 * h), s1 = signed_scales(scales + 16 * (8 + s) + 8 * h);
+        const __m256i s0 = signed_scales(body + 16 * s + 8 * h), s1 = signed_scales(body + 16 * (8 + s) + 8 * h);
         for (int t = 0; t < rows; ++t) {
           const int8_t *low = a + 256 * t + 16 * s, *top = low + 128;
           const __m256i first = _mm256_add_epi32(_mm256_madd_epi16(products<2>(w, low), s0),
@@ -330,12 +332,14 @@ struct BlocksQ6_K {
         }
       };
       const auto both_halves = [&]<bool upper>(int s) __attribute__((always_inline)) {
-        ask_ahead<l.block_bytes(), 8>(begin, 8 * b + s);
+        if constexpr (!single) block.template ask<8>(s);
         sub.template operator()<upper>(s, 0);
         sub.template operator()<upper>(s, 1);
       };
-      for (int s = 0; s < 4; ++s) both_halves.template operator()<false>(s);
-      for (int s = 4; s < 8; ++s) both_halves.template operator()<true>(s);
+      for (int s = 0; s < 4; ++s) {
+        both_halves.template operator()<false>(s);
+        both_halves.template operator()<true>(4 + s);
+      }
       // What the offset of 32 added: the scales of two sub-blocks times the sums of their activations.
       alignas(32) int16_t sums16[Totals<single>::kMost][16];
       for (int t = 0; t < rows; ++t) {
@@ -348,8 +352,8 @@ struct BlocksQ6_K {
         __m256i pairs[8];
 #pragma GCC unroll 8
         for (int p = 0; p < 8; ++p)
-          pairs[p] = _mm256_cvtepi8_epi16(
-              _mm_unpacklo_epi8(eight(scales + 32 * p + 8 * h), eight(scales + 32 * p + 16 + 8 * h)));
+          pairs[p] =
+              _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(eight(body + 32 * p + 8 * h), eight(body + 32 * p + 16 + 8 * h)));
         const __m256 scale = halves(ends + 16 * h);
         for (int t = 0; t < rows; ++t) {
           __m256i offset = _mm256_madd_epi16(pairs[0], four(sums16[t]));
@@ -372,16 +376,17 @@ struct BlocksTernary {
   static void run(const uint8_t* group, int64_t blocks, const View& x, int tile, float* out) {
     constexpr PackedLayout l = kPackedTernary;
     const int rows = single ? 1 : tile;
-    const uint8_t *begin = group + l.quants_at(blocks), *q = begin, *ends = group;
+    PackedBlock<l> block(group);
     const __m256i ones = _mm256_set1_epi16(1);
     Totals<single> total;
     total.clear(rows);
-    for (int64_t b = 0; b < blocks; ++b, q += l.quants, ends += l.ends()) {
+    for (int64_t b = 0; b < blocks; block.next(b++)) {
+      const uint8_t *q = block.body, *ends = block.ends;
       const int8_t* a = x.q + 256 * b * rows;
       __m256i sum[Totals<single>::kMost][2];
       for (int t = 0; t < rows; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
       for (int c = 0; c < 2; ++c) {
-        ask_ahead<l.block_bytes(), 2>(begin, 2 * b + c);
+        if constexpr (!single) block.template ask<2>(c);
         const auto quarter = [&]<int k>(int h) __attribute__((always_inline)) {
           __m256i w[8];
 #pragma GCC unroll 8

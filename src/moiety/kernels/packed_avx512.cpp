@@ -155,15 +155,15 @@ struct E2m1 {
 template <class F, int T>
 void blocks32(const uint8_t* group, int64_t blocks, const View& x, float* out) {
   constexpr PackedLayout l = F::kLayout;
-  const uint8_t *q = group + l.quants_at(blocks), *high = group + l.high_at(blocks), *scales = group;
+  PackedBlock<l> block(group);
   __m512 total[T];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
-  for (int64_t b = 0; b < blocks; ++b) {
-    ask_ahead<l.block_bytes(), 1>(q, b);
+  for (int64_t b = 0; b < blocks; block.next(b++)) {
+    if constexpr (T > 3) block.template ask<1>(0);
     __m512i sums[T];
-    F::template sums<T>(q + b * l.quants, high + b * l.high, x.q + b * 32 * T, sums);
-    const __m512 scale = l.e2m1 ? exponents(scales + b * l.ends()) : halves(scales + b * l.ends());
+    F::template sums<T>(block.body + l.quad_at(0), block.body, x.q + b * 32 * T, sums);
+    const __m512 scale = l.e2m1 ? exponents(block.ends) : halves(block.ends);
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       if constexpr (l.offset > 0) {
@@ -174,7 +174,7 @@ void blocks32(const uint8_t* group, int64_t blocks, const View& x, float* out) {
                                  total[t]);
     }
     if constexpr (l.min) {
-      const __m512 minimum = halves(scales + b * 64 + 32);
+      const __m512 minimum = halves(block.ends + 32);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) total[t] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(x.minimum[b * T + t]), total[t]);
     }
@@ -190,12 +190,12 @@ template <bool five, int T>
 void blocks_k(const uint8_t* group, int64_t blocks, const View& x, float* out) {
   constexpr PackedLayout l = five ? kPackedQ5_K : kPackedQ4_K;
   const __m512i mask = _mm512_set1_epi8(15), fifth = _mm512_set1_epi8(16);
-  const uint8_t *begin = group + l.quants_at(blocks), *q = begin, *high = group + l.high_at(blocks),
-                *scales = group + l.scales_at(blocks), *ends = group;
+  PackedBlock<l> block(group);
   __m512 total[T];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
-  for (int64_t b = 0; b < blocks; ++b, q += l.quants, high += l.high, scales += l.scales, ends += 64) {
+  for (int64_t b = 0; b < blocks; block.next(b++)) {
+    const uint8_t *body = block.body, *ends = block.ends;  // scales first
     const int8_t* a = x.q + b * 256 * T;
     __m512i sum[T];
 #pragma GCC unroll 8
@@ -204,13 +204,13 @@ void blocks_k(const uint8_t* group, int64_t blocks, const View& x, float* out) {
       __m512i low[T], top[T];
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) low[t] = top[t] = _mm512_setzero_si512();
-      ask_ahead<l.block_bytes(), 4>(begin, 4 * b + c);
+      if constexpr (T > 1) block.template ask<4>(c);
 #pragma GCC unroll 8
       for (int z = 0; z < 8; ++z) {
-        const __m512i both = quad(q + 64 * (8 * c + z));
+        const __m512i both = quad(body + l.quad_at(8 * c + z));
         __m512i first = _mm512_and_si512(both, mask), second;
         if constexpr (five) {
-          const __m512i bits = quad(high + 64 * z);
+          const __m512i bits = quad(body + l.above_at(z));
           constexpr int g = 2 * c;
           first = join(first, g <= 4 ? _mm512_slli_epi32(bits, 4 - g) : _mm512_srli_epi32(bits, g - 4), fifth);
           second = join(_mm512_and_si512(_mm512_srli_epi32(both, 4), mask),
@@ -224,7 +224,7 @@ void blocks_k(const uint8_t* group, int64_t blocks, const View& x, float* out) {
           top[t] = _mm512_dpbusd_epi32(top[t], second, four(a + 256 * t + 64 * c + 32 + 4 * z));
         }
       }
-      const __m512i s0 = bytes16(scales + 32 * c), s1 = bytes16(scales + 32 * c + 16);
+      const __m512i s0 = bytes16(body + 32 * c), s1 = bytes16(body + 32 * c + 16);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
         if constexpr (!five) top[t] = _mm512_srai_epi32(top[t], 4);
@@ -240,7 +240,7 @@ void blocks_k(const uint8_t* group, int64_t blocks, const View& x, float* out) {
     __m512i mins[4];
 #pragma GCC unroll 4
     for (int p = 0; p < 4; ++p)
-      mins[p] = _mm512_cvtepu8_epi16(_mm256_load_si256(reinterpret_cast<const __m256i*>(scales + 128 + 32 * p)));
+      mins[p] = _mm512_cvtepu8_epi16(_mm256_load_si256(reinterpret_cast<const __m256i*>(body + 128 + 32 * p)));
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       __m512i least = _mm512_setzero_si512();
@@ -258,13 +258,14 @@ void blocks_k(const uint8_t* group, int64_t blocks, const View& x, float* out) {
 template <int T>
 void blocks_q6_k(const uint8_t* group, int64_t blocks, const View& x, float* out) {
   constexpr PackedLayout l = kPackedQ6_K;
+  constexpr int64_t kStep = l.above_at(4) - l.above_at(0);
   const __m512i mask = _mm512_set1_epi8(15), two = _mm512_set1_epi8(0x30);
-  const uint8_t *begin = group + l.quants_at(blocks), *q = begin, *high = group + l.high_at(blocks),
-                *scales = group + l.scales_at(blocks), *ends = group;
+  PackedBlock<l> block(group);
   __m512 total[T];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
-  for (int64_t b = 0; b < blocks; ++b, q += l.quants, high += l.high, scales += l.scales, ends += 32) {
+  for (int64_t b = 0; b < blocks; block.next(b++)) {
+    const uint8_t *body = block.body, *ends = block.ends;  // scales first
     const int8_t* a = x.q + b * 256 * T;
     const int32_t* sums16 = x.sums + b * 16 * T;
     __m512i sum[T];
@@ -279,11 +280,13 @@ void blocks_q6_k(const uint8_t* group, int64_t blocks, const View& x, float* out
         low[t] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(four(sums16 + 16 * t + s), 5));
         top[t] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(four(sums16 + 16 * t + 8 + s), 5));
       }
-      ask_ahead<l.block_bytes(), 8>(begin, 8 * b + s);
+      if constexpr (T > 1) block.template ask<8>(s);
+      const uint8_t *quants = body + l.quad_at(upper ? 16 : 0) + kStep * (s % 4),
+                    *above = body + l.above_at(0) + kStep * (s % 4);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const int z = 4 * s + i;
-        const __m512i both = quad(q + 64 * z), bits = quad(high + 64 * (upper ? z - 16 : z));
+        const __m512i both = quad(quants + 64 * i), bits = quad(above + 64 * i);
         // Bits 0 of element 4z, 2 of 64 + 4z, 4 of 128 + 4z, 6 of 192 + 4z.
         const __m512i first =
             join(_mm512_and_si512(both, mask), upper ? _mm512_slli_epi32(bits, 2) : _mm512_slli_epi32(bits, 4), two);
@@ -296,7 +299,7 @@ void blocks_q6_k(const uint8_t* group, int64_t blocks, const View& x, float* out
         }
       }
       const auto signs = [&](int g) {
-        return _mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(scales + 16 * g)));
+        return _mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(body + 16 * g)));
       };
       const __m512i s0 = signs(s), s1 = signs(8 + s);
 #pragma GCC unroll 8
@@ -304,8 +307,10 @@ void blocks_q6_k(const uint8_t* group, int64_t blocks, const View& x, float* out
         sum[t] =
             _mm512_add_epi32(sum[t], _mm512_add_epi32(_mm512_mullo_epi32(low[t], s0), _mm512_mullo_epi32(top[t], s1)));
     };
-    for (int s = 0; s < 4; ++s) sub.template operator()<false>(s);
-    for (int s = 4; s < 8; ++s) sub.template operator()<true>(s);
+    for (int s = 0; s < 4; ++s) {
+      sub.template operator()<false>(s);
+      sub.template operator()<true>(4 + s);
+    }
     const __m512 scale = halves(ends);
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
@@ -321,11 +326,12 @@ template <int T>
 void blocks_ternary(const uint8_t* group, int64_t blocks, const View& x, float* out) {
   constexpr PackedLayout l = kPackedTernary;
   const __m512i mask = _mm512_set1_epi8(3);
-  const uint8_t *begin = group + l.quants_at(blocks), *q = begin, *ends = group;
+  PackedBlock<l> block(group);
   __m512 total[T];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
-  for (int64_t b = 0; b < blocks; ++b, q += l.quants, ends += l.ends()) {
+  for (int64_t b = 0; b < blocks; block.next(b++)) {
+    const uint8_t *q = block.body, *ends = block.ends;
     const int8_t* a = x.q + b * 256 * T;
     __m512i even[T], odd[T];
 #pragma GCC unroll 8
@@ -337,7 +343,7 @@ void blocks_ternary(const uint8_t* group, int64_t blocks, const View& x, float* 
         even[t] = _mm512_dpwssd_epi32(even[t], _mm512_set1_epi16(-l.offset), four(x.pairs + (b * T + t) * 8 + 2 * p));
     }
     for (int c = 0; c < 2; ++c) {
-      ask_ahead<l.block_bytes(), 2>(begin, 2 * b + c);
+      if constexpr (T > 3) block.template ask<2>(c);
 #pragma GCC unroll 8
       for (int z = 0; z < 8; ++z) {
         const __m512i all = quad(q + 64 * (8 * c + z));

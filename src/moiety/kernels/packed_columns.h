@@ -34,43 +34,42 @@ ColumnPlace place_of(int64_t e) {
 
 // Column e of block b of the rows that V takes from `first` on, as they are stored: quants times scale, minimums.
 template <class V, PackedLayout l>
-[[gnu::always_inline]] inline typename V::Float column_values(const uint8_t* group, int64_t blocks, int64_t b,
-                                                              int64_t e, int64_t first) {
+[[gnu::always_inline]] inline typename V::Float column_values(const uint8_t* group, int64_t b, int64_t e,
+                                                              int64_t first) {
   const ColumnPlace p = place_of<l>(e);
+  const uint8_t *body = group + l.body_at(b), *ends = group + l.ends_at(b);
   const int64_t byte = 8 * (e % 4);
-  const auto word = V::words(group + l.quants_at(blocks) + b * l.quants + 64 * p.quad + 4 * first);
+  const auto word = V::words(body + l.quad_at(p.quad) + 4 * first);
   auto q = V::bits(word, byte + p.from, kQuantMask<l>);
   if constexpr (l.high > 0) {
-    const auto above = V::words(group + l.high_at(blocks) + b * l.high + 64 * p.above + 4 * first);
+    const auto above = V::words(body + l.above_at(p.above) + 4 * first);
     constexpr int kBits = l.scales > 0 && !l.min ? 3 : 1;
     q = V::joined(q, V::bits(above, byte + p.bit, kBits));
   }
-  if constexpr (l.e2m1) return V::mul(V::exponents(group + b * l.ends() + first), V::number(V::e2m1_twice(q)));
+  if constexpr (l.e2m1) return V::mul(V::exponents(ends + first), V::number(V::e2m1_twice(q)));
   const auto value = V::number(V::less(q, l.offset));
-  const uint8_t* halves = group + b * l.ends() + 2 * first;
+  const uint8_t* halves = ends + 2 * first;
   const auto scale = V::halves(halves);
   if constexpr (l.scales == 0) {
     if constexpr (l.min) return V::fma(scale, value, V::halves(halves + 32));
     return V::mul(scale, value);
   } else {
-    const uint8_t* scales = group + l.scales_at(blocks) + b * l.scales;
-    if constexpr (!l.min) return V::mul(V::mul(scale, V::signed_bytes(scales + 16 * (e / 16) + first)), value);
+    if constexpr (!l.min) return V::mul(V::mul(scale, V::signed_bytes(body + 16 * (e / 16) + first)), value);
     const int64_t g = e / 32;
-    const auto minimum =
-        V::mul(V::halves(halves + 32), V::every_second(scales + 128 + 32 * (g / 2) + 2 * first, g % 2));
-    return V::fms(V::mul(scale, V::unsigned_bytes(scales + 16 * g + first)), value, minimum);
+    const auto minimum = V::mul(V::halves(halves + 32), V::every_second(body + 128 + 32 * (g / 2) + 2 * first, g % 2));
+    return V::fms(V::mul(scale, V::unsigned_bytes(body + 16 * g + first)), value, minimum);
   }
 }
 
 template <class V, PackedLayout l, int T>
-void columns(const uint8_t* group, int64_t blocks, const QuantizedTiles::View& x, float* out) {
+void columns(const uint8_t* group, int64_t, const QuantizedTiles::View& x, float* out) {
   for (int64_t first = 0; first < kPackedRows; first += V::kRows) {
     typename V::Float sums[T];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) sums[t] = V::load(out + kPackedRows * t + first);
     for (int64_t u = 0; u < x.whole; ++u) {
       const int64_t column = x.columns[u];
-      const auto w = column_values<V, l>(group, blocks, column / l.block, column % l.block, first);
+      const auto w = column_values<V, l>(group, column / l.block, column % l.block, first);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) sums[t] = V::fma(w, V::all(x.outliers[u * T + t]), sums[t]);
     }
