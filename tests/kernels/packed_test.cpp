@@ -229,13 +229,49 @@ TEST_F(PackedTest, EveryInstructionSetRoundsAlike) {
           add(&scale, 1);
         }
         add(v.sums, block == 32 ? blocks : 16 * blocks);
-        if (block == 256) add(v.pairs, 8 * blocks);
+        if (block == 256) {
+          add(v.pairs, 8 * blocks);
+          add(v.largest, blocks / 8);
+        }
         add(v.columns, v.whole);
         add(v.outliers, 8 * v.whole);
         if (first.empty()) first = all;
         EXPECT_EQ(all, first);
       });
     }
+}
+
+TEST_F(PackedTest, LargestSumIsThatOfAnyRow) {
+  for_each_isa([] {
+    std::vector<float> x(2 * 512, 1.f);  // quants 127 but for what follows
+    std::fill_n(x.begin() + 256, 256, 0.f);
+    x[256] = 1.f;
+    std::fill_n(x.begin() + 512, 256, -0.5f);
+    x[512 + 40] = -1.f;
+    const auto tiles = tiles_of(Format::Q4_K, x, 2, 512);
+    const auto v = tiles.view(0);
+    EXPECT_EQ(v.largest[0], 32 * 127);  // of row 0
+    EXPECT_EQ(v.largest[1], 32 * 127);  // of row 1
+    const auto second = tiles_of(Format::Q4_K, {x.begin() + 512, x.end()}, 1, 512);
+    EXPECT_EQ(second.view(0).largest[0], 127 + 31 * 64);
+  });
+}
+
+TEST_F(PackedTest, SumsAtTheEdgeOf16Bits) {
+  // Q4_K: products of 15 with quants whose magnitudes add up to 2173 and 2204; two such sums share a register while
+  // they are 32767 at most, which is 2184.
+  for_each_packing([] {
+    const int64_t rows = 16, cols = 512;
+    auto b = random_rows(Format::Q4_K, rows, cols, 21);
+    for (size_t block = 0; block < b.size(); block += 144) std::fill_n(b.begin() + block + 16, 128, std::byte{255});
+    for (const float each : {66.f, 67.f, 127.f})
+      for (const float sign : {1.f, -1.f})
+        for (const int64_t n : {1, 3, 8}) {
+          std::vector<float> x(static_cast<size_t>(n * cols), sign * each);
+          for (size_t i = 0; i < x.size(); i += 32) x[i] = sign * 127.f;
+          EXPECT_LT(worst_error(Format::Q4_K, b, rows, cols, x, n), 2e-6) << each << " " << sign << " " << n;
+        }
+  });
 }
 
 TEST_F(PackedTest, RowsOfATileDoNotMeet) {

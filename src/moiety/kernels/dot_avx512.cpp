@@ -363,6 +363,16 @@ struct Quants256 {
       by_8 = _mm512_add_epi64(by_8, _mm512_sad_epu8(_mm512_abs_epi8(q[i]), _mm512_setzero_si512()));
     return static_cast<int32_t>(_mm512_reduce_add_epi64(by_8));
   }
+  [[gnu::always_inline]] int32_t largest_32() const {
+    __m512i most = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512i by_8 = _mm512_sad_epu8(_mm512_abs_epi8(q[i]), _mm512_setzero_si512());
+      const __m512i by_16 = _mm512_add_epi64(by_8, _mm512_shuffle_epi32(by_8, _MM_PERM_BADC));
+      most = _mm512_max_epi32(most, _mm512_add_epi64(by_16, _mm512_permutex_epi64(by_16, 0x4e)));
+    }
+    return static_cast<int32_t>(_mm512_reduce_max_epi32(most));
+  }
   [[gnu::always_inline]] void larger(int32_t bound, uint64_t* bits) const {
     const __m512i limit = _mm512_set1_epi8(static_cast<char>(bound));
 #pragma GCC unroll 4

@@ -30,6 +30,7 @@ struct TileRow {
   float *scale, *minimum;
   int32_t* sums;
   int16_t* pairs;
+  int32_t* largest;  // raised to this row's
   int64_t rows;
 };
 /// Quantizes a row but for elements that lie far above the others of their block, the first `most` of them: their

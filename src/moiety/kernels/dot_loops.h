@@ -45,6 +45,16 @@ struct Quants {
     for (int i = 0; i < kSize; ++i) sum += q[i] < 0 ? -q[i] : q[i];
     return sum;
   }
+  /// The largest sum of magnitudes of 32.
+  [[gnu::always_inline]] int32_t largest_32() const {
+    int32_t most = 0;
+    for (int g = 0; g < kSize; g += 32) {
+      int32_t sum = 0;
+      for (int i = g; i < g + 32; ++i) sum += q[i] < 0 ? -q[i] : q[i];
+      most = sum > most ? sum : most;
+    }
+    return most;
+  }
   /// Bit i of the words: whether the magnitude of element i is above `bound` >= 0.
   [[gnu::always_inline]] void larger(int32_t bound, uint64_t* bits) const {
     for (int word = 0; word < (kSize + 63) / 64; ++word) bits[word] = 0;
@@ -158,6 +168,8 @@ int64_t tile_row(const float* x, int64_t blocks, const TileRow& to, int64_t most
     } else {
       int32_t* sums = to.sums + 16 * place;
       now.sums(sums);
+      const int32_t largest = now.largest_32();
+      if (largest > to.largest[b]) to.largest[b] = largest;
       for (int g = 0; g < 8; ++g) to.pairs[8 * place + g] = static_cast<int16_t>(sums[2 * g] + sums[2 * g + 1]);
     }
   }

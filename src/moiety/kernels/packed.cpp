@@ -209,7 +209,8 @@ void QuantizedTiles::resize(ActivationKind kind, int64_t n, int64_t cols) {
   minimum_at_ = scale_at_ + whole(4 * all);
   sums_at_ = minimum_at_ + whole(4 * all);
   pairs_at_ = sums_at_ + whole((block_ == 32 ? 4 : 64) * all);
-  columns_at_ = pairs_at_ + (block_ == 32 ? 0 : whole(16 * all));
+  largest_at_ = pairs_at_ + (block_ == 32 ? 0 : whole(16 * all));
+  columns_at_ = largest_at_ + (block_ == 32 ? 0 : whole(static_cast<size_t>(4 * tiles() * blocks_)));
   most_ = (cols + kShareWhole - 1) / kShareWhole;
   const auto rows = static_cast<size_t>(tiles() * kRows), most = static_cast<size_t>(most_);
   outliers_at_ = columns_at_ + whole(4 * (rows * most + static_cast<size_t>(tiles())));
@@ -228,6 +229,7 @@ QuantizedTiles::View QuantizedTiles::view(int64_t tile) const {
           reinterpret_cast<const float*>(p + minimum_at_) + before,
           reinterpret_cast<const int32_t*>(p + sums_at_) + before * (block_ == 32 ? 1 : 16),
           reinterpret_cast<const int16_t*>(p + pairs_at_) + before * 8,
+          reinterpret_cast<const int32_t*>(p + largest_at_) + tile * blocks_,
           *columns(tile),
           columns(tile) + 1,
           reinterpret_cast<const float*>(p + outliers_at_) + tile * kRows * most_ * kRows};
@@ -254,11 +256,17 @@ void QuantizedTiles::fill(int64_t tile, const float* x, int64_t stride, const in
   places.resize(static_cast<size_t>(most_));
   values.resize(static_cast<size_t>(most_));
   const int64_t each = block_ == 32 ? 1 : 16;  // sums of a block
+  auto* largest = const_cast<int32_t*>(v.largest);
+  if (block_ > 32) std::fill_n(largest, blocks_, 0);
   for (int64_t t = 0; t < count; ++t) {
     const int64_t i = tile * kRows + t;
-    const TileRow to{const_cast<int8_t*>(v.q) + t * block_, const_cast<float*>(v.scale) + t,
-                     const_cast<float*>(v.minimum) + t,     const_cast<int32_t*>(v.sums) + t * each,
-                     const_cast<int16_t*>(v.pairs) + t * 8, count};
+    const TileRow to{const_cast<int8_t*>(v.q) + t * block_,
+                     const_cast<float*>(v.scale) + t,
+                     const_cast<float*>(v.minimum) + t,
+                     const_cast<int32_t*>(v.sums) + t * each,
+                     const_cast<int16_t*>(v.pairs) + t * 8,
+                     largest,
+                     count};
     const int64_t kept =
         quantize(x + (index != nullptr ? index[i] : i) * stride, blocks_, to, most_, places.data(), values.data());
     for (int64_t k = 0; k < kept; ++k)
@@ -301,7 +309,6 @@ void packed_products(Format format, const std::byte* packed, int64_t rows, int64
         x.kind() == activation_kind(format) ? "this format" : "another format", info(format).name, cols);
   const int64_t blocks = cols / l.block, bytes = l.bytes(blocks);
   const PackedFormat& kernel = all_kernels().*p.kernels;
-  alignas(64) float out[QuantizedTiles::kRows * kPackedRows];
   if (first < last) ask(packed + first * bytes, std::min(bytes, kStart));
   for (int64_t g = first; g < last; ++g) {
     const auto* group = reinterpret_cast<const uint8_t*>(packed) + g * bytes;
@@ -309,14 +316,19 @@ void packed_products(Format format, const std::byte* packed, int64_t rows, int64
     for (int64_t tile = 0; tile < x.tiles(); ++tile) {
       const int64_t count = x.rows(tile);
       const QuantizedTiles::View view = x.view(tile);
-      kernel.product[count - 1](group, blocks, view, out);
-      if (view.whole > 0) kernel.columns[count - 1](group, blocks, view, out);
       float* to = y + tile * QuantizedTiles::kRows * stride + g * kPackedRows;
-      if (have == kPackedRows)  // of a known size: no call
-        for (int64_t t = 0; t < count; ++t) std::memcpy(to + t * stride, out + t * kPackedRows, kPackedRows * 4);
-      else
-        for (int64_t t = 0; t < count; ++t)
-          std::memcpy(to + t * stride, out + t * kPackedRows, static_cast<size_t>(have) * 4);
+      const auto run = [&](float* out, int64_t step) {
+        kernel.product[count - 1](group, blocks, view, out, step);
+        if (view.whole > 0) kernel.columns[count - 1](group, blocks, view, out, step);
+      };
+      if (have == kPackedRows) {
+        run(to, stride);
+        continue;
+      }
+      float out[QuantizedTiles::kRows * kPackedRows];
+      run(out, kPackedRows);
+      for (int64_t t = 0; t < count; ++t)
+        std::memcpy(to + t * stride, out + t * kPackedRows, static_cast<size_t>(have) * 4);
     }
   }
 }

@@ -50,6 +50,7 @@ class QuantizedTiles {
     const float* minimum;    ///< [blocks][rows] scale times the sum of q (Blocks32)
     const int32_t* sums;     ///< [blocks][rows] (Blocks32) or [blocks][rows][16] sums of 16 (Blocks256)
     const int16_t* pairs;    ///< [blocks][rows][8] sums of 32 (Blocks256)
+    const int32_t* largest;  ///< [blocks] largest sum of magnitudes of 32, over the rows (Blocks256)
     int64_t whole;           ///< columns in which some row has an element that is not among q
     const int32_t* columns;  ///< [whole] ascending
     const float* outliers;   ///< [whole][rows], 0 where a row has none
@@ -65,7 +66,8 @@ class QuantizedTiles {
   ActivationKind kind_ = ActivationKind::Blocks32;
   int64_t n_ = 0, cols_ = 0, block_ = 32, blocks_ = 0;
   int64_t most_ = 0;  // elements of a row that stay whole
-  size_t scale_at_ = 0, minimum_at_ = 0, sums_at_ = 0, pairs_at_ = 0, columns_at_ = 0, outliers_at_ = 0;
+  size_t scale_at_ = 0, minimum_at_ = 0, sums_at_ = 0, pairs_at_ = 0, largest_at_ = 0, columns_at_ = 0,
+         outliers_at_ = 0;
   int32_t* columns(int64_t tile) const;  // how many, then which
 };
 

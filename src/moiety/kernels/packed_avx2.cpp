@@ -173,16 +173,16 @@ struct Totals {
   [[gnu::always_inline]] void clear(int rows) {
     for (int t = 0; t < rows; ++t) of[t][0] = of[t][1] = _mm256_setzero_ps();
   }
-  [[gnu::always_inline]] void store(int rows, float* out) const {
+  [[gnu::always_inline]] void store(int rows, float* out, int64_t stride) const {
     for (int t = 0; t < rows; ++t)
-      for (int h = 0; h < 2; ++h) _mm256_store_ps(out + kPackedRows * t + kHalf * h, of[t][h]);
+      for (int h = 0; h < 2; ++h) _mm256_storeu_ps(out + stride * t + kHalf * h, of[t][h]);
   }
 };
 
 template <class F>
 struct Blocks32 {
   template <bool single>
-  static void run(const uint8_t* group, int64_t blocks, const View& x, int tile, float* out) {
+  static void run(const uint8_t* group, int64_t blocks, const View& x, int tile, float* out, int64_t stride) {
     constexpr PackedLayout l = F::kLayout;
     const int rows = single ? 1 : tile;
     PackedBlock<l> block(group);
@@ -210,7 +210,7 @@ struct Blocks32 {
         }
       }
     }
-    total.store(rows, out);
+    total.store(rows, out, stride);
   }
 };
 
@@ -230,7 +230,7 @@ struct Blocks32 {
 template <bool five>
 struct BlocksK {
   template <bool single>
-  static void run(const uint8_t* group, int64_t blocks, const View& x, int tile, float* out) {
+  static void run(const uint8_t* group, int64_t blocks, const View& x, int tile, float* out, int64_t stride) {
     constexpr PackedLayout l = five ? kPackedQ5_K : kPackedQ4_K;
     const int rows = single ? 1 : tile;
     PackedBlock<l> block(group);
@@ -291,13 +291,13 @@ struct BlocksK {
         }
       }
     }
-    total.store(rows, out);
+    total.store(rows, out, stride);
   }
 };
 
 struct BlocksQ6_K {
   template <bool single>
-  static void run(const uint8_t* group, int64_t blocks, const View& x, int tile, float* out) {
+  static void run(const uint8_t* group, int64_t blocks, const View& x, int tile, float* out, int64_t stride) {
     constexpr PackedLayout l = kPackedQ6_K;
     constexpr int64_t kStep = l.above_at(4) - l.above_at(0);
     const int rows = single ? 1 : tile;
@@ -366,14 +366,14 @@ struct BlocksQ6_K {
         }
       }
     }
-    total.store(rows, out);
+    total.store(rows, out, stride);
   }
 };
 
 // Three values of a weight, four weights a byte.
 struct BlocksTernary {
   template <bool single>
-  static void run(const uint8_t* group, int64_t blocks, const View& x, int tile, float* out) {
+  static void run(const uint8_t* group, int64_t blocks, const View& x, int tile, float* out, int64_t stride) {
     constexpr PackedLayout l = kPackedTernary;
     const int rows = single ? 1 : tile;
     PackedBlock<l> block(group);
@@ -418,13 +418,13 @@ struct BlocksTernary {
         }
       }
     }
-    total.store(rows, out);
+    total.store(rows, out, stride);
   }
 };
 
 template <class B, int T>
-void product(const uint8_t* group, int64_t blocks, const View& x, float* out) {
-  B::template run<T == 1>(group, blocks, x, T, out);
+void product(const uint8_t* group, int64_t blocks, const View& x, float* out, int64_t stride) {
+  B::template run<T == 1>(group, blocks, x, T, out, stride);
 }
 
 // Half of a column's rows.
@@ -453,8 +453,8 @@ struct Eight {
   static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static Float fms(Float a, Float b, Float c) { return _mm256_fmsub_ps(a, b, c); }
   static Float all(float v) { return _mm256_set1_ps(v); }
-  static Float load(const float* p) { return _mm256_load_ps(p); }
-  static void store(float* p, Float v) { _mm256_store_ps(p, v); }
+  static Float load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
 };
 
 template <class B, PackedLayout l>

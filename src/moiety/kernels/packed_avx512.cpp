@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "moiety/kernels/packed_columns.h"
@@ -153,7 +154,7 @@ struct E2m1 {
 };
 
 template <class F, int T>
-void blocks32(const uint8_t* group, int64_t blocks, const View& x, float* out) {
+void blocks32(const uint8_t* group, int64_t blocks, const View& x, float* out, int64_t stride) {
   constexpr PackedLayout l = F::kLayout;
   PackedBlock<l> block(group);
   __m512 total[T];
@@ -180,14 +181,14 @@ void blocks32(const uint8_t* group, int64_t blocks, const View& x, float* out) {
     }
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) _mm512_store_ps(out + 16 * t, total[t]);
+  for (int t = 0; t < T; ++t) _mm512_storeu_ps(out + stride * t, total[t]);
 }
 
 // ---- blocks of 256 --------------------------------------------------------------------------------------------------
 
 // Q4_K and Q5_K: eight sub-blocks with a scale and a minimum each.
 template <bool five, int T>
-void blocks_k(const uint8_t* group, int64_t blocks, const View& x, float* out) {
+void blocks_k(const uint8_t* group, int64_t blocks, const View& x, float* out, int64_t stride) {
   constexpr PackedLayout l = five ? kPackedQ5_K : kPackedQ4_K;
   const __m512i mask = _mm512_set1_epi8(15), fifth = _mm512_set1_epi8(16);
   PackedBlock<l> block(group);
@@ -200,7 +201,10 @@ void blocks_k(const uint8_t* group, int64_t blocks, const View& x, float* out) {
     __m512i sum[T];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) sum[t] = _mm512_setzero_si512();
-    const auto chunk = [&]<int c>() __attribute__((always_inline)) {
+    // Whether sums of a sub-block's products fit in 16 bits: two of them are scaled by one product then.
+    const bool fits = !five && x.largest[b] * 15 <= 32767;
+    // Sub-blocks 2c and 2c + 1, in the halves of eight quads.
+    const auto chunk = [&](auto c) __attribute__((always_inline)) {
       __m512i low[T], top[T];
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) low[t] = top[t] = _mm512_setzero_si512();
@@ -211,7 +215,7 @@ void blocks_k(const uint8_t* group, int64_t blocks, const View& x, float* out) {
         __m512i first = _mm512_and_si512(both, mask), second;
         if constexpr (five) {
           const __m512i bits = quad(body + l.above_at(z));
-          constexpr int g = 2 * c;
+          constexpr int g = 2 * decltype(c)::value;
           first = join(first, g <= 4 ? _mm512_slli_epi32(bits, 4 - g) : _mm512_srli_epi32(bits, g - 4), fifth);
           second = join(_mm512_and_si512(_mm512_srli_epi32(both, 4), mask),
                         g + 1 <= 4 ? _mm512_slli_epi32(bits, 3 - g) : _mm512_srli_epi32(bits, g - 3), fifth);
@@ -225,6 +229,15 @@ void blocks_k(const uint8_t* group, int64_t blocks, const View& x, float* out) {
         }
       }
       const __m512i s0 = bytes16(body + 32 * c), s1 = bytes16(body + 32 * c + 16);
+      if (fits) {
+        const __m512i scales = _mm512_or_si512(s0, _mm512_slli_epi32(s1, 16));
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+          const __m512i sums = _mm512_mask_mov_epi16(low[t], 0xaaaaaaaa, _mm512_slli_epi32(top[t], 12));
+          sum[t] = _mm512_dpwssd_epi32(sum[t], sums, scales);
+        }
+        return;
+      }
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
         if constexpr (!five) top[t] = _mm512_srai_epi32(top[t], 4);
@@ -232,10 +245,15 @@ void blocks_k(const uint8_t* group, int64_t blocks, const View& x, float* out) {
             _mm512_add_epi32(sum[t], _mm512_add_epi32(_mm512_mullo_epi32(low[t], s0), _mm512_mullo_epi32(top[t], s1)));
       }
     };
-    chunk.template operator()<0>();
-    chunk.template operator()<1>();
-    chunk.template operator()<2>();
-    chunk.template operator()<3>();
+    if constexpr (five) {
+      chunk(std::integral_constant<int, 0>());
+      chunk(std::integral_constant<int, 1>());
+      chunk(std::integral_constant<int, 2>());
+      chunk(std::integral_constant<int, 3>());
+    } else {
+#pragma GCC unroll 1
+      for (int c = 0; c < 4; ++c) chunk(c);
+    }
     const __m512 scale = halves(ends), minimum = halves(ends + 32);
     __m512i mins[4];
 #pragma GCC unroll 4
@@ -252,11 +270,11 @@ void blocks_k(const uint8_t* group, int64_t blocks, const View& x, float* out) {
     }
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) _mm512_store_ps(out + 16 * t, total[t]);
+  for (int t = 0; t < T; ++t) _mm512_storeu_ps(out + stride * t, total[t]);
 }
 
 template <int T>
-void blocks_q6_k(const uint8_t* group, int64_t blocks, const View& x, float* out) {
+void blocks_q6_k(const uint8_t* group, int64_t blocks, const View& x, float* out, int64_t stride) {
   constexpr PackedLayout l = kPackedQ6_K;
   constexpr int64_t kStep = l.above_at(4) - l.above_at(0);
   const __m512i mask = _mm512_set1_epi8(15), two = _mm512_set1_epi8(0x30);
@@ -318,12 +336,12 @@ void blocks_q6_k(const uint8_t* group, int64_t blocks, const View& x, float* out
                                  total[t]);
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) _mm512_store_ps(out + 16 * t, total[t]);
+  for (int t = 0; t < T; ++t) _mm512_storeu_ps(out + stride * t, total[t]);
 }
 
 // Three values of a weight, four weights a byte.
 template <int T>
-void blocks_ternary(const uint8_t* group, int64_t blocks, const View& x, float* out) {
+void blocks_ternary(const uint8_t* group, int64_t blocks, const View& x, float* out, int64_t stride) {
   constexpr PackedLayout l = kPackedTernary;
   const __m512i mask = _mm512_set1_epi8(3);
   PackedBlock<l> block(group);
@@ -367,7 +385,7 @@ void blocks_ternary(const uint8_t* group, int64_t blocks, const View& x, float* 
                                  _mm512_mul_ps(scale, _mm512_set1_ps(x.scale[b * T + t])), total[t]);
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) _mm512_store_ps(out + 16 * t, total[t]);
+  for (int t = 0; t < T; ++t) _mm512_storeu_ps(out + stride * t, total[t]);
 }
 
 // All 16 rows of a column.
@@ -399,8 +417,8 @@ struct Sixteen {
   static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static Float fms(Float a, Float b, Float c) { return _mm512_fmsub_ps(a, b, c); }
   static Float all(float v) { return _mm512_set1_ps(v); }
-  static Float load(const float* p) { return _mm512_load_ps(p); }
-  static void store(float* p, Float v) { _mm512_store_ps(p, v); }
+  static Float load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
 };
 
 template <class F>

@@ -62,11 +62,11 @@ template <class V, PackedLayout l>
 }
 
 template <class V, PackedLayout l, int T>
-void columns(const uint8_t* group, int64_t, const QuantizedTiles::View& x, float* out) {
+void columns(const uint8_t* group, int64_t, const QuantizedTiles::View& x, float* out, int64_t stride) {
   for (int64_t first = 0; first < kPackedRows; first += V::kRows) {
     typename V::Float sums[T];
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) sums[t] = V::load(out + kPackedRows * t + first);
+    for (int t = 0; t < T; ++t) sums[t] = V::load(out + stride * t + first);
     for (int64_t u = 0; u < x.whole; ++u) {
       const int64_t column = x.columns[u];
       const auto w = column_values<V, l>(group, column / l.block, column % l.block, first);
@@ -74,7 +74,7 @@ void columns(const uint8_t* group, int64_t, const QuantizedTiles::View& x, float
       for (int t = 0; t < T; ++t) sums[t] = V::fma(w, V::all(x.outliers[u * T + t]), sums[t]);
     }
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) V::store(out + kPackedRows * t + first, sums[t]);
+    for (int t = 0; t < T; ++t) V::store(out + stride * t + first, sums[t]);
   }
 }
 

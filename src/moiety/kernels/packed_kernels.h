@@ -4,11 +4,12 @@
 
 namespace moiety {
 
-/// One group of 16 rows times one tile: out [rows of the tile][16].
-using PackedProduct = void (*)(const uint8_t* group, int64_t blocks, const QuantizedTiles::View& x, float* out);
+/// One group of 16 rows times one tile: out [rows of the tile][16], these `stride` apart.
+using PackedProduct = void (*)(const uint8_t* group, int64_t blocks, const QuantizedTiles::View& x, float* out,
+                               int64_t stride);
 
-/// Adds to out [rows of the tile][16] what elements of activations that were kept whole add: x.outliers[u] times the
-/// group's column x.columns[u].
+/// Adds to the same what elements of activations that were kept whole add: x.outliers[u] times the group's column
+/// x.columns[u].
 using PackedColumns = PackedProduct;
 
 /// By rows of the tile less one.
