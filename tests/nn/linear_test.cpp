@@ -44,6 +44,38 @@ TensorView stored(Format format, int64_t rows, int64_t cols, uint64_t seed = 7) 
 
 class BlockFormats : public testing::TestWithParam<Format> {};
 
+TEST_P(BlockFormats, BlocksWrittenOnDemandEqualStoredOnes) {
+  const auto view = stored(GetParam(), kOut, kIn);
+  std::weak_ptr<const void> last;
+  const auto make = [&] {
+    auto copy = std::make_shared<std::vector<std::byte>>(view.data.begin(), view.data.end());
+    last = copy;
+    return TensorView{view, *copy, copy};
+  };
+  Linear plain(view), packed(view, make), exact(view, make);
+  exact->exact = true;
+  EXPECT_TRUE(packed->quantized());
+  EXPECT_EQ(packed->mapped()->shape, view.shape);
+  const auto x = torch::randn({3, kIn}), learned = torch::randn({3, kIn}).requires_grad_(true);
+  const auto ids = torch::tensor({3, 0, 3});
+  {
+    const torch::NoGradGuard frozen;
+    EXPECT_TRUE(torch::equal(packed(x), plain(x)));
+    // Packed rows hold all that is needed; elsewhere the blocks themselves are what computes.
+    EXPECT_EQ(last.expired(), packed->packs());
+    plain->exact = true;
+    EXPECT_TRUE(torch::equal(exact(x), plain(x)));
+    EXPECT_FALSE(last.expired());
+  }
+  packed(learned).sum().backward();
+  const auto grad = learned.grad().clone();
+  learned.mutable_grad().reset();
+  plain(learned).sum().backward();
+  EXPECT_TRUE(torch::equal(grad, learned.grad()));
+  EXPECT_TRUE(torch::equal(packed->dense(torch::kFloat32), plain->dense(torch::kFloat32)));
+  EXPECT_TRUE(torch::equal(packed->rows(ids, torch::kFloat32), plain->rows(ids, torch::kFloat32)));
+}
+
 TEST_P(BlockFormats, ManyRowsEqualTheDecodedMatrix) {
   torch::NoGradGuard frozen;
   const auto view = stored(GetParam(), kOut, kIn);

@@ -9,6 +9,7 @@
 #include "moiety/base/error.h"
 #include "moiety/base/registry.h"
 #include "moiety/base/text.h"
+#include "moiety/io/checkpoint_writer.h"
 #include "moiety/io/moduleformer_names.h"
 #include "moiety/io/peft.h"
 #include "moiety/models/image_tokens.h"
@@ -229,33 +230,29 @@ void store_gpt_oss(WeightsSource& w, const string& at, const ExpertStacks& s) {
 }
 
 // gpt-oss in MXFP4: NAME_blocks [E, rows, in/32, 16] with neighbouring nibbles, NAME_scales [E, rows, in/32]. Returns
-// GGUF-style blocks of rows `first`, `first + step`, ... of every expert (gate and up rows alternate).
+// rows `first`, `first + step`, ... of every expert (gate and up rows alternate), written as GGUF-style blocks when
+// they are used.
 LinearStack mxfp4_stack(WeightsSource& w, const string& name, int64_t experts, int64_t rows, int64_t in, int64_t first,
                         int64_t step, torch::Tensor bias) {
   check(in % 32 == 0, "tensor '{}_blocks': {} inputs are not a multiple of 32", name, in);
   const auto blocks = w.view(name + "_blocks", {experts, rows, in / 32, 16}),
              scales = w.view(name + "_scales", {experts, rows, in / 32});
   const int64_t out = rows / step, per_row = in / 32;
+  TensorInfo info;
+  info.name = name;
+  info.format = Format::MXFP4;
+  info.shape = {out, in};
   std::vector<Linear> list;
-  for (int64_t e = 0; e < experts; ++e) {
-    auto bytes = std::make_shared<std::vector<std::byte>>(out * per_row * 17);
-    for (int64_t r = 0; r < out; ++r)
-      for (int64_t b = 0; b < per_row; ++b) {
-        const int64_t at = (e * rows + first + r * step) * per_row + b;
-        std::byte* to = bytes->data() + (r * per_row + b) * 17;
-        const std::byte* from = blocks.data.data() + at * 16;
-        to[0] = scales.data[at];
-        const auto nibble = [&](int i) { return i % 2 == 0 ? from[i / 2] & std::byte{15} : from[i / 2] >> 4; };
-        for (int j = 0; j < 16; ++j) to[1 + j] = nibble(j) | nibble(j + 16) << 4;
-      }
-    TensorView v;
-    v.name = name;
-    v.format = Format::MXFP4;
-    v.shape = {out, in};
-    v.data = *bytes;
-    v.owner = bytes;
-    list.push_back(w.matrix(v));
-  }
+  for (int64_t e = 0; e < experts; ++e)
+    list.push_back(w.made_matrix(info, [=] {
+      auto bytes = std::make_shared<std::vector<std::byte>>(info.bytes());
+      for (int64_t r = 0; r < out; ++r)
+        for (int64_t b = 0; b < per_row; ++b) {
+          const int64_t at = (e * rows + first + r * step) * per_row + b;
+          mxfp4_to_gguf(blocks.data.data() + at * 16, scales.data[at], bytes->data() + (r * per_row + b) * 17);
+        }
+      return TensorView{info, *bytes, bytes};
+    }));
   return LinearStack(std::move(list), bias);
 }
 

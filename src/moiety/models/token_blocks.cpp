@@ -193,8 +193,7 @@ struct Own {
   std::vector<int64_t> chosen, tokens, place;
   std::vector<Unit> units;
   std::vector<PackedJob> jobs;
-  QuantizedTiles tiles[2];
-  bool filled[2] = {false, false};
+  TilesByKind tiles;
   const float* source = nullptr;
 };
 
@@ -258,19 +257,13 @@ class TokenRun {
   // The rows that the next products take: [rows, n].
   void set_input(Own& own, const float* x) {
     own.source = x;
-    own.filled[0] = own.filled[1] = false;
+    own.tiles.forget();
   }
 
   const QuantizedTiles* input(Own& own, const PackedMatrix& m) {
-    const ActivationKind kind = activation_kind(m.format());
-    const int which = kind == ActivationKind::Blocks32 ? 0 : 1;
-    QuantizedTiles& t = own.tiles[which];
-    if (!own.filled[which]) {
-      t.resize(kind, rows_, m.cols());
+    return own.tiles.get(m.format(), rows_, m.cols(), [&](QuantizedTiles& t) {
       for (int64_t i = 0; i < t.tiles(); ++i) t.fill(i, own.source, m.cols());
-      own.filled[which] = true;
-    }
-    return &t;
+    });
   }
 
   // Most groups of rows belong to a member from the start, side by side in memory; the rest go to who is through first.

@@ -228,6 +228,12 @@ Linear WeightsSource::matrix(const TensorView& v, torch::Tensor bias) {
   return linear;
 }
 
+Linear WeightsSource::made_matrix(const TensorInfo& info, std::function<TensorView()> make) {
+  Linear linear(info, std::move(make));
+  linear->exact = options_.dtype == "f32";
+  return linear;
+}
+
 Linear WeightsSource::expert_matrix(const TensorView& v) {
   return leave_experts() && !is_block(v.format) ? Linear(v) : matrix(v);
 }

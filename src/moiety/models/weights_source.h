@@ -63,6 +63,8 @@ class WeightsSource {
   TensorView view(const std::string& name, const std::vector<int64_t>& shape);
   /// A stored matrix as a Linear.
   Linear matrix(const TensorView& view, torch::Tensor bias = {});
+  /// A matrix of blocks that are written when they are used, see LinearImpl.
+  Linear made_matrix(const TensorInfo& info, std::function<TensorView()> make);
   /// A view as a float tensor in the compute dtype: a parameter of its own, see parameter().
   torch::Tensor floats(const TensorView& view) const { return parameter(values(view)); }
   /// The same without a gradient and perhaps shared with the file: what parameters are cut or joined from.

@@ -196,6 +196,17 @@ LinearImpl::LinearImpl(const TensorView& blocks, torch::Tensor b)
   if (b.defined()) bias = register_parameter("bias", b, b.requires_grad());
 }
 
+LinearImpl::LinearImpl(const TensorInfo& info, std::function<TensorView()> make, torch::Tensor b)
+    : LinearImpl(TensorView{info, {}, {}}, std::move(b)) {
+  make_ = std::move(make);
+}
+
+std::shared_ptr<const TensorView> LinearImpl::blocks() const {
+  if (!make_) return blocks_;
+  std::call_once(made_once_, [&] { made_ = std::make_shared<const TensorView>(make_()); });
+  return made_;
+}
+
 void LinearImpl::stream() {
   streamed_ = true;
   ++changes_;
@@ -203,7 +214,7 @@ void LinearImpl::stream() {
 
 bool LinearImpl::pack() {
   if (streamed_ || !packs()) return false;
-  std::call_once(pack_once_, [&] { packed_ = std::make_shared<const PackedMatrix>(*blocks_); });
+  std::call_once(pack_once_, [&] { packed_ = std::make_shared<const PackedMatrix>(make_ ? make_() : *blocks_); });
   return true;
 }
 
@@ -220,23 +231,19 @@ namespace {
 std::vector<torch::Tensor> times_packed(std::span<const PackedMatrix* const> matrices, const torch::Tensor& x) {
   const auto flat = cast(x, torch::kFloat32).contiguous();
   const int64_t in = x.size(-1), n = in == 0 ? 0 : flat.numel() / in;
-  static thread_local QuantizedTiles tiles[2];  // by kind of activations
-  bool filled[2] = {false, false};
+  static thread_local TilesByKind tiles;
+  tiles.forget();
   std::vector<torch::Tensor> out;
   std::vector<PackedJob> jobs;
   auto shape = x.sizes().vec();
   for (const PackedMatrix* m : matrices) {
-    const ActivationKind kind = activation_kind(m->format());
-    const int which = kind == ActivationKind::Blocks32 ? 0 : 1;
-    if (!filled[which]) {
-      tiles[which].resize(kind, n, in);
-      const TileJob job{&tiles[which], flat.const_data_ptr<float>(), in};
+    const QuantizedTiles* own = tiles.get(m->format(), n, in, [&](QuantizedTiles& t) {
+      const TileJob job{&t, flat.const_data_ptr<float>(), in};
       quantize_all({&job, 1});
-      filled[which] = true;
-    }
+    });
     shape.back() = m->rows();
     out.push_back(torch::empty(shape, flat.options()));
-    jobs.push_back({m, &tiles[which], out.back().data_ptr<float>(), m->rows()});
+    jobs.push_back({m, own, out.back().data_ptr<float>(), m->rows()});
   }
   run_jobs(jobs);
   return out;
@@ -310,9 +317,9 @@ torch::Tensor LinearImpl::multiply(const torch::Tensor& x) {
     check(!place_->packed, "'{}' is streamed from disk in a form that only computes without a gradient", blocks_->name);
     if (place_->weight.defined()) return plain(place_->weight);
   } else if (!is_block(blocks_->format)) {
-    return plain(as_tensor(*blocks_));
+    return plain(as_tensor(*this->blocks()));
   }
-  const auto& blocks = streamed_ ? place_->blocks : blocks_;
+  const auto blocks = streamed_ ? place_->blocks : this->blocks();
   auto shape = x.sizes().vec();
   shape.back() = out_;
   const bool graph = torch::GradMode::is_enabled() && x.requires_grad();
@@ -331,11 +338,12 @@ torch::Tensor LinearImpl::rows(const torch::Tensor& ids, torch::Dtype dtype) {
   if (!blocks_) return cast(at::embedding(weight, ids), dtype);
   const auto flat = ids.reshape({-1}).to(torch::kCPU).contiguous();
   auto out = torch::empty({flat.numel(), in_}, torch::kFloat32);
-  const int64_t bytes = row_bytes(blocks_->format, in_);
+  const auto blocks = this->blocks();
+  const int64_t bytes = row_bytes(blocks->format, in_);
   for (int64_t i = 0; i < flat.numel(); ++i) {
     const int64_t row = flat.const_data_ptr<int64_t>()[i];
-    check(row >= 0 && row < out_, "row {} of '{}' does not exist: it has {}", row, blocks_->name, out_);
-    dequantize_row(blocks_->format, blocks_->data.data() + row * bytes, out.data_ptr<float>() + i * in_, in_);
+    check(row >= 0 && row < out_, "row {} of '{}' does not exist: it has {}", row, blocks->name, out_);
+    dequantize_row(blocks->format, blocks->data.data() + row * bytes, out.data_ptr<float>() + i * in_, in_);
   }
   auto shape = ids.sizes().vec();
   shape.push_back(in_);
@@ -343,7 +351,7 @@ torch::Tensor LinearImpl::rows(const torch::Tensor& ids, torch::Dtype dtype) {
 }
 
 torch::Tensor LinearImpl::dense(torch::Dtype dtype) const {
-  return cast(blocks_ ? dequantize(*blocks_) : weight, dtype);
+  return cast(make_ ? dequantize(make_()) : blocks_ ? dequantize(*blocks_) : weight, dtype);
 }
 
 LinearStackImpl::LinearStackImpl(int64_t count, int64_t in, int64_t out, bool with_bias)

@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <memory>
 #include <mutex>
@@ -30,6 +31,9 @@ class LinearImpl : public torch::nn::Module {
   explicit LinearImpl(torch::Tensor weight, torch::Tensor bias = {});
   /// A frozen matrix over a mapped file, blocks or plain; nothing is copied.
   explicit LinearImpl(const TensorView& mapped, torch::Tensor bias = {});
+  /// A frozen matrix of blocks that `make` writes out of something else, on any thread: packed from what it returns,
+  /// which is given back, or where products do not run packed kept from the first use on.
+  LinearImpl(const TensorInfo& info, std::function<TensorView()> make, torch::Tensor bias = {});
 
   /// x [..., in] -> [..., out], in x's dtype. Error when something stands beside the matrix: project() knows of it.
   torch::Tensor forward(const torch::Tensor& x);
@@ -50,7 +54,7 @@ class LinearImpl : public torch::nn::Module {
   int64_t in() const { return in_; }
   int64_t out() const { return out_; }
   bool quantized() const { return blocks_ != nullptr && is_block(blocks_->format); }
-  /// The mapped matrix; null when it is a float tensor of its own.
+  /// The mapped matrix, without data when that is written on demand; null when it is a float tensor of its own.
   const TensorView* mapped() const { return blocks_.get(); }
   /// A copy of a streamed matrix in memory, in the form that computes: one of these is set.
   struct Place {
@@ -83,6 +87,10 @@ class LinearImpl : public torch::nn::Module {
  private:
   int64_t in_, out_;
   std::shared_ptr<const TensorView> blocks_;
+  std::function<TensorView()> make_;  // what blocks_ lacks
+  mutable std::once_flag made_once_;
+  mutable std::shared_ptr<const TensorView> made_;
+  std::shared_ptr<const TensorView> blocks() const;  // with their data
   bool packable_ = false;
   std::once_flag pack_once_;
   std::shared_ptr<const PackedMatrix> packed_;

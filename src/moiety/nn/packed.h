@@ -47,4 +47,27 @@ struct TileJob {
 };
 void quantize_all(std::span<const TileJob> jobs);
 
+/// Rows of activations for matrices of several formats: rounded once for all that take them in the same way.
+class TilesByKind {
+ public:
+  /// The next rows are others.
+  void forget() { filled_[0] = filled_[1] = false; }
+  /// Tiles [n, cols] for products with a matrix of the format; fill(tiles) rounds the rows, if need be.
+  template <class Fill>
+  const QuantizedTiles* get(Format format, int64_t n, int64_t cols, const Fill& fill) {
+    const ActivationKind kind = activation_kind(format);
+    const int which = kind == ActivationKind::Blocks32 ? 0 : 1;
+    if (!filled_[which]) {
+      tiles_[which].resize(kind, n, cols);
+      fill(tiles_[which]);
+      filled_[which] = true;
+    }
+    return &tiles_[which];
+  }
+
+ private:
+  QuantizedTiles tiles_[2];
+  bool filled_[2] = {false, false};
+};
+
 }  // namespace moiety

@@ -76,7 +76,8 @@ std::vector<Part> parts_of(std::span<const int64_t> counts, int64_t width) {
 void run_part(const Part& part, const PackedGated& m, const torch::Tensor& x, const int64_t* tokens,
               const Combine& combine, float* y, int64_t out_width) {
   struct Own {
-    QuantizedTiles in[2], between;
+    TilesByKind in;
+    QuantizedTiles between;
     torch::Tensor rows;
   };
   static thread_local Own own;
@@ -91,17 +92,13 @@ void run_part(const Part& part, const PackedGated& m, const torch::Tensor& x, co
   const auto multiply = [](const PackedMatrix& matrix, const QuantizedTiles& t, float* to, int64_t stride) {
     packed_products(matrix.format(), matrix.data(), matrix.rows(), matrix.cols(), 0, matrix.groups(), t, to, stride);
   };
-  bool filled[2] = {false, false};
+  own.in.forget();
   for (const auto& [matrix, bias, to] : {std::tuple(m.gate, m.gate_bias, g), std::tuple(m.up, m.up_bias, u)}) {
-    const ActivationKind kind = activation_kind(matrix->format());
-    const int which = kind == ActivationKind::Blocks32 ? 0 : 1;
-    if (!filled[which]) {
-      own.in[which].resize(kind, n, matrix->cols());
-      fill(own.in[which], x.const_data_ptr<float>() + (tokens == nullptr ? part.begin * x.size(1) : 0), x.size(1),
+    const QuantizedTiles* in = own.in.get(matrix->format(), n, matrix->cols(), [&](QuantizedTiles& t) {
+      fill(t, x.const_data_ptr<float>() + (tokens == nullptr ? part.begin * x.size(1) : 0), x.size(1),
            tokens == nullptr ? nullptr : tokens + part.begin);
-      filled[which] = true;
-    }
-    multiply(*matrix, own.in[which], to.data_ptr<float>(), width);
+    });
+    multiply(*matrix, *in, to.data_ptr<float>(), width);
     add_bias(bias, n, width, to.data_ptr<float>());
   }
   const auto h = combine(g, u).contiguous();
