@@ -54,6 +54,7 @@ class TokenBlocks : public ::testing::Test {
 
   std::shared_ptr<Decoder> model(const json& config, const std::string& type) {
     const auto file = folder_ / (type + std::to_string(count_++) + ".gguf");
+    last_ = file;
     WriteOptions options;
     options.type = type;
     write_gguf(*random_checkpoint(config, "/nowhere", 3), file, options);
@@ -97,7 +98,44 @@ class TokenBlocks : public ::testing::Test {
     }
   }
 
+  // Of a model of plain numbers, read token by token without the modules: how far its hidden states are from those of
+  // the same numbers computed by modules in f32, against the largest. Nothing in between is rounded to bf16.
+  static double distance(Decoder& m, const Checkpoint& checkpoint, int64_t rows) {
+    const torch::NoGradGuard frozen;
+    LoadOptions options;
+    options.dtype = "f32";
+    const auto reference = std::dynamic_pointer_cast<Decoder>(load_causal(checkpoint, options));
+    auto stirred = m.named_parameters();
+    for (auto& p : reference->named_parameters())
+      if (p.value().dim() == 1 || p.key().ends_with("bias")) p.value().set_data(stirred[p.key()].to(torch::kFloat32));
+    m.cache_formats = {Format::F32, Format::F32};
+    KvCache cache = m.make_cache(), other = reference->make_cache();
+    double most = 0;
+    for (int64_t past = 0; past < 9; ++past) {
+      const auto positions = torch::full({rows, 1}, past, torch::kInt64);
+      const AttentionContext context(positions, past, {}, {});
+      const auto x = torch::randn({rows, 1, m.parsed.hidden}).to(m.dtype());
+      Pass pass, by_modules;
+      pass.cache = &cache;
+      by_modules.cache = &other;
+      const auto y = run_token_blocks(m.layers, x, context, pass);
+      EXPECT_TRUE(y.defined());
+      if (!y.defined()) return 0.0;
+      EXPECT_EQ(y.scalar_type(), x.scalar_type());
+      auto want = x.to(torch::kFloat32);
+      for (int64_t i = 0; i < m.blocks(); ++i) {
+        by_modules.block = by_modules.slot = i;
+        want = reference->layers[static_cast<size_t>(i)]->forward(want, context, by_modules);
+      }
+      most =
+          std::max(most, (y.to(torch::kFloat32) - want).abs().max().item<double>() / want.abs().max().item<double>());
+      for (KvCache* c : {&cache, &other}) c->advance(1, {}, positions.squeeze(1) + 1);
+    }
+    return most;
+  }
+
   TemporaryFolder folder_;
+  std::filesystem::path last_;
   int count_ = 0;
 };
 
@@ -139,6 +177,17 @@ TEST_F(TokenBlocks, EqualTheModulesWhereExpertsHaveBiasesAndAClampedGate) {
     }
 }
 
+TEST_F(TokenBlocks, FollowTheModulesInPlainNumbers) {
+  for (const auto& [type, most] : {std::pair("f32", 1e-5), std::pair("f16", 4e-3), std::pair("bf16", 4e-3)})
+    for (const auto& config :
+         {config_of("llama"), config_of("qwen2"), config_of("qwen3"), config_of("gemma3_text", {{"sliding_window", 6}}),
+          config_of("gemma2", {{"sliding_window", 6}, {"hidden_activation", "gelu_pytorch_tanh"}})}) {
+      SCOPED_TRACE(config["model_type"].get<std::string>() + " " + type);
+      const auto m = model(config, type);
+      for (const int64_t rows : {1, 2, 8}) EXPECT_LT(distance(*m, *Checkpoint::open(last_.string()), rows), most);
+    }
+}
+
 TEST_F(TokenBlocks, EqualTheModulesOnAnyNumberOfThreads) {
   const auto m = model(config_of("mixtral"), "q8_0");
   for (const int threads : {1, 2, 3, 7}) {
@@ -164,6 +213,27 @@ TEST_F(TokenBlocks, FollowTheNumberOfActiveExperts) {
     set_active_experts(*m, k);
     compare(*m, 3);
   }
+}
+
+TEST_F(TokenBlocks, RunOnPlainNumbersInFewRowsOfDenseModels) {
+  // Experts of mixtures may be on disk as well, with the same bits.
+  const torch::NoGradGuard frozen;
+  const AttentionContext context(torch::zeros({1, 1}, torch::kInt64), 0, {}, {});
+  const auto runs = [&](Decoder& m, torch::Dtype dtype, int64_t rows = 1) {
+    KvCache cache = m.make_cache();
+    Pass pass;
+    pass.cache = &cache;
+    return run_token_blocks(m.layers, torch::randn({rows, 1, 256}).to(dtype), context, pass).defined();
+  };
+  const auto packed = model(config_of("mixtral"), "q8_0");
+  EXPECT_TRUE(runs(*packed, torch::kFloat32));
+  EXPECT_FALSE(runs(*packed, torch::kBFloat16));
+  EXPECT_FALSE(runs(*model(config_of("mixtral"), "f32"), torch::kFloat32));
+  const auto dense = model(config_of("llama"), "f32");
+  EXPECT_TRUE(runs(*dense, torch::kFloat32, 8));
+  EXPECT_FALSE(runs(*dense, torch::kFloat32, 9));  // matrix products are faster
+  packed->layers[1]->attention->as<Attention>()->parts.v->exact = true;
+  EXPECT_FALSE(runs(*packed, torch::kFloat32));
 }
 
 TEST_F(TokenBlocks, LeaveAloneWhatOnlyModulesCanDo) {

@@ -151,6 +151,51 @@ INSTANTIATE_TEST_SUITE_P(All, SwigluTasks,
                                                           std::pair{torch::kBFloat16, torch::kFloat32}),
                                           testing::Values(1, 3)));
 
+// Few tokens and large matrices, without a graph: every matrix is read once, in any split of the experts.
+class SwigluRows : public testing::TestWithParam<std::tuple<torch::Dtype, torch::Dtype, int64_t>> {};
+
+TEST_P(SwigluRows, EqualTheLayerInDoubleInAnySplit) {
+  const torch::NoGradGuard frozen;
+  const auto dtype = std::get<0>(GetParam()), weight_dtype = std::get<1>(GetParam());
+  const int64_t tokens = std::get<2>(GetParam());
+  torch::manual_seed(12);
+  const int64_t experts = 5, hidden = 512, width = 768;
+  Routing r;
+  r.experts = std::get<1>(torch::rand({tokens, experts}).topk(2));
+  r.experts = r.experts.masked_fill(r.experts == 3, -1);
+  r.gates = torch::rand({tokens, 2});
+  const auto x = torch::randn({tokens, hidden}).to(dtype);
+  // More tokens take matrices in their own type.
+  const auto stored = tokens > 16 ? dtype : weight_dtype;
+  const auto weights = [&](std::vector<int64_t> shape) { return (torch::randn(shape) * 0.05).to(stored); };
+  const auto gate = weights({experts, width, hidden}), up = weights({experts, width, hidden}),
+             down = weights({experts, hidden, width});
+  const auto d = Dispatch::of(r, experts);
+  const auto y = grouped_swiglu(x, d.tokens, d.gates, d.counts, gate, up, down);
+  EXPECT_EQ(y.scalar_type(), dtype);
+  const auto want = grouped_swiglu(x.to(torch::kFloat64), d.tokens, d.gates.to(torch::kFloat64), d.counts,
+                                   gate.to(torch::kFloat64), up.to(torch::kFloat64), down.to(torch::kFloat64));
+  const double most = dtype == torch::kFloat32 ? 1e-6 : 1e-2;
+  EXPECT_LT((y.to(torch::kFloat64) - want).abs().max().item<double>(), most * want.abs().max().item<double>());
+
+  std::vector<SwigluMatrices> matrices;
+  for (int64_t e = 0; e < experts; ++e) matrices.push_back({gate[e], up[e], down[e]});
+  std::vector<torch::Tensor> outputs;
+  int64_t begin = 0;
+  for (size_t e = 0; e < d.counts.size(); ++e) {  // one by one
+    std::vector<int64_t> one(d.counts.size(), 0);
+    one[e] = d.counts[e];
+    outputs.push_back(swiglu_outputs(x, d.tokens.narrow(0, begin, one[e]), d.gates, one, d.counts, matrices));
+    begin += one[e];
+  }
+  EXPECT_TRUE(torch::equal(swiglu_sum(x, torch::cat(outputs), d.tokens, d.gates, d.counts), y));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, SwigluRows,
+                         testing::Combine(testing::Values(torch::kFloat32, torch::kBFloat16),
+                                          testing::Values(torch::kFloat32, torch::kBFloat16),
+                                          testing::Values(1, 2, 16, 17)));
+
 TEST(RunTasks, RunsAllAndPassesErrorsOn) {
   std::vector<int> runs(100, 0);
   run_tasks(100, [&](int64_t i) { ++runs[static_cast<size_t>(i)]; });

@@ -221,6 +221,34 @@ std::vector<Format> block_formats() {
 INSTANTIATE_TEST_SUITE_P(Linear, BlockFormats, testing::ValuesIn(block_formats()),
                          [](const auto& p) { return std::string(moiety::info(p.param).name); });
 
+TEST(Linear, FewRowsOfALargeMatrixAreDotProducts) {
+  // As many rows as that, one more, and rows beside others: against f64, and bit for bit alone.
+  const torch::NoGradGuard frozen;
+  torch::manual_seed(3);
+  for (const auto weights : {torch::kFloat32, torch::kBFloat16, torch::kFloat16})
+    for (const auto type : {torch::kFloat32, torch::kBFloat16})
+      for (const bool with_bias : {false, true}) {
+        const auto w = (torch::randn({520, 512}) * 0.05).to(weights);
+        const auto b = with_bias ? torch::randn({520}).to(weights) : torch::Tensor();
+        Linear linear(w, b);
+        LinearStack stack(torch::stack({w * 2, w}), with_bias ? torch::stack({b * 2, b}) : b);
+        const auto x = torch::randn({9, 512}).to(type);
+        auto want = at::matmul(x.to(torch::kFloat64), w.to(torch::kFloat64).t());
+        if (with_bias) want += b.to(torch::kFloat64);
+        const auto one = linear(x.narrow(0, 3, 1));
+        for (const int64_t rows : {1, 4, 8, 9}) {
+          const auto y = linear(x.narrow(0, 0, rows));
+          EXPECT_EQ(y.scalar_type(), type);
+          EXPECT_LT(distance(y, want.narrow(0, 0, rows)), type == torch::kFloat32 && rows < 9 ? 1e-5 : 3e-2) << rows;
+          if (rows == 4 || rows == 8) EXPECT_TRUE(torch::equal(y.narrow(0, 3, 1), one)) << rows;
+          if (rows < 9) EXPECT_TRUE(torch::equal(stack->forward(1, x.narrow(0, 0, rows)), y)) << rows;
+        }
+        const PlainRows rows = linear->plain_rows();
+        EXPECT_EQ(rows.data, static_cast<const std::byte*>(w.const_data_ptr()));
+        EXPECT_EQ(Linear(w.t())->plain_rows().data, nullptr);
+      }
+}
+
 TEST(Linear, FloatsAreALinearLayer) {
   torch::manual_seed(1);
   auto w = torch::randn({5, 4}).requires_grad_(true), b = torch::randn({5}).requires_grad_(true);

@@ -14,6 +14,7 @@
 #include "moiety/nn/packed_gated.h"
 #include "moiety/nn/shortcut.h"
 #include "moiety/nn/team.h"
+#include "moiety/nn/weights.h"
 
 namespace moiety {
 namespace {
@@ -22,16 +23,42 @@ constexpr int64_t kMostRows = LinearImpl::kDotRows;
 constexpr int64_t kPieces = 2;       // of what is left of products, for each member
 constexpr int64_t kWorksLayer = 12;  // a bound of the pieces of work in one layer
 
+// Small tensors in f32, converted for this token where a model holds them in another type.
+class Floats {
+ public:
+  void begin() { used_ = 0; }
+  /// False: a tensor that cannot be read here. An undefined one is null.
+  bool take(const torch::Tensor& t, const float*& to) {
+    to = nullptr;
+    if (!t.defined()) return true;
+    if (plain_f32(t)) {
+      to = t.const_data_ptr<float>();
+      return true;
+    }
+    if (!t.is_cpu() || !t.is_contiguous() || (t.scalar_type() != torch::kBFloat16 && t.scalar_type() != torch::kHalf))
+      return false;
+    if (used_ == kept_.size()) kept_.emplace_back();
+    auto& v = kept_[used_++];
+    v.resize(static_cast<size_t>(t.numel()));
+    dequantize_row(format_of(t.scalar_type()), static_cast<const std::byte*>(t.const_data_ptr()), v.data(), t.numel());
+    to = v.data();
+    return true;
+  }
+
+ private:
+  std::vector<std::vector<float>> kept_;  // one behind another moves no numbers
+  size_t used_ = 0;
+};
+
 struct NormPlan {
   const float* weight = nullptr;  // null: no norm
   float offset = 0.f, eps = 0.f;
   int64_t size = 0;
   // False: a norm that is not planned.
-  bool take(const std::shared_ptr<Norm>& norm) {
+  bool take(const std::shared_ptr<Norm>& norm, Floats& floats) {
     if (!norm) return true;
     const auto* rms = dynamic_cast<const RmsNorm*>(norm.get());
-    if (rms == nullptr || rms->weight.dim() != 1 || !plain_f32(rms->weight)) return false;
-    weight = rms->weight.const_data_ptr<float>();
+    if (rms == nullptr || rms->weight.dim() != 1 || !floats.take(rms->weight, weight)) return false;
     offset = static_cast<float>(rms->offset());
     eps = static_cast<float>(rms->eps());
     size = rms->weight.size(0);
@@ -40,37 +67,46 @@ struct NormPlan {
   void run(const float* x, float* out, int64_t n) const { rms_norm(x, weight, offset, eps, out, n); }
 };
 
+// A matrix as products read it: packed blocks, or plain numbers as they lie.
+struct Rows {
+  const PackedMatrix* packed = nullptr;
+  PlainRows plain;
+  int64_t out = 0, in = 0;
+  ActivationKind kind() const { return packed == nullptr ? ActivationKind::Float : activation_kind(packed->format()); }
+  int64_t groups() const { return packed_groups(out); }
+};
+
 // A matrix with the bias behind it.
 struct MatrixPlan {
   LinearImpl* linear = nullptr;
-  const PackedMatrix* packed = nullptr;
+  Rows rows;
+  ActivationKind kind = ActivationKind::Float;
   const float* bias = nullptr;
-  bool can(Linear l) {
+  bool can(Linear l, Floats& floats) {
     linear = l.get();
-    if (!l->packs() || l->streamed() || !l->attached().empty()) return false;
-    if (!l->bias.defined()) return true;
-    if (!plain_f32(l->bias)) return false;
-    bias = l->bias.const_data_ptr<float>();
-    return true;
+    if (l->streamed() || !l->attached().empty()) return false;
+    rows = {nullptr, {}, l->out(), l->in()};
+    if (l->packs())
+      kind = activation_kind(l->mapped()->format);
+    else if ((rows.plain = l->plain_rows()).data == nullptr)
+      return false;
+    return floats.take(l->bias, bias);
   }
   bool pack(const torch::Tensor& x) {
-    packed = linear->packed_for(x);
-    return packed != nullptr;
+    if (rows.plain.data != nullptr) return true;
+    rows.packed = linear->packed_for(x);
+    return rows.packed != nullptr;
   }
 };
-
-// Products of both take the same activations.
-bool alike(const Linear& a, const Linear& b) {
-  return activation_kind(a->mapped()->format) == activation_kind(b->mapped()->format);
-}
 
 struct GatedPlan {
   MatrixPlan gate, up, down;
   GateTimes times = nullptr;
-  bool can(const FeedForward& f) {
+  bool can(const FeedForward& f, Floats& floats) {
     times = gate_times(f.act());
-    return times != nullptr && !f.gate.is_empty() && gate.can(f.gate) && up.can(f.up) && down.can(f.down) &&
-           gate.bias == nullptr && up.bias == nullptr && down.bias == nullptr && alike(f.gate, f.up);
+    return times != nullptr && !f.gate.is_empty() && gate.can(f.gate, floats) && up.can(f.up, floats) &&
+           down.can(f.down, floats) && gate.bias == nullptr && up.bias == nullptr && down.bias == nullptr &&
+           gate.kind == up.kind;
   }
   bool pack(const torch::Tensor& x) { return gate.pack(x) && up.pack(x) && down.pack(x); }
 };
@@ -86,7 +122,7 @@ struct StackBias {
     all = s->bias.const_data_ptr<float>();
     return true;
   }
-  const float* of(int64_t expert) const { return all == nullptr ? nullptr : all + expert * width; }
+  const float* of(int64_t expert) const { return all == nullptr || expert < 0 ? nullptr : all + expert * width; }
 };
 
 struct MixturePlan {
@@ -96,7 +132,7 @@ struct MixturePlan {
   GatedPlan shared;                    // times null: none
   const float* shared_gate = nullptr;  // [d]
   float routed_scale = 1.f, shared_scale = 1.f;
-  bool can(const Mixture& m) {
+  bool can(const Mixture& m, Floats& floats) {
     router = dynamic_cast<TopKRouter*>(m.router.get());
     experts = dynamic_cast<GatedExperts*>(m.experts.get());
     if (router == nullptr || experts == nullptr || m.bias.defined() || m.expert_map.defined() ||
@@ -109,7 +145,7 @@ struct MixturePlan {
     if (!gate || !up || !experts->down->packed_kinds() || *gate != *up) return false;
     if (static_cast<int64_t>(gate->size()) != router->experts()) return false;
     if (m.shared) {
-      if (!shared.can(*m.shared)) return false;
+      if (!shared.can(*m.shared, floats)) return false;
       if (!m.shared_gate.is_empty()) {
         if (!m.shared_gate->by_dots() || m.shared_gate->bias.defined()) return false;
         shared_gate = m.shared_gate->weight.const_data_ptr<float>();
@@ -134,49 +170,66 @@ struct LayerPlan {
   bool is_mixture = false;
   CachePlace held_k, held_v;  // the new position included
 
-  bool can(const Block& b, int64_t d) {
+  bool can(const Block& b, int64_t d, Floats& floats) {
     if (b.placement() == Placement::parallel || b.ffn->whole_half()) return false;
     residual = static_cast<float>(b.residual_scale());
     const auto* a = dynamic_cast<const Attention*>(b.attention.get());
-    if (a == nullptr || !before_attention.take(b.before_attention) || !after_attention.take(b.after_attention) ||
-        !before_ffn.take(b.before_ffn) || !after_ffn.take(b.after_ffn))
+    if (a == nullptr || !before_attention.take(b.before_attention, floats) ||
+        !after_attention.take(b.after_attention, floats) || !before_ffn.take(b.before_ffn, floats) ||
+        !after_ffn.take(b.after_ffn, floats))
       return false;
     attention = &a->parts;
     const AttentionParts& p = a->parts;
-    if (!q.can(p.q) || !k.can(p.k) || !v.can(p.v) || !o.can(p.o)) return false;
-    if (!q_norm.take(p.q_norm) || !k_norm.take(p.k_norm)) return false;
+    if (!q.can(p.q, floats) || !k.can(p.k, floats) || !v.can(p.v, floats) || !o.can(p.o, floats)) return false;
+    if (!q_norm.take(p.q_norm, floats) || !k_norm.take(p.k_norm, floats)) return false;
     size = p.head_dim;
     heads = p.q->out() / size;
     kv_heads = p.k->out() / size;
     if (p.v->out() != p.k->out() || p.q->in() != d || p.o->out() != d) return false;
     if (q_norm.weight != nullptr && q_norm.size != (p.norm_all_heads ? p.q->out() : size)) return false;
     if (k_norm.weight != nullptr && k_norm.size != (p.norm_all_heads ? p.k->out() : size)) return false;
-    if (p.options.sinks.defined()) {
-      if (!plain_f32(p.options.sinks)) return false;
-      sinks = p.options.sinks.const_data_ptr<float>();
-    }
-    if (const auto* f = dynamic_cast<const FeedForward*>(b.ffn.get())) return dense.can(*f);
+    if (!floats.take(p.options.sinks, sinks)) return false;
+    if (const auto* f = dynamic_cast<const FeedForward*>(b.ffn.get())) return dense.can(*f, floats);
     const auto* m = dynamic_cast<const Mixture*>(b.ffn.get());
     is_mixture = m != nullptr;
-    return is_mixture && mixture.can(*m);
+    return is_mixture && mixture.can(*m, floats);
   }
 
+  // Whether some matrix is of plain numbers.
+  bool plain() const {
+    const auto is = [](const MatrixPlan& m) { return m.linear != nullptr && m.kind == ActivationKind::Float; };
+    const GatedPlan& gated = is_mixture ? mixture.shared : dense;
+    return is(q) || is(k) || is(v) || is(o) || is(gated.gate) || is(gated.up) || is(gated.down);
+  }
   bool pack(const torch::Tensor& x) {
     if (!q.pack(x) || !k.pack(x) || !v.pack(x) || !o.pack(x)) return false;
     return is_mixture ? mixture.shared.times == nullptr || mixture.shared.pack(x) : dense.pack(x);
   }
 };
 
+// Rows of activations for a product: in 8 bits, or beside plain numbers as they are, one behind another.
+struct Input {
+  const QuantizedTiles* tiles = nullptr;
+  const float* x = nullptr;
+  int64_t count = 0;
+};
+
 // Rows of one gated layer that run together: all rows, or those that chose an expert.
 struct Unit {
-  const PackedMatrix *gate, *up, *down;
+  Rows gate, up, down;
   const GateTimes* times;
-  int64_t count;                   // pairs
-  int64_t begin = 0, expert = -1;  // its first pair; which expert it is, if it is one
-  const float *gate_bias = nullptr, *up_bias = nullptr;
+  int64_t count;                    // pairs
+  int64_t begin = 0, expert = -1;   // its first pair; which expert it is, if it is one
   const int64_t* tokens = nullptr;  // [count], null: pair i is row i
   int64_t width = 0, between = 0;   // where its rows of that width stand in the buffers of gate and up
-  const QuantizedTiles* x = nullptr;
+  Input x;
+};
+
+struct Job {
+  Rows matrix;
+  Input x;
+  float* y;
+  int64_t stride;
 };
 
 // What all members write to and read from.
@@ -192,7 +245,7 @@ struct Own {
   std::vector<const float*> parts;
   std::vector<int64_t> chosen, tokens, place;
   std::vector<Unit> units;
-  std::vector<PackedJob> jobs;
+  std::vector<Job> jobs;
   TilesByKind tiles;
   const float* source = nullptr;
 };
@@ -260,34 +313,42 @@ class TokenRun {
     own.tiles.forget();
   }
 
-  const QuantizedTiles* input(Own& own, const PackedMatrix& m) {
-    return own.tiles.get(m.format(), rows_, m.cols(), [&](QuantizedTiles& t) {
-      for (int64_t i = 0; i < t.tiles(); ++i) t.fill(i, own.source, m.cols());
-    });
+  Input input(Own& own, const Rows& m) {
+    if (m.packed == nullptr) return {nullptr, own.source, rows_};
+    return {own.tiles.get(m.packed->format(), rows_, m.in, [&](QuantizedTiles& t) {
+      for (int64_t i = 0; i < t.tiles(); ++i) t.fill(i, own.source, m.in);
+    })};
   }
 
   // Most groups of rows belong to a member from the start, side by side in memory; the rest go to who is through first.
   struct Share {
     int64_t groups = 0, each;
-    Share(const std::vector<PackedJob>& jobs, int64_t members) {
-      for (const PackedJob& j : jobs) groups += j.matrix->groups();
+    Share(const std::vector<Job>& jobs, int64_t members) {
+      for (const Job& j : jobs) groups += j.matrix.groups();
       each = groups * 4 / (5 * members);
     }
   };
 
-  static void part(const std::vector<PackedJob>& jobs, int64_t first, int64_t last) {
+  static void product(const Job& j, int64_t first, int64_t last) {
+    const Rows& m = j.matrix;
+    if (m.packed != nullptr)
+      packed_products(m.packed->format(), m.packed->data(), m.out, m.in, first, last, *j.x.tiles, j.y, j.stride);
+    else
+      plain_products(m.plain, m.in, first * kPackedRows, std::min(last * kPackedRows, m.out), j.x.x, j.x.count, j.y,
+                     j.stride);
+  }
+
+  static void part(const std::vector<Job>& jobs, int64_t first, int64_t last) {
     int64_t at = 0;
-    for (const PackedJob& j : jobs) {
-      const int64_t n = j.matrix->groups(), a = std::max(first, at), b = std::min(last, at + n);
-      if (a < b)
-        packed_products(j.matrix->format(), j.matrix->data(), j.matrix->rows(), j.matrix->cols(), a - at, b - at, *j.x,
-                        j.y, j.stride);
+    for (const Job& j : jobs) {
+      const int64_t n = j.matrix.groups(), a = std::max(first, at), b = std::min(last, at + n);
+      if (a < b) product(j, a - at, b - at);
       at += n;
     }
   }
 
   // Runs the jobs together with the other members.
-  static void products(Team::Member& m, const std::vector<PackedJob>& jobs) {
+  static void products(Team::Member& m, const std::vector<Job>& jobs) {
     const Share share(jobs, m.count());
     part(jobs, m.index() * share.each, (m.index() + 1) * share.each);
     const int64_t begin = share.each * m.count(), rest = share.groups - begin;
@@ -298,11 +359,15 @@ class TokenRun {
   }
 
   // Asks for the memory that this member's share of the jobs begins with: it arrives while members wait.
-  static void soon(Team::Member& m, const std::vector<PackedJob>& jobs) {
+  static void soon(Team::Member& m, const std::vector<Job>& jobs) {
     int64_t at = m.index() * Share(jobs, m.count()).each;
-    for (const PackedJob& j : jobs) {
-      if (at < j.matrix->groups()) return packed_prefetch(j.matrix->format(), j.matrix->data(), j.matrix->cols(), at);
-      at -= j.matrix->groups();
+    for (const Job& j : jobs) {
+      if (at < j.matrix.groups()) {
+        const PackedMatrix* m = j.matrix.packed;
+        if (m != nullptr) packed_prefetch(m->format(), m->data(), m->cols(), at);
+        return;
+      }
+      at -= j.matrix.groups();
     }
   }
 
@@ -347,13 +412,13 @@ class TokenRun {
     float* x = own.x.data();
     normed(own, l.before_attention);
     own.jobs.clear();
-    own.jobs.push_back({l.q.packed, input(own, *l.q.packed), shared_->q.data(), l.q.packed->rows()});
-    own.jobs.push_back({l.k.packed, input(own, *l.k.packed), shared_->k.data(), l.k.packed->rows()});
-    own.jobs.push_back({l.v.packed, input(own, *l.v.packed), shared_->v.data(), l.v.packed->rows()});
+    own.jobs.push_back({l.q.rows, input(own, l.q.rows), shared_->q.data(), l.q.rows.out});
+    own.jobs.push_back({l.k.rows, input(own, l.k.rows), shared_->k.data(), l.k.rows.out});
+    own.jobs.push_back({l.v.rows, input(own, l.v.rows), shared_->v.data(), l.v.rows.out});
     products(m, own.jobs);
 
     own.jobs.clear();
-    own.jobs.push_back({l.o.packed, nullptr, shared_->out.data(), d_});
+    own.jobs.push_back({l.o.rows, {}, shared_->out.data(), d_});
     soon(m, own.jobs);
     for (int64_t i = 0, end = 0; m.take(rows_ * l.kv_heads, 1, i, end);)
       attend_head(own, l, i / l.kv_heads, i % l.kv_heads);
@@ -361,7 +426,7 @@ class TokenRun {
     m.wait();
 
     set_input(own, shared_->mixed.data());
-    own.jobs[0].x = input(own, *l.o.packed);
+    own.jobs[0].x = input(own, l.o.rows);
     products(m, own.jobs);
     for (int64_t b = 0; b < rows_; ++b) {
       const float* a = shared_->out.data() + b * d_;
@@ -429,7 +494,7 @@ class TokenRun {
       wide += u.count * width;
     };
     const auto all_rows = [&](const GatedPlan& g) {
-      add({g.gate.packed, g.up.packed, g.down.packed, &g.times, rows_}, g.up.packed->rows());
+      add({g.gate.rows, g.up.rows, g.down.rows, &g.times, rows_}, g.up.rows.out);
     };
     const MixturePlan& mixture = l.mixture;
     if (l.is_mixture) {
@@ -438,10 +503,8 @@ class TokenRun {
       for (int64_t e = 0; e < mixture.router->experts(); ++e) {
         const int64_t count = own.place[static_cast<size_t>(e)];
         if (count == 0) continue;
-        Unit u{nullptr, nullptr, nullptr, &mixture.experts->times(), count};
+        Unit u{{}, {}, {}, &mixture.experts->times(), count};
         u.expert = e;
-        u.gate_bias = mixture.gate_bias.of(e);
-        u.up_bias = mixture.up_bias.of(e);
         u.tokens = own.tokens.data() + begin;
         add(u, mixture.experts->up->out());
         begin += count;
@@ -450,7 +513,7 @@ class TokenRun {
       gather(m, own, mixture);
     } else {
       all_rows(l.dense);
-      own.units[0].x = input(own, *l.dense.gate.packed);
+      own.units[0].x = input(own, l.dense.gate.rows);
     }
 
     own.jobs.clear();
@@ -464,17 +527,20 @@ class TokenRun {
     own.jobs.clear();
     for (int64_t i = 0; i < units; ++i) {
       const Unit& u = own.units[static_cast<size_t>(i)];
-      own.jobs.push_back({u.down, &shared_->between[static_cast<size_t>(i)], shared_->pairs.data() + u.begin * d_, d_});
+      const Input rows = u.down.packed == nullptr ? Input{nullptr, shared_->gate.data() + u.between, u.count}
+                                                  : Input{&shared_->between[static_cast<size_t>(i)]};
+      own.jobs.push_back({u.down, rows, shared_->pairs.data() + u.begin * d_, d_});
     }
     soon(m, own.jobs);
     for (int64_t i = 0, end = 0; m.take(units, 1, i, end);) {
       const Unit& u = own.units[static_cast<size_t>(i)];
       float *g = shared_->gate.data() + u.between, *up = shared_->up.data() + u.between;
-      add_bias(u.gate_bias, u.count, u.width, g);
-      add_bias(u.up_bias, u.count, u.width, up);
+      add_bias(mixture.gate_bias.of(u.expert), u.count, u.width, g);
+      add_bias(mixture.up_bias.of(u.expert), u.count, u.width, up);
       (*u.times)(g, up, u.count * u.width);
+      if (u.down.packed == nullptr) continue;
       QuantizedTiles& t = shared_->between[static_cast<size_t>(i)];
-      t.resize(activation_kind(u.down->format()), u.count, u.width);
+      t.resize(u.down.kind(), u.count, u.width);
       for (int64_t tile = 0; tile < t.tiles(); ++tile) t.fill(tile, g, u.width);
     }
     m.next();
@@ -526,7 +592,7 @@ class TokenRun {
     const auto matrix = [&](LinearStack& s, int64_t e) {
       const PackedMatrix* packed = s->matrices()[static_cast<size_t>(e)]->packed_for(input_);
       check(packed != nullptr, "a matrix of expert {} cannot be packed", e);
-      return packed;
+      return Rows{packed, {}, s->out(), s->in()};
     };
     // What is not packed yet is packed by who comes first: each begins with experts of its own.
     for (int64_t i = 0; i < units; ++i) {
@@ -541,7 +607,7 @@ class TokenRun {
         const Unit& u = own.units[static_cast<size_t>(i)];
         if (u.tokens == nullptr) continue;
         QuantizedTiles& t = shared_->in[static_cast<size_t>(i)];
-        t.resize(activation_kind(u.gate->format()), u.count, d_);
+        t.resize(u.gate.kind(), u.count, d_);
         for (int64_t tile = 0; tile < t.tiles(); ++tile) t.fill(tile, own.source, d_, u.tokens);
       }
       m.next();
@@ -549,7 +615,7 @@ class TokenRun {
     }
     for (int64_t i = 0; i < units; ++i) {
       Unit& u = own.units[static_cast<size_t>(i)];
-      u.x = rows_ == 1 || u.tokens == nullptr ? input(own, *u.gate) : &shared_->in[static_cast<size_t>(i)];
+      u.x = rows_ == 1 || u.tokens == nullptr ? input(own, u.gate) : Input{&shared_->in[static_cast<size_t>(i)]};
     }
   }
 
@@ -560,7 +626,7 @@ class TokenRun {
     own.scales.clear();
     float* biased = room(own.biased, k * d_);
     for (const Unit& u : own.units) {
-      const float* bias = u.expert < 0 ? nullptr : p.down_bias.of(u.expert);
+      const float* bias = p.down_bias.of(u.expert);
       for (int64_t pair = u.begin; u.expert >= 0 && pair < u.begin + u.count; ++pair) {
         if (own.tokens[static_cast<size_t>(pair)] != b) continue;
         const float* part = shared_->pairs.data() + pair * d_;
@@ -601,17 +667,28 @@ class TokenRun {
 
 torch::Tensor run_token_blocks(const std::vector<std::shared_ptr<Block>>& blocks, const torch::Tensor& x,
                                const AttentionContext& context, Pass& pass) {
-  if (x.size(1) != 1 || x.size(0) > kMostRows || blocks.empty() || !plain_f32(x) || pass.cache == nullptr ||
+  if (x.size(1) != 1 || x.size(0) > kMostRows || blocks.empty() || !x.is_cpu() || pass.cache == nullptr ||
       pass.training || pass.trace != nullptr || !pass.edits.empty() || pass.recompute_blocks)
     return {};
   if (torch::GradMode::is_enabled() || !may_shorten({}) || context.padded()) return {};
+  if (x.scalar_type() != torch::kFloat32 && x.scalar_type() != torch::kBFloat16) return {};
   const int64_t d = x.size(2);
   static thread_local std::vector<LayerPlan> layers;
+  static thread_local Floats floats;
   layers.assign(blocks.size(), LayerPlan());
+  floats.begin();
   for (size_t i = 0; i < blocks.size(); ++i)
-    if (!layers[i].can(*blocks[i], d)) return {};
+    if (!layers[i].can(*blocks[i], d, floats)) return {};
+  // Experts that are left on disk run by modules, with the same bits as those in memory: beside plain numbers, which
+  // modules round and add up in other ways, mixtures are left to them.
+  const bool packed = x.scalar_type() == torch::kFloat32 &&
+                      std::none_of(layers.begin(), layers.end(), [](const LayerPlan& l) { return l.plain(); });
+  if (!packed && (x.size(0) > kPlainRows ||
+                  std::any_of(layers.begin(), layers.end(), [](const LayerPlan& l) { return l.is_mixture; })))
+    return {};
+  const auto rows = x.to(torch::kFloat32).contiguous();
   for (LayerPlan& l : layers)
-    if (!l.pack(x)) return {};
+    if (!l.pack(rows)) return {};
   for (size_t i = 0; i < blocks.size(); ++i) {
     LayerPlan& l = layers[i];
     if (l.attention->rope) {
@@ -624,7 +701,7 @@ torch::Tensor run_token_blocks(const std::vector<std::shared_ptr<Block>>& blocks
     std::tie(l.held_k, l.held_v) =
         pass.cache->extend_in_place(static_cast<int64_t>(i), x.size(0), l.kv_heads, 1, l.size, l.size, x.options());
   }
-  return TokenRun(layers, x).run();
+  return TokenRun(layers, rows).run().to(x.scalar_type());
 }
 
 }  // namespace moiety

@@ -185,6 +185,14 @@ Tensor grouped_swiglu(const Tensor& x, const Tensor& tokens, const Tensor& gates
   const bool keep =
       torch::GradMode::is_enabled() && (x.requires_grad() || gates.requires_grad() || gate.requires_grad() ||
                                         up.requires_grad() || down.requires_grad());
+  if (!keep && gate.size(0) > 0 && runs_by_rows(x, {gate.select(0, 0), up.select(0, 0), down.select(0, 0)})) {
+    std::vector<SwigluMatrices> matrices(counts.size());
+    for (size_t e = 0; e < counts.size(); ++e) {
+      const auto at = static_cast<int64_t>(e);
+      if (counts[e] > 0) matrices[e] = {gate.select(0, at), up.select(0, at), down.select(0, at)};
+    }
+    return swiglu_sum(x, swiglu_rows(x, tokens, counts, matrices), tokens, gates, counts);
+  }
   // Only tasks compute with matrices of another type than x.
   const auto like = [&, mixed = runs_as_tasks({x, tokens, gates, gate, up, down, counts})](const Tensor& t) {
     return mixed ? t : t.to(x.scalar_type());
@@ -202,6 +210,9 @@ bool as_tasks(const Tensor& x, const Tensor& gates, const std::vector<int64_t>& 
 
 Tensor swiglu_outputs(const Tensor& x, const Tensor& tokens, const Tensor& gates, const std::vector<int64_t>& counts,
                       const std::vector<int64_t>& all, const std::vector<SwigluMatrices>& matrices) {
+  const auto used = std::find_if(counts.begin(), counts.end(), [](int64_t c) { return c > 0; });
+  if (used != counts.end() && runs_by_rows(x, matrices[static_cast<size_t>(used - counts.begin())]))
+    return swiglu_rows(x, tokens, counts, matrices);
   if (as_tasks(x, gates, all)) return swiglu_tasks_outputs(x, tokens, counts, all, matrices);
   auto outputs = torch::empty({tokens.size(0), x.size(1)}, x.options().requires_grad(false));
   for_experts(counts, [&](int64_t e, int64_t begin, int64_t n) {

@@ -8,6 +8,7 @@
 #include "moiety/kernels/swiglu.h"
 #include "moiety/moe/dispatch.h"
 #include "moiety/nn/elements.h"
+#include "moiety/nn/linear.h"
 #include "moiety/nn/products.h"
 #include "moiety/nn/tasks.h"
 
@@ -107,6 +108,59 @@ Tensor swiglu_tasks_outputs(const Tensor& x, const Tensor& tokens, const std::ve
     multiply(outputs.narrow(0, begin, n), {at::silu(g).mul_(u)}, {m.down, true});
   });
   return outputs;
+}
+
+bool runs_by_rows(const Tensor& x, const SwigluMatrices& m) {
+  constexpr int64_t kTokens = 16;  // of which an expert has a few
+  return runs_by_rows(x, m.gate, kTokens) && runs_by_rows(x, m.up, kTokens) && plain_rows_of(m.down).data != nullptr;
+}
+
+Tensor swiglu_rows(const Tensor& x, const Tensor& tokens, const std::vector<int64_t>& counts,
+                   const std::vector<SwigluMatrices>& matrices) {
+  // Rows [first, last) of a matrix times the rows of its expert.
+  struct Part {
+    PlainRows rows;
+    int64_t in, first, last;
+    const float* x;
+    int64_t n;
+    float* y;
+    int64_t stride;
+  };
+  std::vector<Part> parts;
+  const auto add = [&](const Tensor& w, const float* from, int64_t n, float* to) {
+    const int64_t out = w.size(0), each = std::max<int64_t>(16, out / many_tasks());
+    for (int64_t first = 0; first < out; first += each)
+      parts.push_back({plain_rows_of(w), w.size(1), first, std::min(out, first + each), from, n, to, out});
+  };
+  const auto run = [&] {
+    run_tasks(static_cast<int64_t>(parts.size()), [&](int64_t i) {
+      const Part& p = parts[static_cast<size_t>(i)];
+      plain_products(p.rows, p.in, p.first, p.last, p.x, p.n, p.y, p.stride);
+    });
+    parts.clear();
+  };
+  const auto each_expert = [&](auto use) {
+    int64_t begin = 0;
+    for (size_t e = 0; e < counts.size(); begin += counts[e], ++e)
+      if (counts[e] > 0) use(matrices[e], begin, counts[e]);
+  };
+  const auto rows = x.index_select(0, tokens).to(torch::kFloat32);
+  const int64_t d = x.size(1);
+  int64_t width = 0;
+  each_expert([&](const SwigluMatrices& m, int64_t, int64_t) { width = m.gate.size(0); });
+  auto g = torch::empty({rows.size(0), width}, rows.options()), u = torch::empty_like(g), y = torch::empty_like(rows);
+  each_expert([&](const SwigluMatrices& m, int64_t begin, int64_t n) {
+    const float* from = rows.const_data_ptr<float>() + begin * d;
+    add(m.gate, from, n, g.data_ptr<float>() + begin * width);
+    add(m.up, from, n, u.data_ptr<float>() + begin * width);
+  });
+  run();
+  const auto h = at::silu_(g).mul_(u);
+  each_expert([&](const SwigluMatrices& m, int64_t begin, int64_t n) {
+    add(m.down, h.const_data_ptr<float>() + begin * width, n, y.data_ptr<float>() + begin * d);
+  });
+  run();
+  return y.to(x.scalar_type());
 }
 
 Tensor swiglu_tasks_forward(const SwigluInputs& in, const Tensor& g, const Tensor& u) {

@@ -31,6 +31,14 @@ torch::Tensor swiglu_tasks_outputs(const torch::Tensor& x, const torch::Tensor& 
                                    const std::vector<int64_t>& counts, const std::vector<int64_t>& all,
                                    const std::vector<SwigluMatrices>& matrices);
 
+/// Whether the outputs of x [N, d] are computed by swiglu_rows(), by the number of tokens and the shape of the matrices
+/// alone: see runs_by_rows().
+bool runs_by_rows(const torch::Tensor& x, const SwigluMatrices& expert);
+/// The outputs of the pairs of some experts [P', d] in x's type, as dot products: every matrix is read once. tokens
+/// [P'].
+torch::Tensor swiglu_rows(const torch::Tensor& x, const torch::Tensor& tokens, const std::vector<int64_t>& counts,
+                          const std::vector<SwigluMatrices>& matrices);
+
 /// -> [N, d]. g and u [P, f] are filled with what gate and up gave when they are defined.
 torch::Tensor swiglu_tasks_forward(const SwigluInputs& in, const torch::Tensor& g, const torch::Tensor& u);
 

@@ -98,6 +98,25 @@ torch::Tensor times_kernel(const torch::Tensor& input, const TensorView& blocks)
   return y;
 }
 
+// Elements from which on a matrix is read from memory rather than from the caches.
+constexpr int64_t kReadElements = int64_t{1} << 18;
+
+// x [..., in] of few rows -> x W^T + b [..., out] in x's type, every number a dot product in f32 of its own.
+torch::Tensor times_rows(const torch::Tensor& x, const torch::Tensor& w, const torch::Tensor& bias) {
+  const auto flat = cast(x, torch::kFloat32).contiguous();
+  const int64_t in = x.size(-1), out = w.size(0), n = flat.numel() / in;
+  const PlainRows rows = plain_rows_of(w);
+  auto shape = x.sizes().vec();
+  shape.back() = out;
+  auto y = torch::empty(shape, flat.options());
+  const auto* from = flat.const_data_ptr<float>();
+  auto* to = y.data_ptr<float>();
+  parallel_for(0, out, std::max<int64_t>(8, kReadElements / 4 / in),
+               [&](int64_t first, int64_t last) { plain_products(rows, in, first, last, from, n, to, out); });
+  if (bias.defined()) y.add_(cast(bias, torch::kFloat32));
+  return cast(y, x.scalar_type());
+}
+
 // x [..., in] bf16 -> x W^T [..., out] where products of bf16 are slow: in f32, by pieces of the weights.
 torch::Tensor times_widened(const torch::Tensor& x, const torch::Tensor& w) {
   const auto flat = x.reshape({-1, x.size(-1)}).to(torch::kFloat32);
@@ -301,6 +320,7 @@ torch::Tensor LinearImpl::multiply(const torch::Tensor& x) {
   const auto plain = [&](const torch::Tensor& w) {
     const DenseMatrix matrix{w, bias};
     if (runs_dense(x, matrix)) return dense_products(x, {&matrix, 1})[0];
+    if (runs_by_rows(x, w) && may_shorten({bias})) return times_rows(x, w, bias);
     static const bool slow_bf16 = !has_fast_bf16_products();
     if (slow_bf16 && x.scalar_type() == torch::kBFloat16 && x.device().is_cpu() && x.numel() > x.size(-1) &&
         may_shorten({x, w, bias})) {
@@ -354,6 +374,38 @@ torch::Tensor LinearImpl::dense(torch::Dtype dtype) const {
   return cast(make_ ? dequantize(make_()) : blocks_ ? dequantize(*blocks_) : weight, dtype);
 }
 
+PlainRows plain_rows_of(const torch::Tensor& w) {
+  const auto type = w.scalar_type();
+  const bool known = type == torch::kFloat32 || type == torch::kBFloat16 || type == torch::kFloat16;
+  if (!known || !w.is_cpu() || !w.is_contiguous()) return {};
+  return {static_cast<const std::byte*>(w.const_data_ptr()), format_of(type)};
+}
+
+bool runs_by_rows(const torch::Tensor& x, const torch::Tensor& w, int64_t rows) {
+  const auto type = x.scalar_type();
+  return x.is_cpu() && x.numel() <= rows * x.size(-1) && w.numel() >= kReadElements &&
+         (type == torch::kFloat32 || type == torch::kBFloat16) && may_shorten({x, w}) &&
+         plain_rows_of(w).data != nullptr;
+}
+
+PlainRows LinearImpl::plain_rows() const {
+  if (!blocks_) return plain_rows_of(weight);
+  const Format f = blocks_->format;
+  if (streamed_ || (f != Format::F32 && f != Format::F16 && f != Format::BF16)) return {};
+  return {blocks_->data.data(), f};
+}
+
+void plain_products(const PlainRows& rows, int64_t in, int64_t first, int64_t last, const float* x, int64_t n, float* y,
+                    int64_t stride) {
+  // A piece of the matrix stays in the first cache for all rows of x.
+  const int64_t bytes = row_bytes(rows.format, in), piece = n == 1 ? last - first : std::max<int64_t>(1, 16384 / bytes);
+  for (int64_t begin = first; begin < last; begin += piece) {
+    const int64_t count = std::min(piece, last - begin);
+    for (int64_t t = 0; t < n; ++t)
+      dot_rows_float(rows.format, rows.data + begin * bytes, count, in, x + t * in, y + t * stride + begin);
+  }
+}
+
 LinearStackImpl::LinearStackImpl(int64_t count, int64_t in, int64_t out, bool with_bias)
     : count_(count), in_(in), out_(out) {
   weight = register_parameter("weight", initial({count, out, in}, in));
@@ -400,8 +452,10 @@ torch::Tensor LinearStackImpl::forward(int64_t index, const torch::Tensor& x) {
   check(index >= 0 && index < count_, "expert {} does not exist: the stack has {}", index, count_);
   if (matrices_.empty()) {
     const auto dtype = x.scalar_type();
-    return at::linear(x, cast(weight.select(0, index), dtype),
-                      bias.defined() ? std::optional<torch::Tensor>(cast(bias.select(0, index), dtype)) : std::nullopt);
+    const auto own = weight.select(0, index), own_bias = bias.defined() ? bias.select(0, index) : bias;
+    if (runs_by_rows(x, own) && may_shorten({own_bias})) return times_rows(x, own, own_bias);
+    return at::linear(x, cast(own, dtype),
+                      bias.defined() ? std::optional<torch::Tensor>(cast(own_bias, dtype)) : std::nullopt);
   }
   auto y = matrices_[index]->forward(x);
   return bias.defined() ? y + cast(bias.select(0, index), x.scalar_type()) : y;

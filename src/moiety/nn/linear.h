@@ -22,6 +22,12 @@ class Beside;
 class BesideStack;
 class PackedMatrix;
 
+/// A matrix [out, in] of f32, bf16 or f16 in the processor's memory, row after row; null: it is anything else.
+struct PlainRows {
+  const std::byte* data = nullptr;
+  Format format = Format::F32;
+};
+
 /// y = x W^T + b over W [out, in]. Gradients reach x always, and W and b when they are float tensors that ask for it.
 class LinearImpl : public torch::nn::Module {
  public:
@@ -75,6 +81,8 @@ class LinearImpl : public torch::nn::Module {
   /// The blocks packed for products, made on first use by one of the threads that ask; null where products of x run
   /// otherwise: packs() says no, a graph is to be built, another device.
   const PackedMatrix* packed_for(const torch::Tensor& x);
+  /// The matrix where it lies, if it is one of plain numbers, in memory or mapped.
+  PlainRows plain_rows() const;
   /// A float matrix with few rows, in f32 on the CPU (a router, a gate): see nn/dots.h.
   bool by_dots() const;
   static constexpr int64_t kDotRows = 16;
@@ -102,6 +110,18 @@ class LinearImpl : public torch::nn::Module {
   friend uint64_t matrices_changed();
 };
 TORCH_MODULE(Linear);
+/// A float matrix [out, in] where it lies.
+PlainRows plain_rows_of(const torch::Tensor& w);
+/// Rows of activations up to which dot products are as fast as a matrix is read, and faster than anything else.
+constexpr int64_t kPlainRows = 8;
+/// Whether x W^T is computed as dot products in f32: at most `rows` rows x [..., in] of f32 or bf16, W large enough to
+/// come from memory, both on the CPU, no graph.
+bool runs_by_rows(const torch::Tensor& x, const torch::Tensor& w, int64_t rows = kPlainRows);
+/// y[t * stride + r] = row r of the matrix [.., in] times row t of x [n, in] f32, for r = first ... last - 1: dot
+/// products in f32, on the calling thread.
+void plain_products(const PlainRows& rows, int64_t in, int64_t first, int64_t last, const float* x, int64_t n, float* y,
+                    int64_t stride);
+
 /// How often a matrix of this program was attached to or streamed, and once more: never 0.
 uint64_t matrices_changed();
 
