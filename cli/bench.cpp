@@ -16,6 +16,7 @@
 #include "moiety/base/progress.h"
 #include "moiety/kernels/cpu.h"
 #include "moiety/kernels/packed.h"
+#include "moiety/models/decoder.h"
 #include "moiety/nn/parallel.h"
 #include "open_model.h"
 #include "verb.h"
@@ -174,10 +175,17 @@ class Bench {
                  .chunk = prompt,
                  .fixed_chunk = true});
     work_ = work_of(open_, torch::Device(o.common.device));
-    // Packs weights and touches every page; a mixture's experts are reached by many tokens.
-    std::optional<Progress> progress(std::in_place, "warm-up", 1, "pass");
+    // Packs weights and touches every page. Experts that no token reaches are packed too, or later ones would wait.
+    std::optional<Progress> progress(std::in_place, "warm-up", 2, "step");
     feed(random_ids(1, 256), nullptr);
     progress->set(1);
+    const auto* decoder = dynamic_cast<const Decoder*>(open_.model.get());
+    for (const auto& module : open_.model->modules()) {
+      auto* linear = dynamic_cast<LinearImpl*>(module.get());
+      const bool looked_up = decoder != nullptr && linear == decoder->embed.get() && linear != decoder->head.get();
+      if (linear != nullptr && linear->mapped() != nullptr && !looked_up) linear->pack();
+    }
+    progress->set(2);
   }
 
   json prompt(int64_t length, int64_t batch) {
