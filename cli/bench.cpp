@@ -183,7 +183,7 @@ class Bench {
     for (const auto& module : open_.model->modules()) {
       auto* linear = dynamic_cast<LinearImpl*>(module.get());
       const bool looked_up = decoder != nullptr && linear == decoder->embed.get() && linear != decoder->head.get();
-      if (linear != nullptr && linear->mapped() != nullptr && !looked_up) linear->pack();
+      if (linear != nullptr && !looked_up) linear->pack();
     }
     progress->set(2);
   }

@@ -70,14 +70,14 @@ TEST_P(Family, PaddedBatchEqualsSingle) {
     const int64_t length = f.mask[row].sum().item<int64_t>();
     const auto cut = [&](const Tensor& t) { return t.defined() ? t[row].narrow(0, 0, length).unsqueeze(0) : t; };
     const Tensor single = f.model->forward(cut(f.ids), {}, cut(f.types));
-    EXPECT_LT(distance(single[0], right[row].narrow(0, 0, length)), 1e-5) << "row " << row;
+    EXPECT_LT(distance(single[0], right[row].narrow(0, 0, length)), 1e-6 * 4) << "row " << row;
     // The same row padded on the left, with an id that is not the padding token.
     const auto shift = [&](const Tensor& t, int64_t fill) {
       return t.defined() ? torch::cat({torch::full({1, width - length}, fill, torch::kInt64), cut(t)}, 1) : t;
     };
     const Tensor mask = torch::arange(width).ge(width - length).unsqueeze(0);
     const Tensor left = f.model->forward(shift(f.ids, 5), mask, shift(f.types, 0));
-    EXPECT_LT(distance(single[0], left[0].narrow(0, width - length, length)), 1e-5)
+    EXPECT_LT(distance(single[0], left[0].narrow(0, width - length, length)), 1e-6 * 4)
         << "row " << row << " padded on the left";
   }
 }

@@ -42,55 +42,53 @@ const Packable& packable(Format format) {
 }
 
 // A block's quads of quants, or of bits above, from one of them on.
+template <PackedLayout l, bool above = false, int first = 0>
 struct Quads {
-  const PackedLayout& layout;
   uint8_t* body;
-  bool above = false;
-  int first = 0;
-  uint8_t* at(int z) const { return body + (above ? layout.above_at(first + z) : layout.quad_at(first + z)); }
+  uint8_t* at(int z) const { return body + (above ? l.above_at(first + z) : l.quad_at(first + z)); }
 };
 
 // Words of one row, `count` of them, to its places in as many quads.
-template <class Change>
-void spread(const uint8_t* from, int count, const Quads& to, int row, Change change) {
+template <class Places, class Change>
+void spread(const uint8_t* from, int count, Places to, int row, Change change) {
   for (int z = 0; z < count; ++z) {
     const uint32_t word = change(z, load<uint32_t>(from + 4 * z));
     std::memcpy(to.at(z) + 4 * row, &word, 4);
   }
 }
-void spread(const uint8_t* from, int count, const Quads& to, int row) {
+template <class Places>
+void spread(const uint8_t* from, int count, Places to, int row) {
   spread(from, count, to, row, [](int, uint32_t word) { return word; });
 }
 
 // Quants of one row's block to their places. Nibbles lie in the file as quads want them, in all formats but Q6_K.
-void spread_quants(Format format, const PackedLayout& layout, const uint8_t* p, int row, uint8_t* body) {
+void spread_quants(Format format, const uint8_t* p, int row, uint8_t* body) {
   constexpr uint32_t kNibbles = 0x0f0f0f0fu, kPairs = 0x03030303u;
-  const Quads quants{layout, body}, above{layout, body, true};
   switch (format) {
     case Format::Q8_0:
-      return spread(p + 2, 8, quants, row, [](int, uint32_t word) { return word ^ 0x80808080u; });
+      return spread(p + 2, 8, Quads<kPackedQ8_0>{body}, row, [](int, uint32_t word) { return word ^ 0x80808080u; });
     case Format::Q4_0:
-      return spread(p + 2, 4, quants, row);
+      return spread(p + 2, 4, Quads<kPackedQ4_0>{body}, row);
     case Format::Q4_1:
-      return spread(p + 4, 4, quants, row);
+      return spread(p + 4, 4, Quads<kPackedQ4_1>{body}, row);
     case Format::MXFP4:
-      return spread(p + 1, 4, quants, row);
+      return spread(p + 1, 4, Quads<kPackedMXFP4>{body}, row);
     case Format::Q5_0:
     case Format::Q5_1: {
       p += format == Format::Q5_0 ? 2 : 4;
-      spread(p + 4, 4, quants, row);
+      spread(p + 4, 4, Quads<kPackedQ5_0>{body}, row);  // as of Q5_1
       const auto bits = load<uint32_t>(p);
       uint32_t word = 0;  // bit z of byte i from bit 4z + i
       for (int z = 0; z < 8; ++z)
         for (int i = 0; i < 4; ++i) word |= (bits >> (4 * z + i) & 1u) << (8 * i + z);
-      std::memcpy(above.at(0) + 4 * row, &word, 4);
+      std::memcpy(Quads<kPackedQ5_0, true>{body}.at(0) + 4 * row, &word, 4);
       return;
     }
     case Format::Q4_K:
-      return spread(p + 16, 32, quants, row);
+      return spread(p + 16, 32, Quads<kPackedQ4_K>{body}, row);
     case Format::Q5_K:
-      spread(p + 16, 8, above, row);
-      return spread(p + 48, 32, quants, row);
+      spread(p + 16, 8, Quads<kPackedQ5_K, true>{body}, row);
+      return spread(p + 48, 32, Quads<kPackedQ5_K>{body}, row);
     case Format::TQ1_0: {
       int8_t v[256];
       TQ10::unpack(p, v);
@@ -100,24 +98,24 @@ void spread_quants(Format format, const PackedLayout& layout, const uint8_t* p, 
         pairs[i] =
             static_cast<uint8_t>((from[0] + 1) | (from[32] + 1) << 2 | (from[64] + 1) << 4 | (from[96] + 1) << 6);
       }
-      return spread(pairs, 16, quants, row);
+      return spread(pairs, 16, Quads<kPackedTernary>{body}, row);
     }
     case Format::TQ2_0:
-      return spread(p, 16, quants, row);
+      return spread(p, 16, Quads<kPackedTernary>{body}, row);
     default:
       break;
   }
   // Q6_K. The file has elements 0 and 64 (128 and 192) behind in one byte, quads 0 and 128.
-  spread(p, 16, quants, row,
+  spread(p, 16, Quads<kPackedQ6_K>{body}, row,
          [&](int z, uint32_t word) { return (word & kNibbles) | (load<uint32_t>(p + 64 + 4 * z) & kNibbles) << 4; });
-  spread(p, 16, Quads{layout, body, false, 16}, row,
+  spread(p, 16, Quads<kPackedQ6_K, false, 16>{body}, row,
          [&](int z, uint32_t word) { return (word >> 4 & kNibbles) | (load<uint32_t>(p + 64 + 4 * z) & ~kNibbles); });
   for (int z = 0; z < 16; ++z) {
     const auto first = load<uint32_t>(p + 128 + 4 * (z % 8)), second = load<uint32_t>(p + 160 + 4 * (z % 8));
     const int shift = 2 * (z / 8);
     const uint32_t word = (first >> shift & kPairs) | (first >> (shift + 4) & kPairs) << 2 |
                           (second >> shift & kPairs) << 4 | (second >> (shift + 4) & kPairs) << 6;
-    std::memcpy(above.at(z) + 4 * row, &word, 4);
+    std::memcpy(Quads<kPackedQ6_K, true>{body}.at(z) + 4 * row, &word, 4);
   }
 }
 
@@ -182,7 +180,7 @@ void pack_group(Format format, const std::byte* data, int64_t rows, int64_t cols
   for (int row = 0; row < kPackedRows && group * kPackedRows + row < rows; ++row) {
     const auto* p = reinterpret_cast<const uint8_t*>(data) + (group * kPackedRows + row) * stride;
     for (int64_t b = 0; b < blocks; ++b, p += info(format).bytes) {
-      spread_quants(format, l, p, row, out + l.body_at(b));
+      spread_quants(format, p, row, out + l.body_at(b));
       if (l.scales > 0) spread_scales(format, p, row, out + l.body_at(b));
       uint8_t* ends = out + l.ends_at(b);
       std::memcpy(ends + size * static_cast<size_t>(row), p + at, size);
@@ -285,7 +283,8 @@ void QuantizedTiles::fill(int64_t tile, const float* x, int64_t stride, const in
 
 namespace {
 
-// Products ask for memory so far ahead; what lies before that they would wait for.
+// What products begin with is asked for: the hardware looks ahead only once it has seen where they go, and products of
+// several rows ask for what comes so far behind.
 constexpr int64_t kStart = 8192;
 
 void ask(const std::byte* from, int64_t bytes) {

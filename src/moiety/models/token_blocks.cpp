@@ -363,8 +363,8 @@ class TokenRun {
     int64_t at = m.index() * Share(jobs, m.count()).each;
     for (const Job& j : jobs) {
       if (at < j.matrix.groups()) {
-        const PackedMatrix* m = j.matrix.packed;
-        if (m != nullptr) packed_prefetch(m->format(), m->data(), m->cols(), at);
+        const PackedMatrix* packed = j.matrix.packed;
+        if (packed != nullptr) packed_prefetch(packed->format(), packed->data(), packed->cols(), at);
         return;
       }
       at -= j.matrix.groups();
@@ -677,15 +677,15 @@ torch::Tensor run_token_blocks(const std::vector<std::shared_ptr<Block>>& blocks
   static thread_local Floats floats;
   layers.assign(blocks.size(), LayerPlan());
   floats.begin();
-  for (size_t i = 0; i < blocks.size(); ++i)
-    if (!layers[i].can(*blocks[i], d, floats)) return {};
   // Experts that are left on disk run by modules, with the same bits as those in memory: beside plain numbers, which
   // modules round and add up in other ways, mixtures are left to them.
-  const bool packed = x.scalar_type() == torch::kFloat32 &&
-                      std::none_of(layers.begin(), layers.end(), [](const LayerPlan& l) { return l.plain(); });
-  if (!packed && (x.size(0) > kPlainRows ||
-                  std::any_of(layers.begin(), layers.end(), [](const LayerPlan& l) { return l.is_mixture; })))
-    return {};
+  bool plain = x.scalar_type() != torch::kFloat32, mixtures = false;
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    if (!layers[i].can(*blocks[i], d, floats)) return {};
+    plain = plain || layers[i].plain();
+    mixtures = mixtures || layers[i].is_mixture;
+    if (plain && (mixtures || x.size(0) > kPlainRows)) return {};
+  }
   const auto rows = x.to(torch::kFloat32).contiguous();
   for (LayerPlan& l : layers)
     if (!l.pack(rows)) return {};
