@@ -177,14 +177,21 @@ void pack_group(Format format, const std::byte* data, int64_t rows, int64_t cols
   std::memset(out, 0, static_cast<size_t>(l.bytes(blocks)));
   const int at = scale_at(format);
   const auto size = static_cast<size_t>(l.e2m1 ? 1 : 2);
+  const int64_t together = l.together(), end_bytes = l.ends(), body_bytes = l.body(), file_bytes = info(format).bytes;
   for (int row = 0; row < kPackedRows && group * kPackedRows + row < rows; ++row) {
     const auto* p = reinterpret_cast<const uint8_t*>(data) + (group * kPackedRows + row) * stride;
-    for (int64_t b = 0; b < blocks; ++b, p += info(format).bytes) {
-      spread_quants(format, p, row, out + l.body_at(b));
-      if (l.scales > 0) spread_scales(format, p, row, out + l.body_at(b));
-      uint8_t* ends = out + l.ends_at(b);
+    uint8_t *ends = out, *body = out + 64;
+    for (int64_t b = 0, left = together; b < blocks; ++b, p += file_bytes) {
+      spread_quants(format, p, row, body);
+      if (l.scales > 0) spread_scales(format, p, row, body);
       std::memcpy(ends + size * static_cast<size_t>(row), p + at, size);
       if (l.min) std::memcpy(ends + 32 + 2 * row, p + 2, 2);
+      ends += end_bytes;
+      body += body_bytes;
+      if (--left > 0) continue;
+      ends = body;  // of the next stretch
+      body += 64;
+      left = together;
     }
   }
 }
